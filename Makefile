@@ -1,0 +1,41 @@
+# Everything runs in .venv, which the first target that needs it builds: only Python >= 3.10 and make are needed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint types clean
+
+help: ## show the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
+
+demo: $(STAMP) ## run the demonstration (fetches the embedded model the first time)
+	$(BIN)/ccm demo
+
+test: $(STAMP) ## run the quick tests
+	$(BIN)/pytest -m "not slow"
+
+test-slow: $(STAMP) ## run the slow tests
+	$(BIN)/pytest -m slow
+
+lint: $(STAMP) ## check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP) ## check the type annotations
+	$(BIN)/mypy
+
+clean: ## remove the environment, caches and build outputs
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch is asked for by itself, so that a CPU build that the machine provides is taken when there is one.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "Python >= 3.10 is needed: choose one with 'make PYTHON=/path/to/python3'" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
