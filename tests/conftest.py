@@ -1,0 +1,22 @@
+"""Shared set-up: offline hub, a fixed number of threads, and the embedded model loaded once."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported
+
+import pytest
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ccm.models import load_default_model
+
+if threads := os.environ.get("OMP_NUM_THREADS"):
+    torch.set_num_threads(int(threads))
+
+
+@pytest.fixture(scope="session")
+def embedded() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The embedded model (float32, CPU, frozen) and its tokenizer; tests must not change them."""
+    return load_default_model()
