@@ -1,0 +1,34 @@
+"""Compressed Context Memory: a language model's endless context in a memory that stays small."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "Compressor": "compressor",
+    "CompressorConfig": "compressor",
+    "shipped_adapters": "compressor",
+    "Reader": "reader",
+    "Memory": "memory",
+    "Session": "session",
+    "CCMError": "errors",
+    "load_default_model": "models",
+    "load_model": "models",
+    "list_methods": "methods",
+    "get_method": "methods",
+}
+
+__all__ = ["__version__", *_WHERE]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'ccm' has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_WHERE[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,201 @@
+"""The one attention function that ``ccm`` registers with transformers.
+
+It runs after rotary embedding and cache update. Without a plan it is the model's own backend, bit for bit. With a
+:class:`ParallelPlan` it puts the states of the memory in front of the keys; with a :class:`RecurrentPlan` it
+keeps a sliding window from dropping the memory. Then the model's own backend runs.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .rotary import Rotary, Tables, rotate, unrotate
+from .rules import Rule
+from .segments import Layout
+from .visibility import parallel_mask, within_window
+
+#: Keyword under which a plan travels from ``model(...)`` to every attention module.
+PLAN = "ccm_plan"
+
+
+def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean mask as the float mask that every backend takes: 0 where visible, the lowest number elsewhere."""
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(
+        ~visible, torch.finfo(dtype).min
+    )
+
+
+@dataclass
+class Plan:
+    """What one forward pass needs to know beyond its tokens.
+
+    Attributes:
+        adapter: name of the conditional adapter that is open.
+        gate: (N,) flat indices into B * Q of the COMP tokens, or None when the pass has none.
+    """
+
+    adapter: str
+    gate: Tensor | None
+
+    def extend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, sliding: int | None
+    ) -> tuple[Tensor, Tensor, Tensor, Any]:
+        """Query (B, H, Q, D), key and value (B, Hkv, K, D) and mask as the backend shall see them."""
+        raise NotImplementedError
+
+
+@dataclass
+class ParallelPlan(Plan):
+    """The whole recursion in one pass: memory states are made from the COMP keys and put in front."""
+
+    layout: Layout
+    rule: Rule
+    mask: Tensor
+    layer_types: list[str | None]
+    comp_tables: dict[str | None, Tables]
+    slot_tables: dict[str | None, Tables]
+    text_tables: dict[str | None, Tables]
+    query_tables: dict[str | None, Tables]
+    _by_window: dict[int | None, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def build(
+        cls, adapter: str, layout: Layout, rule: Rule, rotary: Rotary, dtype: torch.dtype
+    ) -> ParallelPlan:
+        groups, n = layout.comp_index.shape[1:]
+        comp_position = layout.rope_position.gather(1, layout.comp_index.flatten(1))
+        place = rule.column_states(groups, n)[1] if groups else torch.empty(0, dtype=torch.long)
+        slot_position = layout.sink.unsqueeze(1) + place.to(layout.sink.device)
+        return cls(
+            adapter=adapter,
+            gate=(layout.comp.flatten() >= 0).nonzero().squeeze(1),
+            layout=layout,
+            rule=rule,
+            mask=additive(parallel_mask(layout, rule), dtype),
+            layer_types=rotary.layer_types,
+            comp_tables=rotary.tables(comp_position),
+            slot_tables=rotary.tables(slot_position),
+            text_tables=rotary.tables(layout.text_position) if layout.windowed else {},
+            query_tables=rotary.tables(layout.position) if layout.windowed else {},
+        )
+
+    def extend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, sliding: int | None
+    ) -> tuple[Tensor, Tensor, Tensor, Any]:
+        groups, n = self.layout.comp_index.shape[1:]
+        if groups == 0:
+            return query, key, value, self._mask(sliding)
+        kind = self.layer_types[int(module.layer_idx)]
+        index = self.layout.comp_index.flatten(1)[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[3])
+        # h(t): keys off their position, values as they are, then every Mem(t)
+        free = unrotate(key.gather(2, index), *_heads(self.comp_tables[kind])).unflatten(2, (groups, n))
+        states = rotate(self.rule.columns(free), *_heads(self.slot_tables[kind])).to(key.dtype)
+        contents = self.rule.columns(value.gather(2, index).float().unflatten(2, (groups, n))).to(value.dtype)
+        held = int(self.layout.sink.max())
+        memory = torch.cat([key[:, :, :held], states], dim=2)
+        contents = torch.cat([value[:, :, :held], contents, value], dim=2)
+        if not self.layout.windowed:
+            return query, torch.cat([memory, key], dim=2), contents, self._mask(sliding)
+        # Text and slots live in two frames: the query is held in both, each half meets the keys of its frame.
+        canonical = unrotate(query, *_heads(self.text_tables[kind]))
+        canonical = rotate(canonical, *_heads(self.query_tables[kind])).to(query.dtype)
+        query = torch.cat([canonical, query], dim=-1)
+        memory = torch.cat([memory, torch.zeros_like(memory)], dim=-1)
+        key = torch.cat([torch.zeros_like(key), key], dim=-1)
+        return query, torch.cat([memory, key], dim=2), contents, self._mask(sliding)
+
+    def _mask(self, sliding: int | None) -> Tensor:
+        if sliding is None:
+            return self.mask
+        if sliding not in self._by_window:
+            position = self.layout.rope_position
+            width = position.shape[1]
+            near = within_window(position, position, torch.zeros_like(position, dtype=torch.bool), sliding)
+            far = torch.cat([near.new_ones(*near.shape[:3], self.mask.shape[-1] - width), near], dim=-1)
+            self._by_window[sliding] = self.mask.masked_fill(~far, torch.finfo(self.mask.dtype).min)
+        return self._by_window[sliding]
+
+
+@dataclass
+class RecurrentPlan(Plan):
+    """One step over a cache. Only sliding-window layers need help: they measure distance by cache index.
+
+    Attributes:
+        key_position: (B, K) canonical position of each cached and new token at the first call; tokens that
+            ``generate`` adds later follow on.
+        is_memory: (B, K) sink tokens and slots, which no sliding window may drop.
+        valid: (B, K) false on padding.
+    """
+
+    key_position: Tensor
+    is_memory: Tensor
+    valid: Tensor
+
+    def extend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, sliding: int | None
+    ) -> tuple[Tensor, Tensor, Tensor, Any]:
+        if sliding is None:
+            return query, key, value, mask
+        repeat = query.shape[0] // self.valid.shape[0]  # beams and returned sequences
+        position, memory, valid = (
+            t.repeat_interleave(repeat, dim=0) for t in (self.key_position, self.is_memory, self.valid)
+        )
+        if (new := key.shape[2] - position.shape[1]) > 0:
+            later = position[:, -1:] + torch.arange(1, new + 1, device=position.device)
+            position = torch.cat([position, later], dim=1)
+            memory = torch.cat([memory, memory.new_zeros(memory.shape[0], new)], dim=1)
+            valid = torch.cat([valid, valid.new_ones(valid.shape[0], new)], dim=1)
+        width = query.shape[2]
+        visible = within_window(position[:, -width:], position, memory, sliding) & valid[:, None, None]
+        order = torch.arange(position.shape[1], device=position.device)
+        visible = visible & (order <= order[-width:].unsqueeze(1))
+        visible = visible | (order == order[-width:].unsqueeze(1))
+        return query, key, value, additive(visible, query.dtype)
+
+
+def _heads(tables: Tables) -> Tables:
+    """(B, T, R) -> (B, 1, T, R)."""
+    return tables[0].unsqueeze(1), tables[1].unsqueeze(1)
+
+
+def _wrap(backend: Callable[[nn.Module], Callable[..., Any]]) -> Callable[..., Any]:
+    """An attention function that lets the plan of the pass, if any, act before the backend."""
+
+    def attend(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        ccm_plan: Plan | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        if ccm_plan is not None:
+            query, key, value, attention_mask = ccm_plan.extend(
+                module, query, key, value, attention_mask, kwargs.get("sliding_window")
+            )
+        return backend(module)(module, query, key, value, attention_mask, **kwargs)
+
+    return attend
+
+
+def _own_eager(module: nn.Module) -> Callable[..., Any]:
+    """The family's own eager attention, with its soft-capping."""
+    return sys.modules[type(module).__module__].eager_attention_forward
+
+
+def register() -> None:
+    """Register both backends and their mask functions (without one, transformers drops causality)."""
+    AttentionInterface.register("ccm_sdpa", _wrap(lambda module: ALL_ATTENTION_FUNCTIONS["sdpa"]))
+    AttentionInterface.register("ccm_eager", _wrap(_own_eager))
+    AttentionMaskInterface.register("ccm_sdpa", sdpa_mask)
+    AttentionMaskInterface.register("ccm_eager", eager_mask)

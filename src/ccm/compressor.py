@@ -1,0 +1,400 @@
+"""The compressor: a conditional LoRA and a few COMP tokens that fold segments into slots.
+
+Two ways to run it, equal to within rounding (the contract of this library):
+
+* parallel, ``compressor(segments=...)``: every fold of a row in one forward pass, for training and scoring;
+* recurrent, ``compressor.compress(ids, memory)``: one segment after another, for living conversations.
+
+    h(t)   = g_comp(Mem(t-1), c(t))      keys and values of the COMP tokens, read after c(t)
+    Mem(t) = g_update(Mem(t-1), h(t))    a rule: concat, mean, ...
+    O(t)   ~ p(. | Mem(t), I(t))         the base model, untouched                       (paper, equations 1-3)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from . import attention, gate
+from .errors import ConfigError, MismatchError, UnknownNameError
+from .families import resolve_targets
+from .memory import KV, Memory, Row
+from .reader import Ids, Reader, base_name, model_fingerprint, shape_fingerprint
+from .rules import get_rule
+from .segments import Layout, lay_out
+
+log = logging.getLogger(__name__)
+SHIPPED = Path(__file__).parent / "adapters"
+
+
+@dataclass(frozen=True)
+class CompressorConfig:
+    """Everything that defines a compressor.
+
+    Attributes:
+        slots: COMP tokens per segment (n). Fewer can be used at run time: the first k of n.
+        rule: how blocks enter the memory: concat, mean (alias merge), ema, replace, bounded.
+        rule_options: options of the rule, for instance ``{"weight": 0.3}`` for ema.
+        sink: first raw tokens that stay for ever.
+        window: recent raw tokens that stay beside the slots.
+        rank, alpha: of the conditional LoRA.
+        target_modules: "attention", "all" (feed-forward too) or a list of module names.
+        comp_positions: where COMP tokens are computed, "after" their segment or at the place of their "slot".
+        seed: of the initial weights.
+    """
+
+    slots: int = 4
+    rule: str = "concat"
+    rule_options: dict[str, Any] = field(default_factory=dict)
+    sink: int = 0
+    window: int = 0
+    rank: int = 8
+    alpha: float = 16.0
+    target_modules: str | tuple[str, ...] = "attention"
+    comp_positions: str = "after"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("slots", 1), ("rank", 1), ("sink", 0), ("window", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ConfigError(
+                    f"CompressorConfig.{name}: got {value!r}, expected a whole number >= {least}"
+                )
+        if self.comp_positions not in ("after", "slot"):
+            raise UnknownNameError("comp_positions", self.comp_positions, ["after", "slot"])
+        get_rule(self.rule, **self.rule_options)
+
+
+@dataclass(frozen=True)
+class ParallelOutput:
+    """What one parallel pass gives.
+
+    Attributes:
+        logits: (B, Q, V) on the grid of ``layout``.
+        layout: where each token of each segment is.
+    """
+
+    logits: Tensor
+    layout: Layout
+
+    def segment_logits(self, row: int, index: int) -> Tensor:
+        """(T_segment, V), equal to the recurrent logits of that segment."""
+        start, stop = self.layout.spans[row][index]
+        return self.logits[row, start:stop]
+
+    @property
+    def loss(self) -> Tensor:
+        """Mean next-token cross-entropy, nats, inside every segment but the first of each row."""
+        logits, targets = [], []
+        for row, spans in enumerate(self.layout.spans):
+            for index, (start, stop) in enumerate(spans):
+                if index or len(spans) == 1:
+                    logits.append(self.segment_logits(row, index)[:-1])
+                    targets.append(self.layout.input_ids[row, start + 1 : stop])
+        if not sum(map(len, targets)):
+            raise ConfigError("no loss: every scored segment has one token; give segments of two or more")
+        return nn.functional.cross_entropy(torch.cat(logits).float(), torch.cat(targets))
+
+
+class Compressor(Reader):
+    """Folds segments of any causal language model's context into a small memory.
+
+    The model is changed in place: closed LoRA layers are injected and its attention backend is wrapped. As
+    long as no COMP token runs, its outputs stay the same bit for bit.
+
+    Args:
+        model: a causal language model of a supported family (``ccm.families``).
+        config: settings; the weights start untrained.
+
+    Raises:
+        UnsupportedModelError: the family cannot carry a memory.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: CompressorConfig | None = None):
+        super().__init__(model)
+        self.config = config or CompressorConfig()
+        self.rule = get_rule(self.config.rule, **self.config.rule_options)
+        self.adapter = f"ccm{len(getattr(model, 'peft_config', {}))}"
+        lora = LoraConfig(
+            r=self.config.rank,
+            lora_alpha=self.config.alpha,
+            target_modules=resolve_targets(self.family, self.config.target_modules),
+            task_type="CAUSAL_LM",
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(self.config.seed)
+            self.lora_parameters = gate.attach(model, lora, self.adapter)
+            # COMP embeddings start like words of the vocabulary: same mean, same spread
+            table = model.get_input_embeddings().weight.detach().float()
+            noise = torch.randn(self.config.slots, table.shape[1]).to(table.device)
+            self.comp_embeddings = nn.Parameter(table.mean(0) + table.std(0) * noise)
+        self._print: tuple[Any, str] | None = None
+
+    # ------------------------------------------------------------------ the two ways to run
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """The adapter's parameters: LoRA matrices and COMP embeddings."""
+        return [*self.lora_parameters, self.comp_embeddings]
+
+    def forward(
+        self,
+        segments: Sequence[Sequence[Sequence[int]]],
+        *,
+        slots: int | None = None,
+        sink: int | None = None,
+        window: int | None = None,
+    ) -> ParallelOutput:
+        """One parallel pass over rows of segments of token ids; every segment but the last is folded.
+
+        Args:
+            segments: B rows of segments of token ids.
+            slots, sink, window: other sizes than the configured ones.
+
+        Raises:
+            ConfigError: an empty row or segment, or a row longer than the model's context.
+        """
+        layout = self.lay_out(segments, slots=slots, sink=sink, window=window)
+        hidden = self.hidden(layout)
+        return ParallelOutput(self.head(hidden), layout)
+
+    def lay_out(self, segments: Sequence[Sequence[Sequence[int]]], **sizes: int | None) -> Layout:
+        """The rows as a :class:`Layout` on the model's device."""
+        chosen = {name: self._size(name, sizes.get(name)) for name in ("slots", "sink", "window")}
+        layout = lay_out(segments, rule=self.rule, comp_positions=self.config.comp_positions, **chosen)
+        self._check_length(int(layout.rope_position.max()) + 1)
+        self._check_ids(layout.input_ids)
+        return layout.to(self.model.device)
+
+    def hidden(self, layout: Layout) -> Tensor:
+        """Last hidden states (B, Q, d) of one parallel pass."""
+        plan = attention.ParallelPlan.build(self.adapter, layout, self.rule, self.rotary, self.model.dtype)
+        embeds = self.model.get_input_embeddings()(layout.input_ids)
+        comp = self.comp_embeddings.to(embeds.dtype)[layout.comp.clamp(min=0)]
+        embeds = torch.where((layout.comp >= 0).unsqueeze(-1), comp, embeds)
+        return self.model.base_model(
+            inputs_embeds=embeds,
+            attention_mask=plan.mask,
+            position_ids=layout.rope_position,
+            use_cache=False,
+            **{attention.PLAN: plan},
+        ).last_hidden_state
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits (..., V) from hidden states (..., d)."""
+        logits = self.model.get_output_embeddings()(hidden)
+        cap = getattr(self.model.config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    @torch.no_grad()
+    def compress(
+        self,
+        input_ids: Ids,
+        memory: Memory | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        slots: int | None = None,
+        sink: int | None = None,
+        window: int | None = None,
+    ) -> Memory:
+        """Take in one segment per row: Mem(t) from Mem(t-1) and c(t).
+
+        The segment joins the recent window; the oldest segments that no longer fit there are folded. With a
+        window of 0 that is the segment itself, in one forward pass.
+
+        Args:
+            input_ids: (B, T) token ids.
+            memory: of B conversations, None at the start.
+            attention_mask: (B, T), 0 on padding at either side.
+            slots, sink, window: other sizes than the configured ones.
+
+        Raises:
+            ConfigError: an empty segment, or one longer than the model's context.
+            MismatchError: the memory was made by another model or adapter.
+        """
+        ids, mask, _, memory = self._prepare(input_ids, memory, attention_mask)
+        comp = self.comp_embeddings[: self._size("slots", slots)]
+        self._check_length(memory.length + ids.shape[1] + len(comp))
+        sink, window = self._size("sink", sink), self._size("window", window)
+        lengths = mask.sum(1).tolist()
+        at_once = all(
+            not row.segments and length > window for row, length in zip(memory.rows, lengths, strict=True)
+        )
+        new = self._run(memory, ids, mask, comp if at_once else None)
+        rows = [
+            replace(row, window=KV.cat((row.window, raw)), segments=(*row.segments, raw.length))
+            for row, (raw, _) in zip(memory.rows, new, strict=True)
+        ]
+        if at_once:
+            rows = [self._fold(row, block, sink) for row, (_, block) in zip(rows, new, strict=True)]
+        while full := [r for r, row in enumerate(rows) if row.window.length > window]:
+            oldest = [replace(rows[r], window=rows[r].window.slice(0, rows[r].segments[0])) for r in full]
+            none = ids.new_empty(len(full), 0)
+            new = self._run(replace(memory, rows=tuple(oldest)), none, none.bool(), comp)
+            for r, (_, block) in zip(full, new, strict=True):
+                rows[r] = self._fold(rows[r], block, sink)
+        return Memory(tuple(rows), self.fingerprint())
+
+    def _run(self, memory: Memory, ids: Tensor, mask: Tensor, comp: Tensor | None) -> list[tuple[KV, KV]]:
+        at = None
+        if comp is not None and self.config.comp_positions == "slot":
+            n = len(comp)
+            places = [self.rule.size(row.steps + 1, n) - n + row.sink.length for row in memory.rows]
+            at = torch.tensor(places, device=ids.device).unsqueeze(1)
+        return self._step(memory, ids, mask, comp, at)
+
+    def _adapter(self) -> str:
+        return self.adapter
+
+    def _fold(self, row: Row, block: KV, sink: int) -> Row:
+        """Put the block of the oldest raw segment into the slots and let go of its raw tokens."""
+        step, length = row.steps + 1, row.segments[0]
+        limit = self.rule.drops_after
+        recent = (*row.recent, length) if limit else ()
+        dropped = recent[0] if limit and len(recent) > limit else 0
+        return Row(
+            sink=row.window.slice(0, min(sink, length)) if step == 1 else row.sink,
+            slots=KV(*(self.rule.update(old, new, step) for old, new in zip(row.slots, block, strict=True))),
+            window=row.window.slice(length),
+            segments=row.segments[1:],
+            steps=step,
+            tokens=row.tokens + length,
+            dropped=row.dropped + dropped,
+            recent=recent[-limit:] if limit else (),
+        )
+
+    # ------------------------------------------------------------------ identity, files
+
+    def fingerprint(self) -> str:
+        """``model-adapter``: two short hashes that a memory carries, so that it is never read by another pair."""
+        state = [self.comp_embeddings, *self.lora_parameters]
+        version = tuple((p.data_ptr(), p._version) for p in state)
+        if self._print is None or self._print[0] != version:
+            # sizes may change while a memory lives; the rule and where COMP tokens sit may not
+            meaning = [self.config.rule, self.config.rule_options, self.config.comp_positions]
+            sha = hashlib.sha256(json.dumps(meaning, sort_keys=True).encode())
+            for parameter in state:
+                sha.update(parameter.detach().float().cpu().numpy().tobytes())
+            self._print = (version, f"{model_fingerprint(self.model)}-{sha.hexdigest()[:16]}")
+        return self._print[1]
+
+    def save_pretrained(self, folder: str | os.PathLike[str], dtype: torch.dtype = torch.bfloat16) -> None:
+        """Write a PEFT adapter folder with ``comp_embeddings.safetensors`` and ``ccm_config.json`` beside it."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        lora = get_peft_model_state_dict(self.model, adapter_name=self.adapter)
+        prefix = "base_model.model."
+        lora = {
+            k if k.startswith(prefix) else prefix + k: v.to(dtype).contiguous().cpu() for k, v in lora.items()
+        }
+        save_file(lora, folder / "adapter_model.safetensors", {"format": "pt"})
+        save_file({"comp_embeddings": self.comp_embeddings.detach().to(dtype).cpu()}, folder / COMP_FILE)
+        lora_config = self.model.peft_config[self.adapter]
+        lora_config.base_model_name_or_path = base_name(self.model)
+        lora_config.save_pretrained(folder)
+        settings = {
+            "base_model": {"name": base_name(self.model), "fingerprint": model_fingerprint(self.model)},
+            **asdict(self.config),
+        }
+        (folder / "ccm_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(
+        cls, model: PreTrainedModel, name: str | os.PathLike[str], **changes: Any
+    ) -> Compressor:
+        """Load a shipped adapter by name, or one from a folder or a hub id.
+
+        Args:
+            model: the base model it was trained for.
+            name: "ccm-concat", "ccm-merge", a folder, or a hub id.
+            changes: of slots, rule, rule_options, sink and window, for instance ``window=64``.
+
+        Raises:
+            ConfigError: there is no such adapter.
+            MismatchError: it was trained for another model.
+        """
+        folder = find_adapter(name)
+        try:
+            settings = json.loads((folder / "ccm_config.json").read_text())
+            base = settings.pop("base_model")
+            if isinstance(settings["target_modules"], list):
+                settings["target_modules"] = tuple(settings["target_modules"])
+            trained = CompressorConfig(**settings)
+            lora = load_file(folder / "adapter_model.safetensors")
+            comp = load_file(folder / COMP_FILE)["comp_embeddings"]
+        except (OSError, TypeError, ValueError, KeyError, SafetensorError) as error:
+            raise ConfigError(f"adapter {name}: {folder} is incomplete or damaged ({error})") from error
+        if unknown := set(changes) - set(CHANGEABLE):
+            raise UnknownNameError("setting of a trained adapter", unknown.pop(), list(CHANGEABLE))
+        config = replace(trained, **changes)
+        if config.slots > len(comp):
+            raise ConfigError(f"adapter {name} has {len(comp)} slots per segment, got slots={config.slots}")
+        width = model.get_input_embeddings().weight.shape[1]
+        if comp.shape[1] != width or base["fingerprint"].split(".")[0] != shape_fingerprint(model):
+            raise MismatchError(
+                f"adapter {name} is for {base['name']} (hidden size {comp.shape[1]}), "
+                f"got {base_name(model)} (hidden size {width}); load that model or train an adapter for this one"
+            )
+        if base["fingerprint"] != model_fingerprint(model):
+            log.warning(
+                "adapter %s was trained on other weights of %s; quality may differ", name, base["name"]
+            )
+        compressor = cls(model, config)
+        result = set_peft_model_state_dict(model, lora, adapter_name=compressor.adapter)
+        if result.unexpected_keys:
+            raise MismatchError(
+                f"adapter {name}: weights {result.unexpected_keys[:2]} fit nowhere in this model"
+            )
+        compressor.comp_embeddings.data.copy_(comp[: config.slots])
+        return compressor
+
+    # ------------------------------------------------------------------ small things
+
+    def _size(self, name: str, value: int | None) -> int:
+        most = self.config.slots if name == "slots" else None
+        value = getattr(self.config, name) if value is None else value
+        if value < (name == "slots") or (most is not None and value > most):
+            raise ConfigError(f"{name}: got {value}, expected {'1' if most else '0'} to {most or 'any size'}")
+        return value
+
+
+#: What may differ from the way an adapter was trained.
+CHANGEABLE = ("slots", "rule", "rule_options", "sink", "window")
+COMP_FILE = "comp_embeddings.safetensors"
+
+
+def shipped_adapters() -> list[str]:
+    """Names of the adapters inside the package."""
+    return sorted(path.parent.name for path in SHIPPED.glob("*/ccm_config.json"))
+
+
+def find_adapter(name: str | os.PathLike[str]) -> Path:
+    """The folder of an adapter: a folder, a shipped name, or a hub id (downloaded).
+
+    Raises:
+        ConfigError: it is none of the three.
+    """
+    for folder in (Path(name), SHIPPED / str(name)):
+        if (folder / "ccm_config.json").is_file():
+            return folder
+    try:
+        return Path(snapshot_download(str(name)))
+    except Exception as error:  # the hub client raises many kinds
+        raise ConfigError(
+            f"no adapter {str(name)!r}: not a folder with ccm_config.json, not on the hub, and not one of the "
+            f"shipped {', '.join(shipped_adapters()) or '(none)'}"
+        ) from error

@@ -1,0 +1,285 @@
+"""The memory as a value: it can be copied, batched, moved, saved, loaded and compared, and knows what it holds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+from transformers import DynamicCache
+
+from .errors import MemoryFileError, MismatchError, StorageError
+from .rotary import Rotary, rotate
+
+FORMAT = "ccm-memory/1"
+
+
+class KV(NamedTuple):
+    """Keys and values of all layers, both (L, H, N, D). Keys are position-free."""
+
+    keys: Tensor
+    values: Tensor
+
+    @property
+    def length(self) -> int:
+        return self.keys.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+    def slice(self, start: int, stop: int | None = None) -> KV:
+        return KV(self.keys[:, :, start:stop].clone(), self.values[:, :, start:stop].clone())
+
+    def to(self, *args: Any) -> KV:
+        return KV(self.keys.to(*args), self.values.to(*args))
+
+    @staticmethod
+    def cat(parts: Iterable[KV]) -> KV:
+        keys, values = zip(*parts, strict=True)
+        return KV(torch.cat(keys, dim=2), torch.cat(values, dim=2))
+
+
+@dataclass(frozen=True)
+class Row:
+    """The memory of one conversation: [sink | slots | recent window].
+
+    Attributes:
+        sink: the first raw tokens, once their segment is folded.
+        slots: the folded past, in fp32.
+        window: raw tokens that are not folded yet.
+        segments: token counts of the raw segments in the window, oldest first.
+        steps: segments folded so far (t).
+        tokens: tokens folded so far.
+        dropped: tokens whose trace a bounded rule has dropped.
+        recent: token counts of the blocks that a dropping rule still holds.
+    """
+
+    sink: KV
+    slots: KV
+    window: KV
+    segments: tuple[int, ...] = ()
+    steps: int = 0
+    tokens: int = 0
+    dropped: int = 0
+    recent: tuple[int, ...] = ()
+
+    @property
+    def length(self) -> int:
+        return self.sink.length + self.slots.length + self.window.length
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The memories of B conversations. Values: every operation returns a new one.
+
+    ``len(memory)`` is B, ``memory[i]`` one of them, :meth:`stack` puts several together, of any sizes.
+    """
+
+    rows: tuple[Row, ...]
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int | slice) -> Memory:
+        return replace(self, rows=self.rows[index] if isinstance(index, slice) else (self.rows[index],))
+
+    @staticmethod
+    def stack(memories: Sequence[Memory]) -> Memory:
+        """One batch from several memories.
+
+        Raises:
+            MismatchError: they come from different models or adapters.
+        """
+        prints = {memory.fingerprint for memory in memories}
+        if len(prints) != 1:
+            raise MismatchError(f"cannot stack memories of {len(prints)} different model-adapter pairs")
+        return Memory(tuple(row for memory in memories for row in memory.rows), prints.pop())
+
+    @property
+    def slots(self) -> int:
+        """Slots per conversation, the largest of the batch."""
+        return max(row.slots.length for row in self.rows)
+
+    @property
+    def length(self) -> int:
+        """Positions that the memory takes: sink, slots and raw window, the largest of the batch."""
+        return max(row.length for row in self.rows)
+
+    @property
+    def steps(self) -> int:
+        return max(row.steps for row in self.rows)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens folded into slots, over the batch."""
+        return sum(row.tokens for row in self.rows)
+
+    @property
+    def dropped(self) -> int:
+        """Tokens whose trace was dropped rather than folded, over the batch."""
+        return sum(row.dropped for row in self.rows)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors held, measured."""
+        return sum(kv.nbytes for row in self.rows for kv in (row.sink, row.slots, row.window))
+
+    def to_cache(self, rotary: Rotary, dtype: torch.dtype) -> tuple[DynamicCache, Tensor, Tensor]:
+        """The memory as past keys and values at canonical positions, left-padded over the batch.
+
+        Returns:
+            the cache with (B, H, m, D) per layer, a (B, m) bool mask of real entries, and a (B, m) bool mask of
+            the entries that are sink or slots.
+        """
+        width = self.length
+        parts = [KV.cat(kv.to(dtype) for kv in (row.sink, row.slots, row.window)) for row in self.rows]
+        device = parts[0].keys.device
+        valid = torch.zeros(len(self), width, dtype=torch.bool, device=device)
+        folded = torch.zeros_like(valid)
+        keys, values = [], []
+        for r, (row, kv) in enumerate(zip(self.rows, parts, strict=True)):
+            pad = width - kv.length
+            valid[r, pad:] = True
+            folded[r, pad : width - row.window.length] = True
+            placed = rotate(kv.keys, *rotary.stacked(torch.arange(kv.length, device=device)))
+            keys.append(torch.nn.functional.pad(placed, (0, 0, pad, 0)))
+            values.append(torch.nn.functional.pad(kv.values, (0, 0, pad, 0)))
+        cache = DynamicCache()
+        if width:
+            for layer, (k, v) in enumerate(zip(torch.stack(keys, 1), torch.stack(values, 1), strict=True)):
+                cache.update(k, v, layer)
+        return cache, valid, folded
+
+    def check_finite(self) -> None:
+        """Raises MemoryFileError if a value is NaN or infinite."""
+        for r, row in enumerate(self.rows):
+            for name in ("sink", "slots", "window"):
+                if not all(torch.isfinite(t).all() for t in getattr(row, name)):
+                    raise MemoryFileError(
+                        f"memory row {r}: {name} holds NaN or infinite values; do not use it"
+                    )
+
+    def save(self, path: str | os.PathLike[str], extra: dict[str, str] | None = None) -> None:
+        """Write one safetensors file, atomically: the old file stays until the new one is complete.
+
+        Args:
+            path: where to.
+            extra: more string metadata to keep with it.
+
+        Raises:
+            StorageError: the file cannot be written; nothing half-written is left.
+            MemoryFileError: the memory holds NaN.
+        """
+        self.check_finite()
+        tensors = {
+            f"{r}.{name}.{part}": tensor.contiguous()
+            for r, row in enumerate(self.rows)
+            for name in ("sink", "slots", "window")
+            for part, tensor in zip(("keys", "values"), getattr(row, name), strict=True)
+        }
+        counters = [
+            {k: v for k, v in row.__dict__.items() if k not in ("sink", "slots", "window")}
+            for row in self.rows
+        ]
+        metadata = {
+            "format": FORMAT,
+            "fingerprint": self.fingerprint,
+            "rows": json.dumps(counters),
+            **(extra or {}),
+        }
+        metadata["digest"] = _digest(tensors, metadata)
+        write_atomically(Path(path), to_bytes(tensors, metadata))
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> tuple[Memory, dict[str, str]]:
+        """Read a memory and its metadata. Compare ``fingerprint`` before use (``Compressor.check`` does).
+
+        Raises:
+            MemoryFileError: missing, truncated, changed after it was written, of another format, or NaN inside.
+        """
+        try:
+            with safe_open(os.fspath(path), framework="pt") as file:
+                metadata = dict(file.metadata() or {})
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except FileNotFoundError as error:
+            raise MemoryFileError(f"no memory file at {path}") from error
+        except (SafetensorError, OSError) as error:
+            raise MemoryFileError(
+                f"{path} is not a readable memory file ({error}); restore it from a copy"
+            ) from error
+        if metadata.get("format") != FORMAT:
+            raise MemoryFileError(f"{path}: got format {metadata.get('format')!r}, expected {FORMAT!r}")
+        digest = metadata.pop("digest", None)
+        if digest != _digest(tensors, metadata):
+            raise MemoryFileError(
+                f"{path} was changed after it was written (digest differs); restore it from a copy"
+            )
+        rows = []
+        for r, counters in enumerate(json.loads(metadata["rows"])):
+            sink, slots, window = (
+                KV(tensors[f"{r}.{name}.keys"], tensors[f"{r}.{name}.values"])
+                for name in ("sink", "slots", "window")
+            )
+            counters = {k: tuple(v) if isinstance(v, list) else v for k, v in counters.items()}
+            rows.append(Row(sink, slots, window, **counters))
+        memory = Memory(tuple(rows), metadata["fingerprint"])
+        memory.check_finite()
+        return memory, metadata
+
+
+def describe(memory: Memory) -> list[dict[str, Any]]:
+    """Counters and sizes of each row, for people and for JSON."""
+    return [
+        {
+            "sink": row.sink.length,
+            "slots": row.slots.length,
+            "window": row.window.length,
+            "steps": row.steps,
+            "tokens_folded": row.tokens,
+            "tokens_dropped": row.dropped,
+            "nbytes": memory[r].nbytes,
+        }
+        for r, row in enumerate(memory.rows)
+    ]
+
+
+def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    sha = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        sha.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        sha.update(tensor.view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that a crash at any moment leaves the old content or the new one, never a part.
+
+    Raises:
+        StorageError: no space, no permission, no such folder.
+    """
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = file.name
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary and os.path.exists(temporary):
+            os.unlink(temporary)
+        raise StorageError(
+            f"cannot write {path}: {error.strerror or error}; the old file, if any, is intact"
+        ) from error

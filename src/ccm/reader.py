@@ -1,0 +1,265 @@
+"""Reading from a memory: the base model, untouched, with the memory as past keys and values.
+
+Compressor and reader are separate. Everything here works with the plain model and no adapter; whatever can take
+a prefix of keys and values can stand in its place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from . import attention
+from .errors import ConfigError, MismatchError
+from .families import choose_backend, get_family
+from .memory import KV, Memory, Row
+from .rotary import Rotary, unrotate
+
+Ids: TypeAlias = Tensor | Sequence[Sequence[int]]
+
+
+class Reader(nn.Module):
+    """A causal language model that reads memories.
+
+    Args:
+        model: of a supported family (``ccm.families``). Its attention backend is wrapped, which changes no
+            result.
+
+    Raises:
+        UnsupportedModelError: the family cannot carry a memory.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.family = get_family(model)
+        self.model = model
+        self.rotary = Rotary(model)
+        attention.register()
+        model.set_attn_implementation("ccm_" + choose_backend(model, self.family))
+
+    @torch.no_grad()
+    def logits(
+        self, input_ids: Ids, memory: Memory | None = None, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        """Logits (B, T, V) of live tokens that read the memory; no adapter takes part.
+
+        Args:
+            input_ids: (B, T) token ids.
+            memory: of B conversations; None is an empty one.
+            attention_mask: (B, T), 0 on padding at either side.
+        """
+        ids, mask, order, memory = self._prepare(input_ids, memory, attention_mask)
+        cache, call = self._over(memory, ids, mask)
+        out = self.model(input_ids=ids, past_key_values=cache, **call).logits
+        back = order.argsort(1).unsqueeze(-1).expand_as(out)
+        return out.gather(1, back)
+
+    @torch.no_grad()
+    def read(
+        self, input_ids: Ids, memory: Memory | None = None, attention_mask: Tensor | None = None
+    ) -> list[KV]:
+        """Position-free keys and values of live tokens that read the memory, one (L, H, T, D) pair per row."""
+        ids, mask, _, memory = self._prepare(input_ids, memory, attention_mask)
+        return [raw for raw, _ in self._step(memory, ids, mask, None)]
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Ids,
+        memory: Memory | None = None,
+        attention_mask: Tensor | None = None,
+        **generate_kwargs: Any,
+    ) -> Any:
+        """transformers' ``generate`` reading from a memory; the memory is not changed.
+
+        Returns:
+            what ``generate`` returns: (B, T + new) token ids, the prompt first, left-padded.
+
+        Raises:
+            ConfigError: memory, prompt and ``max_new_tokens`` together are longer than the model's context, or
+                ``use_cache=False``.
+        """
+        ids, mask, _, memory = self._prepare(input_ids, memory, attention_mask)
+        settings = generate_kwargs.get("generation_config") or self.model.generation_config
+        new = generate_kwargs.get("max_new_tokens") or settings.max_new_tokens or 0
+        self._check_length(memory.length + ids.shape[1] + new)
+        if not generate_kwargs.get("use_cache", True):
+            raise ConfigError("use_cache: got False, expected True: the memory is read from the cache")
+        cache, call = self._over(memory, ids, mask)
+        plan = call.pop(attention.PLAN)
+
+        # generate() refuses keyword arguments that it does not know, hence the hook; and for beams and returned
+        # sequences it repeats the tokens, but not the cache
+        def bring_plan(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            if cache.layers and (repeat := len(kwargs["input_ids"]) // len(cache.layers[0].keys)) > 1:
+                cache.batch_repeat_interleave(repeat)
+            return args, {**kwargs, attention.PLAN: plan}
+
+        handle = self.model.register_forward_pre_hook(bring_plan, with_kwargs=True)
+        try:
+            return self.model.generate(ids, past_key_values=cache, **call, **generate_kwargs)
+        finally:
+            handle.remove()
+
+    def empty(self, batch: int = 1) -> Memory:
+        """The memory of ``batch`` conversations before anything was said."""
+        config = self.model.config
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        none = torch.empty(config.num_hidden_layers, heads, 0, size, device=self.model.device)
+        raw = KV(none, none).to(self.model.dtype)
+        return Memory((Row(sink=raw, slots=KV(none, none), window=raw),) * batch, self.fingerprint())
+
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of keys and values that one token of full context takes in this model."""
+        layers, heads, _, size = self.empty().rows[0].window.keys.shape
+        return 2 * layers * heads * size * self.model.dtype.itemsize
+
+    def fingerprint(self) -> str:
+        """What a memory carries so that it is never read by another model."""
+        return f"{model_fingerprint(self.model)}-none"
+
+    def check(self, memory: Memory, batch: int | None = None) -> None:
+        """Raises MismatchError unless this model and adapter made the memory, ConfigError on a wrong batch size."""
+        if memory.fingerprint != self.fingerprint():
+            raise MismatchError(
+                f"the memory was made by model-adapter {memory.fingerprint}, this is {self.fingerprint()}; "
+                "load the model and the adapter that made it, or start a new memory"
+            )
+        if batch is not None and len(memory) != batch:
+            raise ConfigError(f"got {batch} rows of tokens for a memory of {len(memory)} conversations")
+
+    # ------------------------------------------------------------------ one step
+
+    def _step(
+        self, memory: Memory, ids: Tensor, mask: Tensor, comp: Tensor | None, at: Tensor | None = None
+    ) -> list[tuple[KV, KV]]:
+        """Run left-padded text (B, T), then COMP embeddings (n, d), over the memory.
+
+        Returns:
+            per row the position-free KV of its text, in the model's dtype, and of its COMP tokens, in fp32.
+        """
+        n = 0 if comp is None else len(comp)
+        cache, call = self._over(memory, ids, mask, n, at)
+        embeds = self.model.get_input_embeddings()(ids)
+        if comp is not None:
+            embeds = torch.cat([embeds, comp.to(embeds.dtype).expand(len(ids), -1, -1)], dim=1)
+        self.model.base_model(inputs_embeds=embeds, past_key_values=cache, **call)
+        keys = torch.stack([layer.keys for layer in cache.layers], 1)  # (B, L, H, m + T + n, D)
+        values = torch.stack([layer.values for layer in cache.layers], 1)
+        result = []
+        for r in range(len(ids)):
+            text = mask[r].nonzero().squeeze(1)
+            new = torch.cat([text, torch.arange(n, device=ids.device) + ids.shape[1]])
+            free = unrotate(
+                keys[r].index_select(2, new + memory.length),
+                *self.rotary.stacked(call["position_ids"][r, new]),
+            )
+            kv = KV(free, values[r].index_select(2, new + memory.length))
+            split = len(text)
+            result.append((kv.slice(0, split).to(self.model.dtype), kv.slice(split).to(torch.float32)))
+        return result
+
+    def _over(
+        self, memory: Memory, ids: Tensor, mask: Tensor, n: int = 0, at: Tensor | None = None
+    ) -> tuple[DynamicCache, dict[str, Any]]:
+        """Cache and call arguments to run left-padded tokens (B, T), then n COMP tokens, over a memory.
+
+        ``at`` (B, 1) places the first COMP token; by default it follows the text.
+        """
+        order = torch.arange(n, device=ids.device)
+        cache, held, folded = memory.to_cache(self.rotary, self.model.dtype)
+        start = held.sum(1, keepdim=True)
+        text_position = start + (mask.long().cumsum(1) - 1).clamp(min=0)
+        comp_position = (start + mask.sum(1, keepdim=True) if at is None else at) + order
+        position = torch.cat([text_position, comp_position], dim=1)
+        valid = torch.cat([held, mask, mask.new_ones(len(ids), n)], dim=1)
+        before = (held.long().cumsum(1) - 1).clamp(min=0)
+        rows = torch.arange(len(ids), device=ids.device).unsqueeze(1) * position.shape[1]
+        plan = attention.RecurrentPlan(
+            adapter=self._adapter(),
+            gate=(rows + ids.shape[1] + order).flatten() if n else None,
+            key_position=torch.cat([before, position], dim=1),
+            is_memory=torch.cat([folded, torch.zeros_like(position, dtype=torch.bool)], dim=1),
+            valid=valid,
+        )
+        return cache, {"attention_mask": valid.long(), "position_ids": position, attention.PLAN: plan}
+
+    def _adapter(self) -> str:
+        return ""
+
+    def _prepare(
+        self, input_ids: Ids, memory: Memory | None, attention_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Memory]:
+        """Left-padded ids and bool mask (B, T), the order that moved them, and a memory that fits."""
+        try:
+            ids = torch.as_tensor(input_ids, device=self.model.device)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"input_ids: {error}; pad rows to one length, with an attention_mask"
+            ) from error
+        if ids.ndim != 2 or ids.shape[1] == 0 or ids.is_floating_point():
+            raise ConfigError(
+                f"input_ids: got shape {tuple(ids.shape)} of {ids.dtype}, expected (B, T) integers, T at least 1"
+            )
+        self._check_ids(ids)
+        mask = torch.ones_like(ids) if attention_mask is None else attention_mask.to(ids.device)
+        if mask.shape != ids.shape or not bool(mask.any(1).all()):
+            raise ConfigError(
+                f"attention_mask: shape {tuple(mask.shape)} for ids {tuple(ids.shape)}, or an empty row"
+            )
+        memory = self.empty(len(ids)) if memory is None else memory
+        self.check(memory, len(ids))
+        self._check_length(memory.length + ids.shape[1])
+        order = mask.bool().long().argsort(dim=1, stable=True)
+        return ids.gather(1, order), mask.bool().gather(1, order), order, memory
+
+    def _check_ids(self, ids: Tensor) -> None:
+        words = self.model.get_input_embeddings().weight.shape[0]
+        if int(ids.min()) < 0 or int(ids.max()) >= words:
+            raise ConfigError(
+                f"token ids {int(ids.min())} to {int(ids.max())} are outside the vocabulary of {words}; "
+                "use the tokenizer of this model"
+            )
+
+    def _check_length(self, length: int) -> None:
+        most = self.model.config.max_position_embeddings
+        if length > most:
+            raise ConfigError(
+                f"{length} positions are more than the model's context of {most}; "
+                "split the text into shorter segments and fold them one by one"
+            )
+
+
+def base_name(model: PreTrainedModel) -> str:
+    """The model's name without any folder of this machine."""
+    return Path(model.config._name_or_path).name or type(model).__name__
+
+
+def shape_fingerprint(model: PreTrainedModel) -> str:
+    """A short hash of the model's shape."""
+    config = model.config
+    names = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads")
+    shape = [getattr(config, name, None) for name in (*names, "vocab_size")]
+    return hashlib.sha256(json.dumps(shape).encode()).hexdigest()[:8]
+
+
+def model_fingerprint(model: PreTrainedModel) -> str:
+    """Shape and a sample of the weights, hashed once; the same in fp32 and bf16."""
+    known = model.__dict__.get("_ccm_fingerprint")
+    if known is None:
+        sha = hashlib.sha256()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_" not in name and parameter.ndim == 2:
+                    sample = parameter[:: max(1, parameter.shape[0] // 4), :16].to(torch.bfloat16)
+                    sha.update(sample.float().cpu().numpy().tobytes())
+        known = model.__dict__["_ccm_fingerprint"] = f"{shape_fingerprint(model)}.{sha.hexdigest()[:16]}"
+    return known

@@ -1,0 +1,144 @@
+"""Rules: how a block of slots is folded into the memory, Mem(t) = g_update(Mem(t-1), h(t)).
+
+A rule is one function, :meth:`Rule.update`, used by the recurrent step and by the parallel pass alike. Keys
+reach it position-free (un-rotated), so that what it averages is in one phase.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import ConfigError, UnknownNameError
+
+
+class Rule:
+    """Base of all rules. A subclass gives ``name``, :meth:`update` and :meth:`size`."""
+
+    name = ""
+    #: Whether a slot, once made, never changes or moves: then the parallel pass needs one column for it.
+    append_only = False
+    #: Segments after which information is dropped rather than folded (None: never).
+    drops_after: int | None = None
+
+    def update(self, slots: Tensor, block: Tensor, step: int) -> Tensor:
+        """Mem(t) from Mem(t-1) of shape (..., m, D), h(t) of shape (..., n, D) and t = ``step`` >= 1."""
+        raise NotImplementedError
+
+    def size(self, steps: int, n: int) -> int:
+        """Number of slots after ``steps`` folds of n slots each."""
+        return n if steps else 0
+
+    def columns(self, blocks: Tensor) -> Tensor:
+        """Every state of the memory side by side, for the parallel pass: (B, H, G, n, D) -> (B, H, S, D)."""
+        if self.append_only:
+            return blocks.flatten(2, 3)
+        states = [blocks[:, :, 0]]
+        for g in range(1, blocks.shape[2]):
+            states.append(self.update(states[-1], blocks[:, :, g], g + 1))
+        return torch.cat(states, dim=2)
+
+    def column_states(self, groups: int, n: int) -> tuple[Tensor, Tensor]:
+        """For each column: the number of folds that made it, and its place among the slots. Both (S,)."""
+        if self.append_only:
+            return torch.arange(1, groups + 1).repeat_interleave(n), torch.arange(groups * n)
+        sizes = [self.size(g + 1, n) for g in range(groups)]
+        states = [torch.full((size,), g + 1) for g, size in enumerate(sizes)]
+        return torch.cat(states), torch.cat([torch.arange(size) for size in sizes])
+
+
+class Concat(Rule):
+    """CCM-concat: Mem(t) = [Mem(t-1); h(t)] (paper, section 3.1). Grows by n slots a step."""
+
+    name = "concat"
+    append_only = True
+
+    def update(self, slots: Tensor, block: Tensor, step: int) -> Tensor:
+        return torch.cat([slots, block], dim=-2)
+
+    def size(self, steps: int, n: int) -> int:
+        return steps * n
+
+
+class Mean(Rule):
+    """CCM-merge: Mem(t) = (1 - 1/t) Mem(t-1) + h(t)/t, the arithmetic mean. Stays at n slots."""
+
+    name = "mean"
+
+    def update(self, slots: Tensor, block: Tensor, step: int) -> Tensor:
+        return block if step == 1 else slots + (block - slots) / step
+
+
+class EMA(Rule):
+    """CCM-merge with a constant weight: Mem(t) = (1 - a) Mem(t-1) + a h(t), Mem(1) = h(1)."""
+
+    name = "ema"
+
+    def __init__(self, weight: float = 0.3):
+        if not 0 < weight <= 1:
+            raise ConfigError(f"rule ema: weight {weight} is not in (0, 1]")
+        self.weight = weight
+
+    def update(self, slots: Tensor, block: Tensor, step: int) -> Tensor:
+        return block if step == 1 else slots + self.weight * (block - slots)
+
+
+class Replace(Rule):
+    """Mem(t) = h(t): recurrent gisting, the memory is what the last block says."""
+
+    name = "replace"
+
+    def update(self, slots: Tensor, block: Tensor, step: int) -> Tensor:
+        return block
+
+
+class Bounded(Rule):
+    """Concat with room for ``blocks`` blocks; what overflows is dropped or merged.
+
+    With ``overflow="merge"`` the oldest block is the mean of all that did not fit; with ``"drop"`` it is lost.
+    """
+
+    name = "bounded"
+
+    def __init__(self, blocks: int = 16, overflow: str = "merge"):
+        if blocks < 2:
+            raise ConfigError(f"rule bounded: got blocks={blocks}, expected at least 2")
+        if overflow not in ("merge", "drop"):
+            raise UnknownNameError("overflow", overflow, ["merge", "drop"])
+        self.blocks = blocks
+        self.overflow = overflow
+        self.drops_after = blocks if overflow == "drop" else None
+
+    def update(self, slots: Tensor, block: Tensor, step: int) -> Tensor:
+        if step <= self.blocks:
+            return torch.cat([slots, block], dim=-2)
+        n = block.shape[-2]
+        if self.overflow == "drop":
+            return torch.cat([slots[..., n:, :], block], dim=-2)
+        oldest, second = slots[..., :n, :], slots[..., n : 2 * n, :]
+        merged = oldest + (second - oldest) / (step - self.blocks + 1)
+        return torch.cat([merged, slots[..., 2 * n :, :], block], dim=-2)
+
+    def size(self, steps: int, n: int) -> int:
+        return min(steps, self.blocks) * n
+
+
+RULES: dict[str, type[Rule]] = {rule.name: rule for rule in (Concat, Mean, EMA, Replace, Bounded)}
+RULES["merge"] = Mean  # the paper's name for it
+
+
+def get_rule(name: str, **options: Any) -> Rule:
+    """The rule registered under ``name``.
+
+    Raises:
+        UnknownNameError: no such rule.
+        ConfigError: an option that the rule does not have.
+    """
+    if name not in RULES:
+        raise UnknownNameError("rule", name, list(RULES))
+    try:
+        return RULES[name](**options)
+    except TypeError as error:
+        raise ConfigError(f"rule {name}: {error}") from error
