@@ -1,0 +1,1 @@
+"""How much a memory is worth: the same target tokens scored under each method."""

@@ -1,0 +1,6 @@
+"""Training of compressors."""
+
+from .config import TrainConfig
+from .trainer import Trainer
+
+__all__ = ["TrainConfig", "Trainer"]
