@@ -1,0 +1,346 @@
+"""The command line. Heavy imports wait until a command needs them, so that help is quick."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import __version__
+from .errors import CCMError, ConfigError, MissingPackageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from .session import Session
+    from .training import TrainConfig, Trainer
+
+# click itself is vendored by newer releases of typer
+_ClickError: Any = typer.BadParameter.__mro__[2]
+
+app = typer.Typer(
+    help="Compressed Context Memory: a language model's endless context in a memory that stays small.",
+    epilog="Begin with: ccm demo",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+memory_app = typer.Typer(help="Look at memory and session files.")
+app.add_typer(memory_app, name="memory")
+
+Model = Annotated[
+    str | None, typer.Option(help="Folder or hub id of a causal language model.", show_default="embedded")
+]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on stdout, everything else on stderr.")
+]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line. Returns the exit code: 0, 1 (a check failed), 2 (bad input) or 130 (Ctrl-C)."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    try:
+        return app(args=arguments or ["--help"], prog_name="ccm", standalone_mode=False) or 0
+    except CCMError as error:
+        return _fail(str(error))
+    except _ClickError as error:
+        context = getattr(error, "ctx", None)
+        hint = f" (see {context.command_path} --help)" if context else ""
+        return _fail(error.format_message() + hint)
+    except (KeyboardInterrupt, typer.Abort):
+        print(file=sys.stderr)
+        return 130
+
+
+def _fail(message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _console(as_json: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=as_json)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"ccm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+# ---------------------------------------------------------------------- chat
+
+
+@app.command(epilog="Example: ccm chat --adapter ccm-merge --window 64 --system 'You are a travel agent.'")
+def chat(
+    model: Model = None,
+    adapter: Annotated[str, typer.Option(help="Shipped adapter, folder or hub id.")] = "ccm-merge",
+    slots: Annotated[
+        int | None, typer.Option(help="Slots per segment.", show_default="the adapter's")
+    ] = None,
+    sink: Annotated[int | None, typer.Option(help="First raw tokens that stay.", show_default="4")] = None,
+    window: Annotated[
+        int | None, typer.Option(help="Newest raw tokens that stay.", show_default="64")
+    ] = None,
+    load: Annotated[Path | None, typer.Option(metavar="FILE", help="Continue a saved session.")] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="System message at the start.")] = None,
+) -> None:
+    """Talk with a model whose memory does not grow with the conversation; /help inside lists the commands."""
+    sizes: dict[str, Any] = {"slots": slots, "sink": sink, "window": window}
+    if load and (system or any(value is not None for value in sizes.values())):
+        raise ConfigError(
+            "--load brings its own budget and past: leave --slots, --sink, --window and --system out"
+        )
+    from .compressor import Compressor
+    from .models import load_model
+    from .repl import Repl
+    from .session import CHAT, Session
+
+    console = _console()
+    language_model, tokenizer = load_model(model)
+    compressor = Compressor.from_pretrained(language_model, adapter)
+
+    def begin() -> Session:
+        chosen = {name: value for name, value in sizes.items() if value is not None}
+        session = Session(compressor, tokenizer, **{**CHAT, **chosen})
+        if system:
+            session.append(system, role="system")
+        return session
+
+    session = Session.load(load, compressor, tokenizer) if load else begin()
+    Repl(session, begin, console).run()
+
+
+# ---------------------------------------------------------------------- demo
+
+
+@app.command(epilog="Example: ccm demo --conversations 4 --methods window,ccm-merge --json")
+def demo(
+    conversations: Annotated[int, typer.Option(help="Held-out conversations to play.")] = 8,
+    turns: Annotated[int, typer.Option(help="Turns of each; from the fifth on they are scored.")] = 10,
+    methods: Annotated[
+        str, typer.Option(help="Methods or adapter folders, by commas; none and full always play.")
+    ] = "none,full,window,ccm-concat,ccm-merge",
+    model: Model = None,
+    plot: Annotated[Path, typer.Option(metavar="PATH", help="Where the picture goes.")] = Path(
+        "ccm-demo.png"
+    ),
+    as_json: AsJson = False,
+) -> None:
+    """Play held-out conversations turn by turn through every method at once, and compare them."""
+    from .evaluation.demo import choose_players
+    from .evaluation.demo import demo as play_demo
+    from .evaluation.plot import plot as save_plot
+    from .models import load_model
+
+    console = _console(as_json)
+    names = [name.strip() for name in methods.split(",") if name.strip()]
+    choose_players(names)  # a wrong name shows before anything is loaded
+    language_model, tokenizer = load_model(model)
+    result = play_demo(language_model, tokenizer, console, conversations, turns, names)
+    try:
+        save_plot(result, plot)
+        console.print(f"plot: {plot}", soft_wrap=True, highlight=False)
+    except MissingPackageError as error:
+        console.print(f"no plot: {error}", soft_wrap=True, highlight=False, markup=False)
+    if as_json:
+        print(json.dumps(result))
+
+
+# ---------------------------------------------------------------------- train
+
+
+@app.command(epilog="Example: ccm train --out runs/merge --rule merge --slots 16 --steps 500")
+def train(
+    out: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="Checkpoints, log and adapter; a run resumes from it.")
+    ],
+    rule: Annotated[
+        str, typer.Option(help="How slots enter the memory: concat, merge, ema, replace, bounded.")
+    ] = "concat",
+    slots: Annotated[int, typer.Option(help="Slots per segment.")] = 4,
+    rank: Annotated[int, typer.Option(help="Of the conditional LoRA; its alpha is twice that.")] = 8,
+    targets: Annotated[str, typer.Option(help="Adapted projections: attention or all.")] = "attention",
+    objective: Annotated[
+        str, typer.Option(help="distill (the base model with full context) or ce (the text).")
+    ] = "distill",
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 1000,
+    minutes: Annotated[
+        float, typer.Option(help="Stop after so many minutes of training; 0 is no limit.")
+    ] = 0.0,
+    rows: Annotated[int, typer.Option(help="Rows per forward pass.")] = 4,
+    accumulate: Annotated[int, typer.Option(help="Forward passes per step.")] = 1,
+    turns: Annotated[
+        str, typer.Option(metavar="10,20", help="Turns per row; several are drawn from.")
+    ] = "10",
+    facts: Annotated[float, typer.Option(help="Share of rows with planted facts that are asked for.")] = 0.0,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
+    windows: Annotated[
+        str, typer.Option(metavar="0,32,64", help="Recent windows to draw from, in tokens.")
+    ] = "",
+    slot_choices: Annotated[str, typer.Option(metavar="1,2,4", help="Numbers of slots to draw from.")] = "",
+    init_from: Annotated[str | None, typer.Option(help="Adapter whose weights are the start.")] = None,
+    model: Model = None,
+    seed: Annotated[int, typer.Option(help="Of weights, data order and draws.")] = 0,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="all cores")] = None,
+    bf16: Annotated[bool, typer.Option(help="Run the frozen model in bfloat16.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Train an adapter on real conversations; Ctrl-C saves, the same command goes on."""
+    drawn: dict[str, Any] = {
+        "turns": _numbers("--turns", turns),
+        "window_choices": _numbers("--windows", windows),
+        "slot_choices": _numbers("--slot-choices", slot_choices),
+    }
+    import torch
+
+    from .compressor import CompressorConfig
+    from .models import load_model
+    from .training import TrainConfig, Trainer
+
+    config = TrainConfig(
+        compressor=CompressorConfig(
+            slots=slots, rule=rule, rank=rank, alpha=2.0 * rank, target_modules=targets, seed=seed
+        ),
+        init_from=init_from,
+        objective=objective,
+        steps=steps,
+        minutes=minutes,
+        rows=rows,
+        accumulate=accumulate,
+        facts=facts,
+        lr=lr,
+        **drawn,
+        bf16=bf16,
+        seed=seed,
+    )
+    if threads is not None:
+        if threads < 1:
+            raise ConfigError(f"--threads: got {threads}, expected at least 1")
+        torch.set_num_threads(threads)
+    console = _console(as_json)
+    language_model, tokenizer = load_model(model)
+    trainer = Trainer(language_model, tokenizer, config, out)
+    if trainer.step:
+        console.print(f"resuming {out} at step {trainer.step}", highlight=False)
+    report = _run_training(trainer, config, console)
+    adapter = out / "adapter"
+    if not report:
+        console.print(f"this run was finished already, at step {trainer.step}", highlight=False)
+    console.print(f"adapter: {adapter}", soft_wrap=True, highlight=False)
+    if as_json:
+        best = {"best_recovered_share": trainer.best, "adapter": str(adapter), "config": asdict(config)}
+        print(json.dumps({"step": trainer.step, "tokens": trainer.tokens, **report, **best}))
+
+
+def _run_training(trainer: Trainer, config: TrainConfig, console: Console) -> dict[str, Any]:
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(f"step {trainer.step}", total=1.0)
+        bar.update(task, completed=trainer.progress)
+
+        def on_report(report: dict[str, Any]) -> None:
+            line = f"step {report['step']} · loss {report['loss']:.3f} · {report['tokens_per_second']:.0f} tokens/s"
+            bar.update(task, completed=trainer.progress, description=line)
+            if "recovered_share" in report:
+                shares = [
+                    f"{key.replace('_', ' ')} {value:.3f}" for key, value in report.items() if "share" in key
+                ]
+                quality = f"perplexity {report['perplexity']:.2f} · {' · '.join(shares)}"
+                bar.console.print(f"{line} · {quality}", highlight=False, soft_wrap=True)
+
+        try:
+            return trainer.run(on_report)
+        except KeyboardInterrupt:
+            console.print(
+                f"saved at step {trainer.step} of {config.steps} in {trainer.folder}; run the same command to go on",
+                highlight=False,
+            )
+            raise
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise ConfigError(
+            f"{option}: got {text!r}, expected whole numbers with commas, such as 0,32,64"
+        ) from None
+
+
+# ---------------------------------------------------------------------- memory, doctor
+
+
+@memory_app.command(epilog="Example: ccm memory inspect chat.ccm --json")
+def inspect(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A memory or a saved session.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show what a memory file holds, and that it is intact."""
+    from rich.table import Table
+
+    from .memory import Memory, describe
+
+    memory, metadata = Memory.load(file)
+    rows = describe(memory)
+    session = json.loads(metadata["session"]) if "session" in metadata else None
+    if as_json:
+        result = {"file": str(file), "format": metadata["format"], "fingerprint": memory.fingerprint}
+        print(json.dumps({**result, "nbytes": memory.nbytes, "rows": rows, "session": session}))
+        return
+    console = _console()
+    made_by = "model-adapter " + memory.fingerprint
+    kind = f"session of {session['turns']} turns, budget {session['budget']}" if session else "memory"
+    console.print(f"{file}: {kind}\nmade by {made_by}", soft_wrap=True, highlight=False, markup=False)
+    table = Table(*(key.replace("_", " ") for key in rows[0]))
+    for row in rows:
+        table.add_row(*(f"{value:,}" for value in row.values()))
+    console.print(table)
+
+
+@app.command(epilog="Example: ccm doctor --json")
+def doctor(as_json: AsJson = False) -> None:
+    """Show what is installed, what would work, and the command that mends what is missing."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from .doctor import checks
+
+    found = checks()
+    broken = [check for check in found if check.required and not check.ok]
+    if as_json:
+        print(json.dumps({"ok": not broken, "checks": [asdict(check) for check in found]}))
+    else:
+        table = Table("", "check", "found", "what to do", box=None, padding=(0, 1))
+        for check in found:
+            mark = ("✓", "green") if check.ok else ("✗", "red") if check.required else ("–", "yellow")
+            table.add_row(Text(*mark), check.name, Text(check.found), Text(check.fix))
+        console = _console()
+        console.print(table)
+        console.print(f"{len(broken)} required checks failed" if broken else "ready")
+    if broken:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

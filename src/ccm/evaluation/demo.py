@@ -1,0 +1,287 @@
+"""Held-out conversations, turn by turn, through every method at once.
+
+Each turn is scored by the base model reading what the method holds of the turns before, then taken in. The
+targets are the turns from the fifth on.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console, Group
+from rich.filesize import decimal
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedModel
+
+from ..data import chitchat
+from ..data.rows import ConversationRow, held_out_rows
+from ..errors import ConfigError
+from ..methods import Method, get_method, list_methods
+from ..methods.compressed import Compressed
+from ..methods.streaming import StreamingRun
+from ..reader import Reader, base_name
+from .share import Nll, bootstrap_share, recovered_share, turn_nll
+
+FIRST = 4  # index of the first target turn
+DEFAULT = ("none", "full", "window", "ccm-concat", "ccm-merge")
+
+
+@dataclass(frozen=True)
+class Player:
+    """A method under a name; with ``same_bytes_as`` it gets as many KV bytes as that player holds, turn by turn."""
+
+    name: str
+    method: Method
+    same_bytes_as: str | None = None
+
+
+@dataclass(frozen=True)
+class Score:
+    """One turn under one method: summed NLL in nats, target tokens, KV bytes that were read, seconds."""
+
+    nll: float
+    tokens: int
+    kv_bytes: int
+    seconds: float
+
+
+@dataclass
+class Trace:
+    """All scores of one method: a list of turns for each conversation."""
+
+    rows: list[list[Score]] = field(default_factory=list)
+
+    def targets(self) -> Nll:
+        """NLL of the target turns, a row per conversation that has reached them."""
+        scored = [row[FIRST:] for row in self.rows if len(row) > FIRST]
+        return Nll(
+            tuple(sum(score.nll for score in row) for row in scored),
+            tuple(sum(score.tokens for score in row) for row in scored),
+        )
+
+    def nll_at(self, turn: int) -> float:
+        scores = [row[turn] for row in self.rows]
+        return sum(score.nll for score in scores) / sum(score.tokens for score in scores)
+
+    def kv_bytes_at(self, turn: int) -> float:
+        return sum(row[turn].kv_bytes for row in self.rows) / len(self.rows)
+
+    @property
+    def seconds(self) -> float:
+        return sum(score.seconds for row in self.rows for score in row)
+
+
+def choose_players(names: Sequence[str]) -> list[Player]:
+    """Players by method name or adapter folder; "none" and "full" always play, the share needs them.
+
+    "window" becomes one player for each compressed one, at its KV bytes: ``window`` for the first, and
+    ``window-merge`` for ``ccm-merge`` after it.
+
+    Raises:
+        UnknownNameError: a name that is neither a method nor a folder with ``ccm_config.json``.
+    """
+    players = [Player(name, get_method(name)) for name in ("none", "full")]
+    for name in dict.fromkeys(names):
+        if name in ("none", "full", "window"):
+            continue
+        if name not in list_methods() and (Path(name) / "ccm_config.json").is_file():
+            short = Path(name).name
+            taken = any(player.name == short for player in players)
+            players.append(Player(name if taken else short, Compressed(adapter=name)))
+        else:
+            players.append(Player(name, get_method(name)))
+    if "window" in names:
+        compressed = [player.name for player in players if isinstance(player.method, Compressed)]
+        for index, name in enumerate(compressed):
+            row = f"window-{name.removeprefix('ccm-')}" if index else "window"
+            players.append(Player(row, get_method("window"), same_bytes_as=name))
+        if not compressed:
+            players.append(Player("window", get_method("window")))
+    return players
+
+
+def play(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    rows: Sequence[ConversationRow],
+    players: Sequence[Player],
+    on_turn: Callable[[int, int, dict[str, Trace]], None] = lambda row, turn, traces: None,
+) -> dict[str, Trace]:
+    """Score every turn of every row under every player; a player comes after the one whose bytes it gets.
+
+    Args:
+        on_turn: called with (row, turn, traces so far) before a turn is played.
+    """
+    traces = {player.name: Trace() for player in players}
+    per_token = Reader(model).kv_bytes_per_token()
+    for r, row in enumerate(rows):
+        runs = {player.name: player.method.open(model, tokenizer) for player in players}
+        for trace in traces.values():
+            trace.rows.append([])
+        for turn, (ids, content) in enumerate(zip(row.segments, row.content, strict=True)):
+            on_turn(r, turn, traces)
+            for player in players:
+                run = runs[player.name]
+                started = time.perf_counter()
+                if turn:
+                    if player.same_bytes_as and isinstance(run, StreamingRun):
+                        run.resize(runs[player.same_bytes_as].kv_bytes // per_token)
+                    run.append(row.segments[turn - 1])
+                nll, tokens = turn_nll(run.logits(ids), ids, content)
+                seconds = time.perf_counter() - started
+                traces[player.name].rows[-1].append(Score(nll, tokens, run.kv_bytes, seconds))
+    return traces
+
+
+def demo(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    console: Console,
+    conversations: int = 8,
+    turns: int = 10,
+    methods: Sequence[str] = DEFAULT,
+) -> dict[str, Any]:
+    """Play held-out test conversations with a live table on ``console``.
+
+    Returns:
+        ``{"task", "turns", "methods": {name: {"nll", "perplexity", "recovered_share", "kv_bytes", "seconds",
+        ...}}, ...}``: NLL in nats per target token; ``kv_bytes`` the mean over conversations of what is read
+        at the last turn; ``seconds`` the total of taking in and scoring all turns.
+
+    Raises:
+        ConfigError: too few turns to have a target, or fewer conversations than asked for.
+        UnknownNameError: an unknown method.
+    """
+    if turns <= FIRST:
+        raise ConfigError(
+            f"turns: got {turns}, expected at least {FIRST + 1}, because turn {FIRST + 1} is scored"
+        )
+    if conversations < 1:
+        raise ConfigError(f"conversations: got {conversations}, expected at least 1")
+    players = choose_players(methods)
+    rows = held_out_rows(chitchat.load_chitchat("test"), tokenizer, turns)
+    if len(rows) < conversations:
+        raise ConfigError(
+            f"conversations: got {conversations}, but {len(rows)} held-out ones have {turns} turns; ask for fewer"
+        )
+    rows = rows[:conversations]
+    for player in players:
+        player.method.open(
+            model, tokenizer
+        )  # loads adapters, so that seconds and errors do not come mid-play
+    view = _View(players, rows, tokenizer)
+    with Live(view, console=console, refresh_per_second=4, transient=True):
+        traces = play(model, tokenizer, rows, players, view.on_turn)
+    console.print(_table(players, traces, final=True))
+    return {
+        "task": "chitchat",
+        "split": "test",
+        "conversations": conversations,
+        "turns": turns,
+        "first_target_turn": FIRST + 1,
+        "model": base_name(model),
+        "methods": {player.name: _summary(player, traces, turns) for player in players},
+    }
+
+
+def _summary(player: Player, traces: dict[str, Trace], turns: int) -> dict[str, Any]:
+    trace = traces[player.name]
+    none, full, own = (t.targets() for t in (traces["none"], traces["full"], trace))
+    result = {
+        "nll": own.mean,
+        "perplexity": math.exp(own.mean),
+        "recovered_share": recovered_share(none.mean, full.mean, own.mean),
+        "share_ci": bootstrap_share(none, full, own),
+        "kv_bytes": trace.kv_bytes_at(turns - 1),
+        "seconds": trace.seconds,
+        "nll_by_turn": [trace.nll_at(turn) for turn in range(turns)],
+        "kv_bytes_by_turn": [trace.kv_bytes_at(turn) for turn in range(turns)],
+    }
+    return result | ({"same_bytes_as": player.same_bytes_as} if player.same_bytes_as else {})
+
+
+class _View:
+    """What is on the screen while conversations play."""
+
+    def __init__(self, players: Sequence[Player], rows: Sequence[ConversationRow], tokenizer: Any):
+        self.players, self.rows, self.tokenizer = players, rows, tokenizer
+        self.progress = Progress(
+            TextColumn("turns"), BarColumn(bar_width=None), MofNCompleteColumn(), TimeRemainingColumn()
+        )
+        self.task = self.progress.add_task("", total=sum(len(row.segments) for row in rows))
+        self.traces: dict[str, Trace] = {}
+        self.panel = Panel("")
+
+    def on_turn(self, r: int, turn: int, traces: dict[str, Trace]) -> None:
+        row = self.rows[r]
+        ids, (start, stop) = row.segments[turn], row.content[turn]
+        speaker, text = (
+            self.tokenizer.decode(list(part), skip_special_tokens=True).strip()
+            for part in (ids[:start], ids[start:stop])
+        )
+        where = f"conversation {r + 1} of {len(self.rows)} · turn {turn + 1} of {len(row.segments)}"
+        line = Text.assemble(
+            (f"{speaker} ", "bold cyan"), " ".join(text.split()), overflow="ellipsis", no_wrap=True
+        )
+        self.panel = Panel(line, title=where + (" · scored" if turn >= FIRST else ""), title_align="left")
+        self.traces = traces
+        self.progress.update(self.task, completed=sum(len(row) for row in traces["none"].rows))
+
+    def __rich__(self) -> Group:
+        if not self.traces:
+            return Group(self.progress)
+        return Group(self.panel, _table(self.players, self.traces), self.progress)
+
+
+def _table(players: Sequence[Player], traces: dict[str, Trace], final: bool = False) -> Table:
+    windows = [(p.name, p.same_bytes_as) for p in players if p.same_bytes_as]
+    notes = [f"{name} = sink + recent tokens, same KV bytes as {other}" for name, other in windows]
+    table = Table(
+        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption="\n".join(notes) or None, caption_justify="left"
+    )
+    table.add_column("method", no_wrap=True)
+    interval = ("95 % CI",) if final else ()
+    columns = ("NLL", "per-\nplexity", "recovered\nshare", *interval, "KV bytes", "times\nless", "sec.")
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    if not traces:
+        return table
+    none, full = traces["none"].targets(), traces["full"].targets()
+    for player in players:
+        trace = traces[player.name]
+        own, held = trace.targets(), _bytes_now(trace, final)
+        cells = ["", "", "", *("" for _ in interval)]
+        if len(own.total) == len(none.total) == len(full.total) > 0:
+            share = recovered_share(none.mean, full.mean, own.mean)
+            cells[:3] = f"{own.mean:.3f}", f"{math.exp(own.mean):.2f}", f"{share:.3f}"
+            if final and player.name not in ("none", "full"):
+                low, high = bootstrap_share(none, full, own)
+                cells[3] = f"{low:.2f}, {high:.2f}"
+        ratio = f"{_bytes_now(traces['full'], final) / held:.1f}×" if held else ""
+        style = "bold" if isinstance(player.method, Compressed) else None
+        table.add_row(
+            player.name,
+            *cells,
+            decimal(round(held)) if held else "0",
+            ratio,
+            f"{trace.seconds:.1f}",
+            style=style,
+        )
+    return table
+
+
+def _bytes_now(trace: Trace, final: bool) -> float:
+    """At the end the mean over conversations at their last turn, before that what is held now."""
+    if final:
+        return trace.kv_bytes_at(-1)
+    return next((row[-1].kv_bytes for row in reversed(trace.rows) if row), 0)

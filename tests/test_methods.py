@@ -1,0 +1,213 @@
+"""Every context memory behind the one protocol, on tiny random models."""
+
+from __future__ import annotations
+
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import VOCAB, random_rows, scramble, tiny_model
+
+from ccm import get_method, list_methods
+from ccm.compressor import Compressor, CompressorConfig
+from ccm.errors import ConfigError, UnknownNameError
+from ccm.methods import Method, Run, register
+from ccm.methods.base import METHODS
+
+SEGMENTS = random_rows([[6, 9, 5, 7]])[0]
+ENTRY = 2 * 2 * 2 * 8 * 4  # keys and values, 2 layers, 2 KV heads of 8, fp32: bytes of one token
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Adapter folders for the tiny llama, by method name."""
+    folder = tmp_path_factory.mktemp("adapters")
+    for name, rule in (("ccm-concat", "concat"), ("ccm-merge", "mean")):
+        scramble(Compressor(tiny_model(), CompressorConfig(slots=3, rule=rule))).save_pretrained(
+            folder / name
+        )
+    return {name: str(folder / name) for name in ("ccm-concat", "ccm-merge")}
+
+
+@pytest.fixture(params=["none", "full", "streaming-llm", "window", "ccm-concat", "ccm-merge"])
+def method(request: pytest.FixtureRequest, adapters: dict[str, str]) -> Method:
+    options = {"adapter": adapters[request.param]} if request.param in adapters else {}
+    return get_method(request.param, **options)
+
+
+def fed(method: Method, segments: list[list[int]]) -> Run:
+    run = method.open(tiny_model())
+    for segment in segments:
+        run.append(segment)
+    return run
+
+
+def test_every_method_takes_in_and_scores(method: Method) -> None:
+    run = fed(method, SEGMENTS[:2])
+    before = run.kv_bytes
+    first, again = run.logits(SEGMENTS[2]), run.logits(SEGMENTS[2])
+    assert first.shape == (len(SEGMENTS[2]), VOCAB)
+    assert torch.equal(first, again), "scoring changed what the run holds"
+    assert run.kv_bytes == before
+
+
+def test_a_fork_is_independent(method: Method) -> None:
+    run = fed(method, SEGMENTS[:2])
+    before, held = run.logits(SEGMENTS[3]), run.kv_bytes
+    twin = run.fork()
+    twin.append(SEGMENTS[2])
+    assert torch.equal(run.logits(SEGMENTS[3]), before)
+    assert run.kv_bytes == held
+    if method.name != "none":
+        assert not torch.allclose(twin.logits(SEGMENTS[3]), before, atol=1e-2)
+
+
+def test_none_is_the_base_model_on_the_segment_alone() -> None:
+    expected = tiny_model()(torch.tensor([SEGMENTS[2]])).logits[0]
+    run = fed(get_method("none"), SEGMENTS[:2])
+    assert torch.allclose(run.logits(SEGMENTS[2]), expected, atol=1e-5)
+    assert run.kv_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        ("full", "llama"),
+        ("full", "mistral"),
+        ("full", "gpt_neox"),
+        ("streaming-llm", "llama"),
+        ("streaming-llm", "gpt_neox"),
+    ],
+)
+def test_full_context_is_the_base_model_on_the_whole_text(name: str, family: str) -> None:
+    """So is a streaming cache that never overflows (but for models that slide themselves: its sink stays)."""
+    model = tiny_model(family)
+    whole = model(torch.tensor([[*chain(*SEGMENTS)]])).logits[0]
+    run, start = get_method(name).open(tiny_model(family)), 0
+    for segment in SEGMENTS:
+        assert torch.allclose(run.logits(segment), whole[start : start + len(segment)], atol=1e-4)
+        run.append(segment)
+        start += len(segment)
+    if family == "llama":
+        assert run.kv_bytes == start * ENTRY
+
+
+def test_streaming_keeps_sink_and_newest_tokens_as_they_were_computed() -> None:
+    run = get_method("streaming-llm", sink=2, window=5).open(tiny_model())
+    full = get_method("full").open(tiny_model())
+    run.append(SEGMENTS[0] + SEGMENTS[1])
+    full.append(SEGMENTS[0] + SEGMENTS[1])
+    held, whole = run.memory.rows[0], full.memory.rows[0].window
+    assert run.kv_bytes == 7 * ENTRY
+    assert torch.equal(held.sink.keys, whole.keys[:, :, :2])
+    assert torch.equal(held.window.keys, whole.keys[:, :, -5:])
+    newest = held.window.values[:, :, -3:]
+    run.append(SEGMENTS[2][:2])
+    assert torch.equal(run.memory.rows[0].window.values[:, :, :3], newest), "old entries were computed again"
+
+
+def test_streaming_budget_can_move() -> None:
+    run = get_method("window").open(tiny_model())
+    run.resize(0)
+    assert run.kv_bytes == 0
+    run.resize(5)
+    run.append(SEGMENTS[0] + SEGMENTS[1])
+    assert [run.memory.rows[0].sink.length, run.memory.rows[0].window.length] == [1, 4]
+    run.resize(12)
+    run.append(SEGMENTS[2])
+    assert [run.memory.rows[0].sink.length, run.memory.rows[0].window.length] == [4, 8]
+    full = fed(get_method("full"), [SEGMENTS[0] + SEGMENTS[1]])
+    assert torch.equal(run.memory.rows[0].sink.keys, full.memory.rows[0].window.keys[:, :, :4])
+    assert run.kv_bytes == 12 * ENTRY
+
+
+@pytest.mark.parametrize(("name", "slots"), [("ccm-concat", 9), ("ccm-merge", 3)])
+def test_compressed_methods_are_the_compressor(name: str, slots: int, adapters: dict[str, str]) -> None:
+    compressor = Compressor.from_pretrained(tiny_model(), adapters[name])
+    memory = None
+    for segment in SEGMENTS[:3]:
+        memory = compressor.compress([segment], memory)
+    run = fed(get_method(name, adapter=adapters[name]), SEGMENTS[:3])
+    assert torch.equal(run.logits(SEGMENTS[3]), compressor.logits([SEGMENTS[3]], memory)[0])
+    assert run.kv_bytes == memory.nbytes == slots * ENTRY
+
+
+def test_compressed_options(adapters: dict[str, str]) -> None:
+    method = get_method("ccm-concat", adapter=adapters["ccm-concat"], slots=2, sink=3, window=8, rule="ema")
+    run = fed(method, SEGMENTS[:3])
+    row = run.memory.rows[0]
+    assert [row.sink.length, row.slots.length, row.window.length] == [3, 2, 5]
+
+
+def test_runs_of_one_model_share_the_compressor(adapters: dict[str, str]) -> None:
+    model, method = tiny_model(), get_method("ccm-merge", adapter=adapters["ccm-merge"])
+    assert method.open(model).reader is method.open(model).reader
+    other = get_method("ccm-merge", adapter=adapters["ccm-merge"], rule="ema")
+    assert other.open(model).reader is not method.open(model).reader
+
+
+def test_two_adapters_on_one_model_do_not_meet(adapters: dict[str, str]) -> None:
+    model = tiny_model()
+    both = [get_method(name, adapter=folder) for name, folder in adapters.items()]
+    runs = [method.open(model) for method in both]
+    for method, run in zip(both, runs, strict=True):
+        run.append(SEGMENTS[0])
+        alone = fed(method, SEGMENTS[:1])
+        assert torch.equal(run.logits(SEGMENTS[1]), alone.logits(SEGMENTS[1]))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("none", {"sink": 1}),
+        ("streaming-llm", {"sink": -1}),
+        ("streaming-llm", {"window": -1}),
+        ("ccm-merge", {"slots": 0}),
+        ("ccm-merge", {"budget": 3}),
+    ],
+)
+def test_bad_options_are_refused(name: str, options: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match=name):
+        get_method(name, **options)
+
+
+def test_unknown_names_are_refused(adapters: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(UnknownNameError, match="expected one of ccm-concat"):
+        get_method("h2o")
+    with pytest.raises(ConfigError, match="no adapter"):
+        get_method("ccm-merge", adapter=str(tmp_path)).open(tiny_model())
+    with pytest.raises(ConfigError, match="slots is 4"):
+        get_method("ccm-merge", adapter=adapters["ccm-merge"], slots=4).open(tiny_model())
+
+
+def test_an_empty_segment_is_refused_and_changes_nothing(method: Method) -> None:
+    run = fed(method, SEGMENTS[:1])
+    before = run.kv_bytes
+    with pytest.raises(ConfigError):
+        run.append([])
+    assert run.kv_bytes == before
+
+
+def test_a_new_method_joins_by_registration(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Ours(Method):
+        def open(self, model, tokenizer=None):
+            return get_method("none").open(model)
+
+    for name in ("ours", "mine"):  # undone after the test
+        monkeypatch.setitem(METHODS, name, Ours)
+    register("ours", "mine")(Ours)
+    assert {"ours", "mine"} <= set(list_methods())
+    assert get_method("mine").name == "ours"
+
+
+@pytest.mark.parametrize("name", ["ccm-concat", "ccm-merge"])
+def test_shipped_adapters_open_by_name(name: str) -> None:
+    from ccm import load_default_model, shipped_adapters
+
+    if name not in shipped_adapters():
+        pytest.skip(f"the adapter {name} is not in this package yet")
+    model, tokenizer = load_default_model()
+    run = get_method(name).open(model, tokenizer)
+    run.append(tokenizer.encode("My cat is called Miso."))
+    assert run.kv_bytes > 0
