@@ -58,7 +58,7 @@ def main() -> None:
                     return plain(input_ids=ids, past_key_values=cache, use_cache=True)
 
                 row = measure(
-                    prefill, lambda ids=ids, memory=memory: compressor.compress(ids, memory), repeats
+                    prefill, lambda ids=ids, memory=memory, c=compressor: c.compress(ids, memory), repeats
                 )
                 rows.append({"adapter": adapter, "segment": length, "memory_slots": memory.slots, **row})
     store("fold_cost", {"task": "fold a segment against prefilling it", "rows": rows})

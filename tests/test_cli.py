@@ -10,9 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import tokenizers
-from tiny import scramble, tiny_model
-from transformers import PreTrainedTokenizerFast
+from tiny import scramble, tiny_model, tiny_tokenizer
 
 import ccm
 import ccm.repl
@@ -23,10 +21,6 @@ from ccm.evaluation.demo import choose_players
 from ccm.session import Session
 from ccm.training import TrainConfig, Trainer
 
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 COMMANDS = ["chat", "demo", "train", "doctor", "memory", "memory inspect"]
 
 
@@ -34,20 +28,7 @@ COMMANDS = ["chat", "demo", "train", "doctor", "memory", "memory inspect"]
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with ``model``, and adapters ``ccm-concat`` and ``ccm-merge`` for it."""
     home = tmp_path_factory.mktemp("cli")
-    special = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
-    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    words = tokenizers.Tokenizer(
-        tokenizers.models.BPE({piece: i for i, piece in enumerate([*special, *letters])}, [])
-    )
-    words.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    words.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words,
-        pad_token=special[0],
-        eos_token=special[2],
-        additional_special_tokens=special[1:],
-        chat_template=TEMPLATE,
-    )
+    tokenizer = tiny_tokenizer()
     model = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=1024)
     model.save_pretrained(home / "model")
     tokenizer.save_pretrained(home / "model")

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import tokenizers
 import torch
 import transformers as hf
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from ccm.compressor import Compressor, CompressorConfig
 from ccm.families import FAMILIES
@@ -103,3 +105,28 @@ def history(compressor: Compressor, segments: Sequence[Sequence[int]], **sizes: 
     for segment in segments:
         memory = compressor.compress([segment], memory, **sizes)
     return memory
+
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes as words, and a ChatML template."""
+    special = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    words = tokenizers.Tokenizer(
+        tokenizers.models.BPE({piece: i for i, piece in enumerate([*special, *letters])}, [])
+    )
+    words.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        pad_token=special[0],
+        eos_token=special[2],
+        additional_special_tokens=special[1:],
+        chat_template=TEMPLATE,
+    )
+    return tokenizer

@@ -9,8 +9,8 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "Compressor": "compressor",
-    "CompressorConfig": "compressor",
-    "shipped_adapters": "compressor",
+    "CompressorConfig": "config",
+    "shipped_adapters": "storage.adapter_folder",
     "Reader": "reader",
     "Memory": "memory",
     "Session": "session",

@@ -14,70 +14,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from peft import LoraConfig, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from . import attention, gate
-from .errors import ConfigError, MismatchError, UnknownNameError
+from .config import CompressorConfig
+from .errors import ConfigError, MismatchError
 from .families import resolve_targets
 from .memory import KV, Memory, Row
-from .reader import Ids, Reader, base_name, model_fingerprint, shape_fingerprint
+from .reader import Ids, Reader, model_fingerprint
 from .rules import get_rule
 from .segments import Layout, lay_out
-
-log = logging.getLogger(__name__)
-SHIPPED = Path(__file__).parent / "adapters"
-
-
-@dataclass(frozen=True)
-class CompressorConfig:
-    """Everything that defines a compressor.
-
-    Attributes:
-        slots: COMP tokens per segment (n). Fewer can be used at run time: the first k of n.
-        rule: how blocks enter the memory: concat, mean (alias merge), ema, replace, bounded.
-        rule_options: options of the rule, for instance ``{"weight": 0.3}`` for ema.
-        sink: first raw tokens that stay for ever.
-        window: recent raw tokens that stay beside the slots.
-        rank, alpha: of the conditional LoRA.
-        target_modules: "attention", "all" (feed-forward too) or a list of module names.
-        comp_positions: where COMP tokens are computed, "after" their segment or at the place of their "slot".
-        seed: of the initial weights.
-    """
-
-    slots: int = 4
-    rule: str = "concat"
-    rule_options: dict[str, Any] = field(default_factory=dict)
-    sink: int = 0
-    window: int = 0
-    rank: int = 8
-    alpha: float = 16.0
-    target_modules: str | tuple[str, ...] = "attention"
-    comp_positions: str = "after"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in (("slots", 1), ("rank", 1), ("sink", 0), ("window", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ConfigError(
-                    f"CompressorConfig.{name}: got {value!r}, expected a whole number >= {least}"
-                )
-        if self.comp_positions not in ("after", "slot"):
-            raise UnknownNameError("comp_positions", self.comp_positions, ["after", "slot"])
-        get_rule(self.rule, **self.rule_options)
+from .storage import adapter_folder
 
 
 @dataclass(frozen=True)
@@ -293,24 +249,12 @@ class Compressor(Reader):
         return self._print[1]
 
     def save_pretrained(self, folder: str | os.PathLike[str], dtype: torch.dtype = torch.bfloat16) -> None:
-        """Write a PEFT adapter folder with ``comp_embeddings.safetensors`` and ``ccm_config.json`` beside it."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        lora = get_peft_model_state_dict(self.model, adapter_name=self.adapter)
-        prefix = "base_model.model."
-        lora = {
-            k if k.startswith(prefix) else prefix + k: v.to(dtype).contiguous().cpu() for k, v in lora.items()
-        }
-        save_file(lora, folder / "adapter_model.safetensors", {"format": "pt"})
-        save_file({"comp_embeddings": self.comp_embeddings.detach().to(dtype).cpu()}, folder / COMP_FILE)
-        lora_config = self.model.peft_config[self.adapter]
-        lora_config.base_model_name_or_path = base_name(self.model)
-        lora_config.save_pretrained(folder)
-        settings = {
-            "base_model": {"name": base_name(self.model), "fingerprint": model_fingerprint(self.model)},
-            **asdict(self.config),
-        }
-        (folder / "ccm_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        """Write a PEFT adapter folder with ``comp_embeddings.safetensors`` and ``ccm_config.json`` beside it.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        adapter_folder.save(self, Path(folder), dtype)
 
     @classmethod
     def from_pretrained(
@@ -324,43 +268,31 @@ class Compressor(Reader):
             changes: of slots, rule, rule_options, sink and window, for instance ``window=64``.
 
         Raises:
-            ConfigError: there is no such adapter.
+            ConfigError: there is no such adapter, or it is damaged.
             MismatchError: it was trained for another model.
         """
-        folder = find_adapter(name)
-        try:
-            settings = json.loads((folder / "ccm_config.json").read_text())
-            base = settings.pop("base_model")
-            if isinstance(settings["target_modules"], list):
-                settings["target_modules"] = tuple(settings["target_modules"])
-            trained = CompressorConfig(**settings)
-            lora = load_file(folder / "adapter_model.safetensors")
-            comp = load_file(folder / COMP_FILE)["comp_embeddings"]
-        except (OSError, TypeError, ValueError, KeyError, SafetensorError) as error:
-            raise ConfigError(f"adapter {name}: {folder} is incomplete or damaged ({error})") from error
-        if unknown := set(changes) - set(CHANGEABLE):
-            raise UnknownNameError("setting of a trained adapter", unknown.pop(), list(CHANGEABLE))
-        config = replace(trained, **changes)
-        if config.slots > len(comp):
-            raise ConfigError(f"adapter {name} has {len(comp)} slots per segment, got slots={config.slots}")
-        width = model.get_input_embeddings().weight.shape[1]
-        if comp.shape[1] != width or base["fingerprint"].split(".")[0] != shape_fingerprint(model):
-            raise MismatchError(
-                f"adapter {name} is for {base['name']} (hidden size {comp.shape[1]}), "
-                f"got {base_name(model)} (hidden size {width}); load that model or train an adapter for this one"
-            )
-        if base["fingerprint"] != model_fingerprint(model):
-            log.warning(
-                "adapter %s was trained on other weights of %s; quality may differ", name, base["name"]
-            )
-        compressor = cls(model, config)
-        result = set_peft_model_state_dict(model, lora, adapter_name=compressor.adapter)
-        if result.unexpected_keys:
-            raise MismatchError(
-                f"adapter {name}: weights {result.unexpected_keys[:2]} fit nowhere in this model"
-            )
-        compressor.comp_embeddings.data.copy_(comp[: config.slots])
+        found = adapter_folder.read(name, model, changes)
+        compressor = cls(model, found.config)
+        compressor.load_weights(found.lora, found.comp_embeddings)
         return compressor
+
+    def load_weights(self, lora: dict[str, Tensor], comp_embeddings: Tensor) -> None:
+        """Put trained weights in place.
+
+        Args:
+            lora: by PEFT's names.
+            comp_embeddings: (n, d), of which the first ``config.slots`` are used.
+
+        Raises:
+            MismatchError: some weights are missing or fit nowhere.
+        """
+        result = set_peft_model_state_dict(self.model, lora, adapter_name=self.adapter)
+        missing = [key for key in result.missing_keys if f".{self.adapter}." in key]
+        if missing or result.unexpected_keys:
+            raise MismatchError(
+                f"the adapter's weights do not fit: {(missing or result.unexpected_keys)[:2]}"
+            )
+        self.comp_embeddings.data.copy_(comp_embeddings[: self.config.slots])
 
     # ------------------------------------------------------------------ small things
 
@@ -370,31 +302,3 @@ class Compressor(Reader):
         if value < (name == "slots") or (most is not None and value > most):
             raise ConfigError(f"{name}: got {value}, expected {'1' if most else '0'} to {most or 'any size'}")
         return value
-
-
-#: What may differ from the way an adapter was trained.
-CHANGEABLE = ("slots", "rule", "rule_options", "sink", "window")
-COMP_FILE = "comp_embeddings.safetensors"
-
-
-def shipped_adapters() -> list[str]:
-    """Names of the adapters inside the package."""
-    return sorted(path.parent.name for path in SHIPPED.glob("*/ccm_config.json"))
-
-
-def find_adapter(name: str | os.PathLike[str]) -> Path:
-    """The folder of an adapter: a folder, a shipped name, or a hub id (downloaded).
-
-    Raises:
-        ConfigError: it is none of the three.
-    """
-    for folder in (Path(name), SHIPPED / str(name)):
-        if (folder / "ccm_config.json").is_file():
-            return folder
-    try:
-        return Path(snapshot_download(str(name)))
-    except Exception as error:  # the hub client raises many kinds
-        raise ConfigError(
-            f"no adapter {str(name)!r}: not a folder with ccm_config.json, not on the hub, and not one of the "
-            f"shipped {', '.join(shipped_adapters()) or '(none)'}"
-        ) from error

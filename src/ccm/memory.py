@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 from torch import Tensor
 from transformers import DynamicCache
 
-from .errors import MemoryFileError, MismatchError, StorageError
+from .errors import MemoryFileError, MismatchError
 from .rotary import Rotary, rotate
-
-FORMAT = "ccm-memory/1"
 
 
 class KV(NamedTuple):
@@ -181,25 +173,9 @@ class Memory:
             StorageError: the file cannot be written; nothing half-written is left.
             MemoryFileError: the memory holds NaN.
         """
-        self.check_finite()
-        tensors = {
-            f"{r}.{name}.{part}": tensor.contiguous()
-            for r, row in enumerate(self.rows)
-            for name in ("sink", "slots", "window")
-            for part, tensor in zip(("keys", "values"), getattr(row, name), strict=True)
-        }
-        counters = [
-            {k: v for k, v in row.__dict__.items() if k not in ("sink", "slots", "window")}
-            for row in self.rows
-        ]
-        metadata = {
-            "format": FORMAT,
-            "fingerprint": self.fingerprint,
-            "rows": json.dumps(counters),
-            **(extra or {}),
-        }
-        metadata["digest"] = _digest(tensors, metadata)
-        write_atomically(Path(path), to_bytes(tensors, metadata))
+        from .storage import memory_file
+
+        memory_file.save(self, path, extra or {})
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> tuple[Memory, dict[str, str]]:
@@ -208,34 +184,9 @@ class Memory:
         Raises:
             MemoryFileError: missing, truncated, changed after it was written, of another format, or NaN inside.
         """
-        try:
-            with safe_open(os.fspath(path), framework="pt") as file:
-                metadata = dict(file.metadata() or {})
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except FileNotFoundError as error:
-            raise MemoryFileError(f"no memory file at {path}") from error
-        except (SafetensorError, OSError) as error:
-            raise MemoryFileError(
-                f"{path} is not a readable memory file ({error}); restore it from a copy"
-            ) from error
-        if metadata.get("format") != FORMAT:
-            raise MemoryFileError(f"{path}: got format {metadata.get('format')!r}, expected {FORMAT!r}")
-        digest = metadata.pop("digest", None)
-        if digest != _digest(tensors, metadata):
-            raise MemoryFileError(
-                f"{path} was changed after it was written (digest differs); restore it from a copy"
-            )
-        rows = []
-        for r, counters in enumerate(json.loads(metadata["rows"])):
-            sink, slots, window = (
-                KV(tensors[f"{r}.{name}.keys"], tensors[f"{r}.{name}.values"])
-                for name in ("sink", "slots", "window")
-            )
-            counters = {k: tuple(v) if isinstance(v, list) else v for k, v in counters.items()}
-            rows.append(Row(sink, slots, window, **counters))
-        memory = Memory(tuple(rows), metadata["fingerprint"])
-        memory.check_finite()
-        return memory, metadata
+        from .storage import memory_file
+
+        return memory_file.load(path)
 
 
 def describe(memory: Memory) -> list[dict[str, Any]]:
@@ -252,34 +203,3 @@ def describe(memory: Memory) -> list[dict[str, Any]]:
         }
         for r, row in enumerate(memory.rows)
     ]
-
-
-def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
-    sha = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        sha.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        sha.update(tensor.view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that a crash at any moment leaves the old content or the new one, never a part.
-
-    Raises:
-        StorageError: no space, no permission, no such folder.
-    """
-    temporary = None
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = file.name
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary and os.path.exists(temporary):
-            os.unlink(temporary)
-        raise StorageError(
-            f"cannot write {path}: {error.strerror or error}; the old file, if any, is intact"
-        ) from error

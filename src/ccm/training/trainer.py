@@ -22,12 +22,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..compressor import CHANGEABLE, Compressor
+from ..compressor import Compressor
 from ..data import chitchat
 from ..data.rows import ConversationRow, RowStream, held_out_rows
 from ..errors import CCMError, ConfigError
 from ..evaluation.share import parallel_nll, recovered_share, reference_nll
-from ..memory import write_atomically
+from ..storage.adapter_folder import CHANGEABLE
+from ..storage.atomic import write_atomically
 from .config import TrainConfig
 from .objectives import OBJECTIVES, summed_loss
 
@@ -203,10 +204,11 @@ class Trainer:
                 reference_nll(self.compressor, self.held_out, c, first).mean for c in ("none", "full")
             )
             self._references = none, full
+        none, full = self._references
 
         def score(**sizes: int) -> tuple[float, float]:
             nll = parallel_nll(self.compressor, self.held_out, first, **sizes).mean
-            return round(math.exp(nll), 3), round(recovered_share(*self._references, nll), 4)
+            return round(math.exp(nll), 3), round(recovered_share(none, full, nll), 4)
 
         perplexity, share = score()
         report = {"perplexity": perplexity, "recovered_share": share}

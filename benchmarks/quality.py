@@ -1,0 +1,122 @@
+"""Held-out chitchat, rows of ten turns, turns from the fifth on as targets: what each memory recovers.
+
+Memories are scored by parallel passes, which equal the recurrent ones (tests/test_contract.py; checked here once
+more on the first rows). Beside each stands a window of sink and recent tokens that holds, turn by turn, exactly as
+many KV bytes.
+
+    python benchmarks/quality.py
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from common import parser, store
+from rich.progress import track
+
+import ccm
+from ccm.data import load_chitchat
+from ccm.data.rows import ConversationRow, held_out_rows
+from ccm.evaluation.share import Nll, bootstrap_share, parallel_nll, recovered_share, reference_nll, turn_nll
+from ccm.methods.compressed import shared_compressor
+from ccm.session import CHAT
+
+FIRST = 4
+MEMORIES: dict[str, tuple[str, dict[str, int]]] = {
+    "ccm-concat, 4 slots a turn": ("ccm-concat", {}),
+    "ccm-merge, 16 slots": ("ccm-merge", {}),
+    "ccm-merge, 8 slots": ("ccm-merge", {"slots": 8}),
+    "chat: ccm-merge, 16 slots + sink + window": ("ccm-merge", dict(CHAT)),
+    "chat: ccm-concat, 4 slots a turn + sink + window": ("ccm-concat", {"sink": 4, "window": 32}),
+}
+
+
+def entries_before(compressor: ccm.Compressor, row: ConversationRow, sizes: dict[str, int]) -> list[int]:
+    """Keys that each turn finds in the memory: the canonical position of its first token."""
+    layout = compressor.lay_out([row.segments], **sizes)
+    return [int(layout.position[0, start]) for start, _ in layout.spans[0]]
+
+
+def window_nll(
+    model: Any, tokenizer: Any, rows: list[ConversationRow], entries: list[list[int]], name: str
+) -> Nll:
+    """Sink and recent tokens with the same number of keys at every turn."""
+    totals, counts = [], []
+    for row, budget in track(list(zip(rows, entries, strict=True)), description=f"window beside {name}"):
+        run = ccm.get_method("window").open(model, tokenizer)
+        total, count = 0.0, 0
+        for turn, (ids, content) in enumerate(zip(row.segments, row.content, strict=True)):
+            if turn:
+                run.resize(budget[turn])
+                run.append(row.segments[turn - 1])
+            if turn >= FIRST:
+                nll, tokens = turn_nll(run.logits(ids), ids, content)
+                total, count = total + nll, count + tokens
+        totals.append(total)
+        counts.append(count)
+    return Nll(tuple(totals), tuple(counts))
+
+
+def recurrent_gap(compressor: ccm.Compressor, row: ConversationRow, sizes: dict[str, int]) -> float:
+    """Largest difference of a turn's NLL per token between the parallel pass and living through the row."""
+    output, memory, worst = compressor([row.segments], **sizes), compressor.empty(), 0.0
+    for turn, (ids, content) in enumerate(zip(row.segments, row.content, strict=True)):
+        alone, tokens = turn_nll(compressor.logits([list(ids)], memory)[0], ids, content)
+        together, _ = turn_nll(output.segment_logits(0, turn), ids, content)
+        worst = max(worst, abs(alone - together) / tokens)
+        memory = compressor.compress([list(ids)], memory, **sizes)
+    return worst
+
+
+@torch.inference_mode()
+def main() -> None:
+    arguments = parser(__doc__.splitlines()[0]).parse_args()
+    torch.set_num_threads(arguments.threads)
+    model, tokenizer = ccm.load_default_model()
+    rows = held_out_rows(load_chitchat("test"), tokenizer)[: arguments.limit]
+    reader = shared_compressor(model, "ccm-concat")
+    per_token = reader.kv_bytes_per_token()
+    none, full = (reference_nll(reader, rows, context) for context in ("none", "full"))
+    context = [row.tokens - len(row.segments[-1]) for row in rows]
+
+    def report(nll: Nll, entries: list[int]) -> dict[str, Any]:
+        return {
+            "nll": round(nll.mean, 4),
+            "perplexity": round(math.exp(nll.mean), 2),
+            "recovered_share": round(recovered_share(none.mean, full.mean, nll.mean), 4),
+            "share_ci": [round(x, 4) for x in bootstrap_share(none, full, nll)],
+            "kv_bytes": round(sum(entries) / len(entries)) * per_token,
+            "times_less_kv": round(sum(context) / max(1, sum(entries)), 2),
+        }
+
+    methods = {"none": report(none, [0] * len(rows)), "full": report(full, context)}
+    for name, (adapter, sizes) in MEMORIES.items():
+        compressor = shared_compressor(model, adapter)
+        entries = [entries_before(compressor, row, sizes) for row in rows]
+        last = [e[-1] for e in entries]
+        methods[name] = report(parallel_nll(compressor, rows, **sizes), last)
+        methods[name]["parallel_recurrent_gap"] = max(
+            recurrent_gap(compressor, row, sizes) for row in rows[:2]
+        )
+        methods[f"window of the same bytes as {name}"] = report(
+            window_nll(model, tokenizer, rows, entries, name), last
+        )
+        print(name, methods[name], methods[f"window of the same bytes as {name}"], flush=True)
+    store(
+        "quality",
+        {
+            "task": "chitchat, test users, rows of 10 turns, targets from turn 5 on",
+            "rows": len(rows),
+            "target_tokens": sum(none.tokens),
+            "adapters": {
+                name: shared_compressor(model, name).fingerprint() for name in ccm.shipped_adapters()
+            },
+            "methods": methods,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

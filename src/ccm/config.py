@@ -1,0 +1,48 @@
+"""Settings of a compressor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from .errors import ConfigError, UnknownNameError
+from .rules import get_rule
+
+
+@dataclass(frozen=True)
+class CompressorConfig:
+    """Everything that defines a compressor.
+
+    Attributes:
+        slots: COMP tokens per segment (n). Fewer can be used at run time: the first k of n.
+        rule: how blocks enter the memory: concat, mean (alias merge), ema, replace, bounded.
+        rule_options: options of the rule, for instance ``{"weight": 0.3}`` for ema.
+        sink: first raw tokens that stay for ever.
+        window: recent raw tokens that stay beside the slots.
+        rank, alpha: of the conditional LoRA.
+        target_modules: "attention", "all" (feed-forward too) or a list of module names.
+        comp_positions: where COMP tokens are computed, "after" their segment or at the place of their "slot".
+        seed: of the initial weights.
+    """
+
+    slots: int = 4
+    rule: str = "concat"
+    rule_options: dict[str, Any] = field(default_factory=dict)
+    sink: int = 0
+    window: int = 0
+    rank: int = 8
+    alpha: float = 16.0
+    target_modules: str | tuple[str, ...] = "attention"
+    comp_positions: str = "after"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("slots", 1), ("rank", 1), ("sink", 0), ("window", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ConfigError(
+                    f"CompressorConfig.{name}: got {value!r}, expected a whole number >= {least}"
+                )
+        if self.comp_positions not in ("after", "slot"):
+            raise UnknownNameError("comp_positions", self.comp_positions, ["after", "slot"])
+        get_rule(self.rule, **self.rule_options)

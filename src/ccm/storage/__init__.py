@@ -1,0 +1,1 @@
+"""Files: memories, adapters, and writing so that a crash leaves nothing half-done."""

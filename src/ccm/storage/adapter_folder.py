@@ -1,0 +1,128 @@
+"""An adapter as a folder: PEFT's two files, the COMP embeddings, and ``ccm_config.json``."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import snapshot_download
+from peft import get_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..config import CompressorConfig
+from ..errors import ConfigError, MismatchError, StorageError, UnknownNameError
+from ..reader import base_name, model_fingerprint, shape_fingerprint
+from .atomic import write_atomically
+
+if TYPE_CHECKING:
+    from ..compressor import Compressor
+
+log = logging.getLogger(__name__)
+
+SHIPPED = Path(__file__).parent.parent / "adapters"
+COMP_FILE = "comp_embeddings.safetensors"
+#: What may differ from the way an adapter was trained.
+CHANGEABLE = ("slots", "rule", "rule_options", "sink", "window")
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """What a folder holds: settings, LoRA weights by PEFT's names, COMP embeddings (n, d)."""
+
+    config: CompressorConfig
+    lora: dict[str, Tensor]
+    comp_embeddings: Tensor
+
+
+def save(compressor: Compressor, folder: Path, dtype: torch.dtype) -> None:
+    """See :meth:`ccm.Compressor.save_pretrained`."""
+    model = compressor.model
+    prefix = "base_model.model."
+    lora = {
+        name if name.startswith(prefix) else prefix + name: weight.to(dtype).contiguous().cpu()
+        for name, weight in get_peft_model_state_dict(
+            model, adapter_name=compressor.adapter, save_embedding_layers=False
+        ).items()
+    }
+    comp = {"comp_embeddings": compressor.comp_embeddings.detach().to(dtype).cpu()}
+    base = {"name": base_name(model), "fingerprint": model_fingerprint(model)}
+    settings = json.dumps({"base_model": base, **asdict(compressor.config)}, indent=2) + "\n"
+    peft_config = model.peft_config[compressor.adapter]
+    peft_config.base_model_name_or_path = base_name(model)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "adapter_model.safetensors", to_bytes(lora, {"format": "pt"}))
+        write_atomically(folder / COMP_FILE, to_bytes(comp))
+        peft_config.save_pretrained(folder)
+        write_atomically(folder / "ccm_config.json", settings.encode())
+    except StorageError:
+        raise
+    except OSError as error:
+        raise StorageError(f"cannot write the adapter to {folder}: {error.strerror or error}") from error
+
+
+def read(name: str | os.PathLike[str], model: PreTrainedModel, changes: dict[str, Any]) -> AdapterFiles:
+    """The files of an adapter for ``model``, with some settings changed.
+
+    Raises:
+        ConfigError: there is no such adapter, it is damaged, or a change is not possible.
+        MismatchError: it was trained for another model.
+    """
+    folder = find(name)
+    try:
+        settings = json.loads((folder / "ccm_config.json").read_text())
+        base = settings.pop("base_model")
+        if isinstance(settings["target_modules"], list):
+            settings["target_modules"] = tuple(settings["target_modules"])
+        config = CompressorConfig(**settings)
+        lora = load_file(folder / "adapter_model.safetensors")
+        comp = load_file(folder / COMP_FILE)["comp_embeddings"]
+        fingerprint, trained_on = base["fingerprint"], base["name"]
+    except (OSError, TypeError, ValueError, KeyError, SafetensorError) as error:
+        raise ConfigError(f"adapter {name}: {folder} is incomplete or damaged ({error})") from error
+    if unknown := set(changes) - set(CHANGEABLE):
+        raise UnknownNameError("setting of a trained adapter", unknown.pop(), list(CHANGEABLE))
+    config = replace(config, **changes)
+    if config.slots > len(comp):
+        raise ConfigError(f"adapter {name} has {len(comp)} slots per segment, got slots={config.slots}")
+    width = model.get_input_embeddings().weight.shape[1]
+    if comp.shape[1] != width or fingerprint.split(".")[0] != shape_fingerprint(model):
+        raise MismatchError(
+            f"adapter {name} is for {trained_on} (hidden size {comp.shape[1]}), "
+            f"got {base_name(model)} (hidden size {width}); load that model or train an adapter for this one"
+        )
+    if fingerprint != model_fingerprint(model):
+        log.warning("adapter %s was trained on other weights of %s; quality may differ", name, trained_on)
+    return AdapterFiles(config, lora, comp)
+
+
+def shipped_adapters() -> list[str]:
+    """Names of the adapters inside the package."""
+    return sorted(path.parent.name for path in SHIPPED.glob("*/ccm_config.json"))
+
+
+def find(name: str | os.PathLike[str]) -> Path:
+    """The folder of an adapter: a folder, a shipped name, or a hub id (downloaded).
+
+    Raises:
+        ConfigError: it is none of the three.
+    """
+    for folder in (Path(name), SHIPPED / str(name)):
+        if (folder / "ccm_config.json").is_file():
+            return folder
+    try:
+        return Path(snapshot_download(str(name)))
+    except Exception as error:  # the hub client raises many kinds
+        raise ConfigError(
+            f"no adapter {str(name)!r}: not a folder with ccm_config.json, not on the hub, and not one of the "
+            f"shipped {', '.join(shipped_adapters()) or '(none)'}"
+        ) from error

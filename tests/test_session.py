@@ -1,0 +1,173 @@
+"""The online loop, on a tiny model."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import scramble, tiny_model, tiny_tokenizer
+
+import ccm
+from ccm.chat import closing, header, render
+from ccm.compressor import Compressor, CompressorConfig
+from ccm.errors import ConfigError, MemoryFileError, MismatchError
+from ccm.session import CHAT, Session
+
+TOKENIZER = tiny_tokenizer()
+GREEDY = {"do_sample": False, "max_new_tokens": 8}
+
+
+def compressor(**settings: object) -> Compressor:
+    model = tiny_model(vocab_size=len(TOKENIZER), max_position_embeddings=1024)
+    return scramble(Compressor(model, CompressorConfig(slots=2, **settings)))
+
+
+@pytest.fixture(scope="module")
+def merge() -> Compressor:
+    return compressor(rule="mean")
+
+
+def equal(a: Session, b: Session) -> bool:
+    return all(
+        torch.equal(x, y)
+        for name in ("sink", "slots", "window")
+        for x, y in zip(getattr(a.memory.rows[0], name), getattr(b.memory.rows[0], name), strict=True)
+    )
+
+
+def test_append_is_compress_of_the_rendered_turn(merge: Compressor) -> None:
+    session = Session(merge, TOKENIZER)
+    session.append("hello", role="user")
+    memory = merge.compress([list(render(TOKENIZER, "user", "hello").ids)])
+    assert torch.equal(session.memory.rows[0].slots.keys, memory.rows[0].slots.keys)
+    assert session.memory.slots == 2
+
+
+def test_turns_are_rendered_by_the_chat_template() -> None:
+    turn = render(TOKENIZER, "user", "hi")
+    assert TOKENIZER.decode(turn.ids) == "<|im_start|>user\nhi<|im_end|>\n"
+    assert TOKENIZER.decode(turn.ids[slice(*turn.content)]) == "hi<|im_end|>"
+    whole = TOKENIZER.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+    assert TOKENIZER.decode(turn.ids) == whole
+
+
+def test_generate_answers_from_memory_and_remembers_its_answer(merge: Compressor) -> None:
+    session = Session(merge, TOKENIZER, window=48, sink=2)
+    session.append("my name is Ada")
+    before = session.memory
+    answer = session.generate("who am I?", **GREEDY)
+
+    by_hand = Session(merge, TOKENIZER, window=48, sink=2)
+    by_hand.memory = before
+    by_hand.append("who am I?")
+    ids = merge.generate(
+        [header(TOKENIZER, "assistant")], by_hand.memory, **GREEDY, eos_token_id=TOKENIZER.eos_token_id
+    )
+    reply = [t for t in ids[0, len(header(TOKENIZER, "assistant")) :].tolist() if t != TOKENIZER.eos_token_id]
+    assert answer == TOKENIZER.decode(reply, skip_special_tokens=True).strip()
+    by_hand._take_in((*header(TOKENIZER, "assistant"), *reply, *closing(TOKENIZER, "assistant")))
+    assert equal(session, by_hand)
+
+
+def test_streaming_gives_the_same_text(merge: Compressor) -> None:
+    pieces: list[str] = []
+    session = Session(merge, TOKENIZER)
+    answer = session.generate("hi", streamer=pieces.append, **GREEDY)
+    assert len(pieces) > 1 and "".join(pieces).strip() == answer
+
+
+@pytest.mark.parametrize("sizes", [{}, {"sink": 2, "window": 40}])
+def test_memory_is_bounded_however_long_the_conversation(merge: Compressor, sizes: dict[str, int]) -> None:
+    session = Session(merge, TOKENIZER, **sizes)
+    held = []
+    for turn in range(120):
+        session.append(f"this is turn number {turn}", role="user" if turn % 2 == 0 else "assistant")
+        held.append(session.memory.nbytes)
+    if not sizes:
+        assert len(set(held)) == 1
+    per_entry = merge.kv_bytes_per_token()
+    assert max(held) <= (2 + sum(sizes.values())) * per_entry
+    stats = session.stats()
+    assert stats["nbytes"] == sum(
+        t.nbytes for n in ("sink", "slots", "window") for t in getattr(session.memory.rows[0], n)
+    )
+    assert stats["tokens_seen"] == stats["tokens_folded"] + stats["window"]
+    assert stats["full_context_nbytes"] == stats["tokens_seen"] * per_entry > 20 * stats["nbytes"]
+
+
+def test_a_turn_longer_than_the_context_is_cut_into_segments(merge: Compressor) -> None:
+    session = Session(merge, TOKENIZER)
+    session.append("word " * 500)
+    assert session.stats()["tokens_folded"] > merge.model.config.max_position_embeddings
+    assert session.memory.steps > 8
+
+
+def test_a_long_turn_leaves_recent_text_in_the_window(merge: Compressor) -> None:
+    session = Session(merge, TOKENIZER, **CHAT)
+    session.append("word " * 100)
+    assert 0 < session.stats()["window"] <= CHAT["window"]
+
+
+def test_forks_do_not_hear_each_other(merge: Compressor) -> None:
+    session = Session(merge, TOKENIZER, window=16)
+    session.append("the start of it")
+    fork = session.fork()
+    untouched = session.memory
+    fork.append("only for the fork")
+    assert session.memory is untouched and fork.turns == session.turns + 1
+    session.append("only for the fork")
+    assert equal(session, fork)
+
+
+def test_save_load_continue_equals_never_having_saved(merge: Compressor, tmp_path: Path) -> None:
+    session = Session(merge, TOKENIZER, window=20, sink=3)
+    for text in ("one thing", "another thing, somewhat longer", "a third"):
+        session.append(text)
+    session.save(tmp_path / "s.ccm")
+    loaded = Session.load(tmp_path / "s.ccm", merge, TOKENIZER)
+    assert loaded.budget == session.budget and loaded.turns == session.turns
+    assert loaded.generate("and now?", **GREEDY) == session.generate("and now?", **GREEDY)
+    assert equal(loaded, session)
+
+
+def test_errors_leave_the_session_as_it_was(merge: Compressor, tmp_path: Path) -> None:
+    session = Session(merge, TOKENIZER)
+    session.append("something")
+    memory, turns = session.memory, session.turns
+    with pytest.raises(ConfigError, match="no text"):
+        session.append("  ")
+    with pytest.raises(ConfigError, match="context"):
+        session.generate("hello", max_new_tokens=5000)
+    with pytest.raises(KeyboardInterrupt):
+        session.generate("hello", streamer=lambda text: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert session.memory is memory and session.turns == turns
+    session.append("it goes on")
+    memory.save(tmp_path / "bare.ccm")
+    with pytest.raises(MemoryFileError, match="no session"):
+        Session.load(tmp_path / "bare.ccm", merge, TOKENIZER)
+
+
+def test_a_session_of_another_adapter_is_refused(merge: Compressor, tmp_path: Path) -> None:
+    other = compressor(rule="concat")
+    Session(other, TOKENIZER).save(tmp_path / "s.ccm")
+    with pytest.raises(MismatchError, match="model-adapter"):
+        Session.load(tmp_path / "s.ccm", merge, TOKENIZER)
+
+
+def test_dropping_is_said_and_counted(caplog: pytest.LogCaptureFixture) -> None:
+    dropping = compressor(rule="bounded", rule_options={"blocks": 2, "overflow": "drop"})
+    session = Session(dropping, TOKENIZER)
+    with caplog.at_level(logging.WARNING):
+        session.append("one")
+        session.append("two")
+        assert not caplog.records
+        session.append("three")
+    assert "dropped, not folded" in caplog.text
+    assert session.stats()["tokens_dropped"] == len(render(TOKENIZER, "user", "one").ids)
+
+
+def test_more_slots_than_trained_are_refused(merge: Compressor) -> None:
+    with pytest.raises(ConfigError, match="slots"):
+        ccm.Session(merge, TOKENIZER, slots=3)
