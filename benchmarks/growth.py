@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from common import parser, store
+from rich.progress import track
 
 import ccm
 from ccm.data import load_chitchat
@@ -36,36 +37,37 @@ def main() -> None:
     turns = arguments.limit or 1000
     model, tokenizer = ccm.load_default_model()
     talks = itertools.cycle(load_chitchat("test", cap_per_user=None))
-    texts = list(itertools.islice(((t.role, t.text) for talk in talks for t in talk.turns), turns))
+    texts = list(
+        itertools.islice(((t.role, t.text) for talk in talks for t in talk.turns), turns - turns // 10)
+    )
+    texts += texts[: turns // 10]  # the last tenth is the first again, so that times compare
     rows = []
     for name, (adapter, changes) in RULES.items():
-        compressor = ccm.Compressor.from_pretrained(model, adapter, **changes)
-        session = ccm.Session(compressor, tokenizer)
-        per_token, held = [], []
-        for role, text in texts:
-            before = session.stats()["tokens_seen"]
+        session = ccm.Session(ccm.Compressor.from_pretrained(model, adapter, **changes), tokenizer)
+        session.append("Hello!")
+        session.reset()
+        seconds, held = [], []
+        for role, text in track(texts, description=name):
             start = time.perf_counter()
             session.append(text, role)
-            seconds = time.perf_counter() - start
-            stats = session.stats()
-            per_token.append((seconds, stats["tokens_seen"] - before))
-            held.append(stats["nbytes"])
-        tenth = turns // 10
-        row = {
-            "session": name,
-            "turns": turns,
-            "tokens": session.stats()["tokens_seen"],
-            "nbytes_first": held[tenth],
-            "nbytes_last": held[-1],
-            "nbytes_most": max(held),
-            "full_context_nbytes": session.stats()["full_context_nbytes"],
-        }
-        # turns differ in length, so times are compared per turn and per turn of equal length
-        first, last = per_token[tenth : 2 * tenth], per_token[-tenth:]
-        row["median_seconds_first"] = round(statistics.median(s for s, _ in first), 5)
-        row["median_seconds_last"] = round(statistics.median(s for s, _ in last), 5)
-        rows.append(row)
-        print(row, flush=True)
+            seconds.append(time.perf_counter() - start)
+            held.append(session.memory.nbytes)
+        first, last = statistics.median(seconds[: turns // 10]), statistics.median(seconds[-turns // 10 :])
+        rows.append(
+            {
+                "session": name,
+                "turns": turns,
+                "tokens": session.stats()["tokens_seen"],
+                "nbytes_after_100": held[turns // 10 - 1],
+                "nbytes_after_all": held[-1],
+                "nbytes_most": max(held),
+                "full_context_nbytes": session.stats()["full_context_nbytes"],
+                "median_seconds_first_tenth": round(first, 5),
+                "median_seconds_last_tenth": round(last, 5),
+                "ratio": round(last / first, 3),
+            }
+        )
+        print(rows[-1], flush=True)
     store("growth", {"task": "1000 turns appended to one session", "rows": rows})
 
 
