@@ -386,3 +386,13 @@ def test_the_file_appears_in_one_step(compressor, tmp_path, monkeypatch):
     new.save(path)
     assert seen == [tmp_path]  # same folder, hence the same file system
     same_memory(Memory.load(path)[0], new)
+
+
+def test_everything_works_under_inference_mode() -> None:
+    with torch.inference_mode():
+        compressor = tiny_compressor("llama", slots=2, rule="mean", window=4, sink=1)
+        memory = compressor.compress([[5, 6, 7, 8, 9, 10]])
+        memory = compressor.compress([[11, 12, 13]], memory)
+        ids = compressor.generate([[4, 5]], memory, max_new_tokens=3, do_sample=False)
+    assert memory.slots == 2 and ids.shape[1] <= 5
+    compressor.check(memory)

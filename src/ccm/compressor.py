@@ -238,7 +238,8 @@ class Compressor(Reader):
     def fingerprint(self) -> str:
         """``model-adapter``: two short hashes that a memory carries, so that it is never read by another pair."""
         state = [self.comp_embeddings, *self.lora_parameters]
-        version = tuple((p.data_ptr(), p._version) for p in state)
+        # weights made under inference_mode have no version, and cannot change in place outside it
+        version = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in state)
         if self._print is None or self._print[0] != version:
             # sizes may change while a memory lives; the rule and where COMP tokens sit may not
             meaning = [self.config.rule, self.config.rule_options, self.config.comp_positions]

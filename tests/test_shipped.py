@@ -1,0 +1,83 @@
+"""The adapters in the package, on the embedded model: they load by name, and they are worth having."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import ccm
+from ccm.data import load_chitchat
+from ccm.data.rows import held_out_rows
+from ccm.evaluation.share import parallel_nll, recovered_share, reference_nll, turn_nll
+from ccm.methods.compressed import shared_compressor
+from ccm.storage.adapter_folder import SHIPPED
+
+ADAPTERS = ["ccm-concat", "ccm-merge"]
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_an_adapter_is_complete_and_small(name: str) -> None:
+    folder = SHIPPED / name
+    assert {path.name for path in folder.iterdir()} >= {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "comp_embeddings.safetensors",
+        "ccm_config.json",
+        "training.json",
+        "README.md",
+    }
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 8e6
+    record = json.loads((folder / "training.json").read_text())
+    assert {"data", "config", "versions", "report"} <= record.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_parallel_equals_recurrent_with_trained_weights(name: str, embedded) -> None:
+    model, tokenizer = embedded
+    compressor = shared_compressor(model, name)
+    (row,) = held_out_rows(load_chitchat("test")[:1], tokenizer)
+    for sizes in ({}, {"sink": 4, "window": 64}):
+        with torch.no_grad():
+            output = compressor([row.segments], **sizes)
+        memory = compressor.empty()
+        for turn, ids in enumerate(row.segments):
+            alone = compressor.logits([list(ids)], memory)[0]
+            torch.testing.assert_close(output.segment_logits(0, turn), alone, atol=2e-3, rtol=1e-4)
+            memory = compressor.compress([list(ids)], memory, **sizes)
+
+
+@pytest.mark.slow
+def test_memories_recover_most_of_what_the_context_is_worth(embedded) -> None:
+    model, tokenizer = embedded
+    rows = held_out_rows(load_chitchat("test"), tokenizer)[:16]
+    reader = shared_compressor(model, "ccm-concat")
+    none, full = (reference_nll(reader, rows, context).mean for context in ("none", "full"))
+    for name, sizes, least in (
+        ("ccm-concat", {}, 0.75),
+        ("ccm-merge", {}, 0.7),
+        ("ccm-merge", {"sink": 4, "window": 64}, 0.9),
+    ):
+        nll = parallel_nll(shared_compressor(model, name), rows, **sizes).mean
+        assert recovered_share(none, full, nll) > least, (name, sizes)
+
+
+@pytest.mark.slow
+def test_a_chat_recalls_what_was_folded(embedded) -> None:
+    """A turn that left the window long ago changes what the model expects."""
+    model, tokenizer = embedded
+    session = ccm.Session(shared_compressor(model, "ccm-merge"), tokenizer, sink=4, window=24)
+    session.append("My dog is called Biscuit. He is a brown labrador and he loves swimming.")
+    session.append("What a lovely dog! I would like to meet him.", role="assistant")
+    session.append("You should come by, we go out to the lake every weekend when it is warm.")
+    assert session.stats()["tokens_folded"] > 0
+    from ccm.chat import render
+
+    answer = render(tokenizer, "assistant", "Biscuit loves the lake, he is such a good dog.")
+    with_memory, n = turn_nll(
+        session.compressor.logits([list(answer.ids)], session.memory)[0], answer.ids, answer.content
+    )
+    without, _ = turn_nll(session.compressor.logits([list(answer.ids)])[0], answer.ids, answer.content)
+    assert with_memory / n < without / n - 0.3
