@@ -23,10 +23,6 @@ RULES: dict[str, tuple[str, dict[str, Any]]] = {
     "merge": ("ccm-merge", {}),
     "merge + window": ("ccm-merge", {"sink": 4, "window": 48}),
     "bounded concat (merge the oldest)": ("ccm-concat", {"rule": "bounded", "rule_options": {"blocks": 16}}),
-    "bounded concat (drop the oldest)": (
-        "ccm-concat",
-        {"rule": "bounded", "rule_options": {"blocks": 16, "overflow": "drop"}},
-    ),
 }
 
 

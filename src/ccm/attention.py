@@ -8,6 +8,7 @@ keeps a sliding window from dropping the memory. Then the model's own backend ru
 from __future__ import annotations
 
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,7 +36,7 @@ def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @dataclass
-class Plan:
+class Plan(ABC):
     """What one forward pass needs to know beyond its tokens.
 
     Attributes:
@@ -46,11 +47,11 @@ class Plan:
     adapter: str
     gate: Tensor | None
 
+    @abstractmethod
     def extend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, sliding: int | None
     ) -> tuple[Tensor, Tensor, Tensor, Any]:
         """Query (B, H, Q, D), key and value (B, Hkv, K, D) and mask as the backend shall see them."""
-        raise NotImplementedError
 
 
 @dataclass

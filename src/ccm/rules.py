@@ -6,6 +6,7 @@ reach it position-free (un-rotated), so that what it averages is in one phase.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from .errors import ConfigError, UnknownNameError
 
 
-class Rule:
+class Rule(ABC):
     """Base of all rules. A subclass gives ``name``, :meth:`update` and :meth:`size`."""
 
     name = ""
@@ -23,9 +24,9 @@ class Rule:
     #: Segments after which information is dropped rather than folded (None: never).
     drops_after: int | None = None
 
+    @abstractmethod
     def update(self, slots: Tensor, block: Tensor, step: int) -> Tensor:
         """Mem(t) from Mem(t-1) of shape (..., m, D), h(t) of shape (..., n, D) and t = ``step`` >= 1."""
-        raise NotImplementedError
 
     def size(self, steps: int, n: int) -> int:
         """Number of slots after ``steps`` folds of n slots each."""
