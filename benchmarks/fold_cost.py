@@ -1,5 +1,7 @@
 """The cost of folding a segment against plainly prefilling the same tokens, as ratios of one interleaved run.
 
+The prefill runs on a copy of the model that has no adapter and transformers' own attention.
+
 python benchmarks/fold_cost.py
 """
 
@@ -37,10 +39,11 @@ def main() -> None:
     arguments = parser(__doc__.splitlines()[0]).parse_args()
     torch.set_num_threads(arguments.threads)
     repeats = arguments.limit or 15
-    model, _ = ccm.load_default_model()
+    clean, _ = ccm.load_default_model()  # never sees an adapter
     rows = []
-    plain = model.base_model
+    plain = clean.base_model
     for adapter in ccm.shipped_adapters():
+        model, _ = ccm.load_default_model()
         compressor = ccm.Compressor.from_pretrained(model, adapter)
         for length in (64, 128, 256):
             for steps in (0, 8):  # into an empty memory, and into one that holds eight segments already
