@@ -57,7 +57,7 @@ def main() -> None:
                     # the same tokens over a cache of the same size, by transformers alone
                     cache = DynamicCache()
                     if held:
-                        cache, *_ = memory.to_cache(compressor.rotary, model.dtype)
+                        cache, *_ = memory.to_cache(compressor.rotary, clean.dtype)
                     return plain(input_ids=ids, past_key_values=cache, use_cache=True)
 
                 row = measure(
