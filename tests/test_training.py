@@ -140,9 +140,32 @@ def test_rows_are_the_same_for_a_seed_and_resume_anywhere(talks: list[Conversati
 
 def test_planted_facts_of_training_and_test_have_nothing_in_common() -> None:
     def pieces(kinds):
-        return {x for k in kinds for x in (k.name, k.statement, k.question, k.answer, *k.values)}
+        questions = (piece for k in kinds for pair in k.questions for piece in pair)
+        return {*questions, *(x for k in kinds for x in (k.name, *k.statements, *k.values))}
 
     assert not pieces(TRAIN) & pieces(TEST)
+
+
+def test_planted_values_are_where_the_row_says_and_were_told_before(talks: list[Conversation]) -> None:
+    seen = 0
+    for batch, _ in zip(RowStream(talks, TOKENIZER, (6, 9), 2, facts=1.0), range(20), strict=False):
+        for row in batch:
+            for turn, start, stop in row.recall:
+                value = TOKENIZER.decode(row.segments[turn][start:stop]).strip()
+                told = "".join(TOKENIZER.decode(s) for s in row.segments[: turn - 1])
+                assert value and value in told
+                assert value not in TOKENIZER.decode(row.segments[turn - 1])
+                seen += 1
+    assert seen > 20
+
+
+def test_echoed_turns_repeat_an_earlier_one(talks: list[Conversation]) -> None:
+    def repeats(echoes: float) -> int:
+        stream = RowStream(talks, TOKENIZER, (9,), 2, echoes=echoes)
+        rows = [row for batch, _ in zip(stream, range(10), strict=False) for row in batch]
+        return sum(len(row.segments) - len(set(row.segments)) for row in rows)
+
+    assert repeats(1.0) > repeats(0.0) + 10
 
 
 @pytest.mark.slow

@@ -41,11 +41,11 @@ class Plan(ABC):
 
     Attributes:
         adapter: name of the conditional adapter that is open.
-        gate: (N,) flat indices into B * Q of the COMP tokens, or None when the pass has none.
+        gate: (rows, columns) of the N COMP tokens in (B, Q), or None when the pass has none.
     """
 
     adapter: str
-    gate: Tensor | None
+    gate: tuple[Tensor, Tensor] | None
 
     @abstractmethod
     def extend(
@@ -78,7 +78,7 @@ class ParallelPlan(Plan):
         slot_position = layout.sink.unsqueeze(1) + place.to(layout.sink.device)
         return cls(
             adapter=adapter,
-            gate=(layout.comp.flatten() >= 0).nonzero().squeeze(1),
+            gate=(layout.comp >= 0).nonzero(as_tuple=True) if groups else None,
             layout=layout,
             rule=rule,
             mask=additive(parallel_mask(layout, rule), dtype),

@@ -190,10 +190,11 @@ class Compressor(Reader):
         at_once = all(
             not row.segments and length > window for row, length in zip(memory.rows, lengths, strict=True)
         )
-        new = self._run(memory, ids, mask, comp if at_once else None)
+        # what is folded at once needs no raw keys, but for those that stay as the sink
+        new = self._run(memory, ids, mask, comp if at_once else None, keep=sink if at_once else None)
         rows = [
-            replace(row, window=KV.cat((row.window, raw)), segments=(*row.segments, raw.length))
-            for row, (raw, _) in zip(memory.rows, new, strict=True)
+            replace(row, window=KV.cat((row.window, raw)), segments=(*row.segments, length))
+            for row, (raw, _), length in zip(memory.rows, new, lengths, strict=True)
         ]
         if at_once:
             rows = [self._fold(row, block, sink) for row, (_, block) in zip(rows, new, strict=True)]
@@ -205,13 +206,15 @@ class Compressor(Reader):
                 rows[r] = self._fold(rows[r], block, sink)
         return Memory(tuple(rows), self.fingerprint())
 
-    def _run(self, memory: Memory, ids: Tensor, mask: Tensor, comp: Tensor | None) -> list[tuple[KV, KV]]:
+    def _run(
+        self, memory: Memory, ids: Tensor, mask: Tensor, comp: Tensor | None, keep: int | None = None
+    ) -> list[tuple[KV, KV]]:
         at = None
         if comp is not None and self.config.comp_positions == "slot":
             n = len(comp)
             places = [self.rule.size(row.steps + 1, n) - n + row.sink.length for row in memory.rows]
             at = torch.tensor(places, device=ids.device).unsqueeze(1)
-        return self._step(memory, ids, mask, comp, at)
+        return self._step(memory, ids, mask, comp, at, keep)
 
     def _adapter(self) -> str:
         return self.adapter

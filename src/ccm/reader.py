@@ -139,12 +139,19 @@ class Reader(nn.Module):
     # ------------------------------------------------------------------ one step
 
     def _step(
-        self, memory: Memory, ids: Tensor, mask: Tensor, comp: Tensor | None, at: Tensor | None = None
+        self,
+        memory: Memory,
+        ids: Tensor,
+        mask: Tensor,
+        comp: Tensor | None,
+        at: Tensor | None = None,
+        keep: int | None = None,
     ) -> list[tuple[KV, KV]]:
         """Run left-padded text (B, T), then COMP embeddings (n, d), over the memory.
 
         Returns:
-            per row the position-free KV of its text, in the model's dtype, and of its COMP tokens, in fp32.
+            per row the position-free KV of its text (of the first ``keep`` tokens), in the model's dtype, and of
+            its COMP tokens, in fp32.
         """
         n = 0 if comp is None else len(comp)
         cache, call = self._over(memory, ids, mask, n, at)
@@ -152,17 +159,17 @@ class Reader(nn.Module):
         if comp is not None:
             embeds = torch.cat([embeds, comp.to(embeds.dtype).expand(len(ids), -1, -1)], dim=1)
         self.model.base_model(inputs_embeds=embeds, past_key_values=cache, **call)
-        keys = torch.stack([layer.keys for layer in cache.layers], 1)  # (B, L, H, m + T + n, D)
-        values = torch.stack([layer.values for layer in cache.layers], 1)
         result = []
         for r in range(len(ids)):
-            text = mask[r].nonzero().squeeze(1)
+            text = mask[r].nonzero().squeeze(1)[:keep]
             new = torch.cat([text, torch.arange(n, device=ids.device) + ids.shape[1]])
-            free = unrotate(
-                keys[r].index_select(2, new + memory.length),
-                *self.rotary.stacked(call["position_ids"][r, new]),
+            keys, values = (
+                torch.stack(
+                    [states[r].index_select(1, new + memory.length) for states in layers]
+                )  # (L, H, K, D)
+                for layers in zip(*((layer.keys, layer.values) for layer in cache.layers), strict=True)
             )
-            kv = KV(free, values[r].index_select(2, new + memory.length))
+            kv = KV(unrotate(keys, *self.rotary.stacked(call["position_ids"][r, new])), values)
             split = len(text)
             result.append((kv.slice(0, split).to(self.model.dtype), kv.slice(split).to(torch.float32)))
         return result
@@ -182,10 +189,10 @@ class Reader(nn.Module):
         position = torch.cat([text_position, comp_position], dim=1)
         valid = torch.cat([held, mask, mask.new_ones(len(ids), n)], dim=1)
         before = (held.long().cumsum(1) - 1).clamp(min=0)
-        rows = torch.arange(len(ids), device=ids.device).unsqueeze(1) * position.shape[1]
+        rows = torch.arange(len(ids), device=ids.device).repeat_interleave(n)
         plan = attention.RecurrentPlan(
             adapter=self._adapter(),
-            gate=(rows + ids.shape[1] + order).flatten() if n else None,
+            gate=(rows, (ids.shape[1] + order).repeat(len(ids))) if n else None,
             key_position=torch.cat([before, position], dim=1),
             is_memory=torch.cat([folded, torch.zeros_like(position, dtype=torch.bool)], dim=1),
             valid=valid,

@@ -9,16 +9,23 @@ from typing import Any
 
 from ..chat import RenderedTurn, render
 from .chitchat import Conversation
-from .facts import draw_facts
+from .facts import Fact, draw_facts
 
 
 @dataclass(frozen=True)
 class ConversationRow:
-    """Turns as tokens. ``segments[i]`` are the ids of turn i, ``content[i]`` the columns that are scored."""
+    """Turns as tokens.
+
+    Attributes:
+        segments: ``segments[i]`` are the ids of turn i.
+        content: ``content[i]`` are the columns of it that are scored, (start, stop).
+        recall: (turn, start, stop) of what can only be known from an earlier turn: the values of planted facts.
+    """
 
     conversation: str
     segments: tuple[tuple[int, ...], ...]
     content: tuple[tuple[int, int], ...]
+    recall: tuple[tuple[int, int, int], ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -40,8 +47,21 @@ def render_turns(
     return turns
 
 
-def row(conversation: str, turns: Sequence[RenderedTurn]) -> ConversationRow:
-    return ConversationRow(conversation, tuple(t.ids for t in turns), tuple(t.content for t in turns))
+def row(
+    conversation: str, turns: Sequence[RenderedTurn], recall: Sequence[tuple[int, int, int]] = ()
+) -> ConversationRow:
+    return ConversationRow(
+        conversation, tuple(t.ids for t in turns), tuple(t.content for t in turns), tuple(recall)
+    )
+
+
+def render_answer(tokenizer: Any, fact: Fact) -> tuple[RenderedTurn, tuple[int, int]]:
+    """The answer to the question about a fact, and the columns of the value in it."""
+    turn = render(tokenizer, "assistant", fact.answer_with(fact.value) + ".")
+    stem = tokenizer.encode(fact.answer_with("").rstrip(), add_special_tokens=False)
+    value = tokenizer.encode(" " + fact.value, add_special_tokens=False)
+    start = turn.content[0] + len(stem)
+    return turn, (start, start + len(value))
 
 
 def held_out_rows(
@@ -68,7 +88,8 @@ class RowStream:
         tokenizer: with the chat template to render turns.
         turns: turns per row; each pool of batches draws one of these.
         batch: rows per batch for the shortest of them; longer rows come in smaller batches.
-        facts: share of rows with planted facts, one of which is asked for at the end.
+        facts: share of rows with planted facts that are asked for later, one in six turns.
+        echoes: share of rows in which some turns, one in ten, repeat an earlier one word for word.
         seed: of the order.
     """
 
@@ -79,12 +100,14 @@ class RowStream:
         turns: Sequence[int],
         batch: int,
         facts: float = 0.0,
+        echoes: float = 0.0,
         seed: int = 0,
     ):
         self.rendered = [
             (c.id, render_turns(c, tokenizer)) for c in conversations if len(c.turns) >= min(turns)
         ]
-        self.tokenizer, self.turns, self.batch, self.facts, self.seed = tokenizer, turns, batch, facts, seed
+        self.tokenizer, self.turns, self.batch = tokenizer, turns, batch
+        self.facts, self.echoes, self.seed = facts, echoes, seed
         self.served = 0
 
     def _pool(self, number: int) -> list[list[ConversationRow]]:
@@ -96,24 +119,41 @@ class RowStream:
         rows = []
         for name, turns in rng.choices(long, [len(turns) for _, turns in long], k=POOL * batch):
             start = rng.randrange(len(turns) - length + 1)
-            part = turns[start : start + length]
-            rows.append(row(name, self._plant(part, rng) if rng.random() < self.facts else part))
+            part = list(turns[start : start + length])
+            recall: list[tuple[int, int, int]] = []
+            if rng.random() < self.echoes:
+                self._echo(part, rng)
+            if rng.random() < self.facts:
+                recall = self._plant(part, rng)
+            rows.append(row(name, part, recall))
         rows.sort(key=lambda r: r.tokens)
         cut = [rows[i : i + batch] for i in range(0, len(rows), batch)]
         rng.shuffle(cut)
         return cut
 
-    def _plant(self, turns: list[RenderedTurn], rng: random.Random) -> list[RenderedTurn]:
-        """Replace up to three turns by facts, and the last two by a question and its answer."""
-        facts = draw_facts(rng, "train", rng.randint(1, min(3, len(turns) - 2)))
-        planted = list(turns)
-        places = rng.sample(range(len(turns) - 2), len(facts))
-        for place, fact in zip(places, facts, strict=True):
-            planted[place] = render(self.tokenizer, "user", fact.statement)
-        asked = rng.choice(facts)
-        planted[-2] = render(self.tokenizer, "user", asked.question)
-        planted[-1] = render(self.tokenizer, "assistant", asked.answer_with(asked.value) + ".")
-        return planted
+    def _echo(self, turns: list[RenderedTurn], rng: random.Random) -> None:
+        """Let some turns repeat an earlier one: to foresee them, a memory must have kept the words."""
+        for _ in range(max(1, len(turns) // 10)):
+            first, again = sorted(rng.sample(range(len(turns)), 2))
+            turns[again] = turns[first]
+
+    def _plant(self, turns: list[RenderedTurn], rng: random.Random) -> list[tuple[int, int, int]]:
+        """Replace turns by facts, and later pairs of turns by the questions and answers; the values' columns."""
+        facts = draw_facts(rng, "train", rng.randint(1, max(1, len(turns) // 6)))
+        asked = sorted(rng.sample(range(1, len(turns) // 2), min(len(facts), len(turns) // 2 - 1)))
+        free = [i for i in range(len(turns)) if i // 2 not in asked]
+        recall = []
+        for pair, fact in zip(asked, facts, strict=False):
+            before = [i for i in free if i < 2 * pair]
+            if not before:
+                continue
+            told = rng.choice(before)
+            free.remove(told)
+            turns[told] = render(self.tokenizer, "user", fact.statement)
+            turns[2 * pair] = render(self.tokenizer, "user", fact.question)
+            turns[2 * pair + 1], value = render_answer(self.tokenizer, fact)
+            recall.append((2 * pair + 1, *value))
+        return recall
 
     def __iter__(self) -> Iterator[list[ConversationRow]]:
         while True:

@@ -25,7 +25,10 @@ class TrainConfig:
         slot_choices: numbers of slots to draw from at each pass (first k of n); empty means always all.
         window_choices: recent windows, in tokens, to draw from at each pass; empty means the configured one.
         sink_with_window: sink tokens in the passes that have a window.
-        facts: share of rows with planted facts, one of which is asked for at the end.
+        facts: share of rows with planted facts that are asked for later.
+        echoes: share of rows in which later turns repeat earlier ones.
+        recall_weight: weight of the value of a planted fact; such tokens are learned from the text itself, because
+            the teacher forgets them too.
         cap_per_user: most conversations of one person.
         eval_every, eval_rows: evaluation on held-out conversations.
         save_every: steps between checkpoints.
@@ -48,6 +51,8 @@ class TrainConfig:
     window_choices: tuple[int, ...] = ()
     sink_with_window: int = 4
     facts: float = 0.0
+    echoes: float = 0.0
+    recall_weight: float = 1.0
     cap_per_user: int = 64
     eval_every: int = 100
     eval_rows: int = 40

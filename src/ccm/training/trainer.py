@@ -30,9 +30,28 @@ from ..evaluation.share import parallel_nll, recovered_share, reference_nll
 from ..storage.adapter_folder import CHANGEABLE
 from ..storage.atomic import write_atomically
 from .config import TrainConfig
-from .objectives import OBJECTIVES, summed_loss
+from .objectives import OBJECTIVES, Objective, summed_loss
 
 log = logging.getLogger(__name__)
+
+
+class _Targets:
+    """Tokens to be predicted: their place in the student's pass and in the teacher's, (row, column) each."""
+
+    def __init__(self) -> None:
+        self.where: list[tuple[int, int]] = []
+        self.taught: list[tuple[int, int]] = []
+        self.ids: list[int] = []
+
+    def add(self, row: int, column: int, taught: int, token: int) -> None:
+        self.where.append((row, column))
+        self.taught.append((row, taught))
+        self.ids.append(token)
+
+    def loss(self, student: Tensor, teacher: Tensor, head: Any, objective: Objective) -> Tensor:
+        at, from_ = torch.tensor(self.where).T, torch.tensor(self.taught).T
+        targets = torch.tensor(self.ids, device=student.device)
+        return summed_loss(student[at[0], at[1]], teacher[from_[0], from_[1]], targets, head, objective)
 
 
 class Trainer:
@@ -64,11 +83,14 @@ class Trainer:
         )
         self.objective = OBJECTIVES[config.objective]
         train = chitchat.load_chitchat("train", cap_per_user=config.cap_per_user)
-        self.rows = RowStream(train, tokenizer, config.turns, config.rows, config.facts, config.seed)
+        self.rows = RowStream(
+            train, tokenizer, config.turns, config.rows, config.facts, config.echoes, config.seed
+        )
         self.held_out = held_out_rows(chitchat.load_chitchat("validation"), tokenizer, config.turns[0])[
             : config.eval_rows
         ]
         self.step, self.tokens, self.seconds, self.best = 0, 0, 0.0, -math.inf
+        self.recall = 0.0
         self._references: tuple[float, float] | None = None
         self._resume()
 
@@ -87,28 +109,25 @@ class Trainer:
         with torch.no_grad():
             plain = compressor.lay_out([[sum(r.segments, ())] for r in batch])
             teacher = compressor.hidden(plain) if config.objective == "distill" else student
-        where: list[tuple[int, int]] = []
-        taught: list[tuple[int, int]] = []
-        targets: list[int] = []
+        text, recall = _Targets(), _Targets()
         for r, row in enumerate(batch):
             offset = 0
+            known_by_memory = {(i, t) for i, start, stop in row.recall for t in range(start, stop)}
             for i, (ids, (start, stop)) in enumerate(zip(row.segments, row.content, strict=True)):
-                if i:
-                    column = layout.spans[r][i][0]
-                    where += [(r, column + t) for t in range(start - 1, stop - 1)]
-                    taught += [(r, offset + t) for t in range(start - 1, stop - 1)]
-                    targets += ids[start:stop]
+                column = layout.spans[r][i][0]
+                for t in range(start, stop) if i else ():
+                    kind = recall if (i, t) in known_by_memory else text
+                    kind.add(r, column + t - 1, offset + t - 1, ids[t])
                 offset += len(ids)
-        at, from_ = torch.tensor(where).T, torch.tensor(taught if config.objective == "distill" else where).T
-        device = student.device
-        loss = summed_loss(
-            student[at[0], at[1]],
-            teacher[from_[0], from_[1]],
-            torch.tensor(targets, device=device),
-            compressor.head,
-            self.objective,
-        )
-        return loss, len(targets)
+        if config.objective != "distill":
+            text.taught = text.where
+        loss = text.loss(student, teacher, compressor.head, self.objective)
+        if recall.ids:
+            recall.taught = recall.where
+            extra = recall.loss(student, student, compressor.head, OBJECTIVES["ce"])
+            self.recall = 0.95 * self.recall + 0.05 * float(extra.detach()) / len(recall.ids)
+            loss = loss + config.recall_weight * extra
+        return loss, len(text.ids) + len(recall.ids)
 
     def train_step(self, batches: Iterator[list[ConversationRow]]) -> float:
         """One optimizer step; the mean loss per supervised token."""
@@ -160,6 +179,7 @@ class Trainer:
                 report = {
                     "step": self.step,
                     "loss": round(loss, 4),
+                    "recall": round(self.recall, 4),
                     "tokens": self.tokens,
                     "seconds": round(self.seconds, 1),
                     "tokens_per_second": round(self.tokens / self.seconds, 1),
