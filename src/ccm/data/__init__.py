@@ -1,5 +1,18 @@
-"""Conversation data."""
+"""Training data: sources of rows (see ``sources``), each in a file of its own, and their mixture."""
 
-from ccm.data.chitchat import Conversation, Turn, load_chitchat
+from __future__ import annotations
 
-__all__ = ["Conversation", "Turn", "load_chitchat"]
+from . import books, chitchat, hub, icl, jsonl, movielens, topical_chat  # noqa: F401  (they register)
+from .chitchat import load_chitchat
+from .conversation import Conversation, Turn
+from .sources import Source, get_source, list_sources, register_source
+
+__all__ = [
+    "Conversation",
+    "Source",
+    "Turn",
+    "get_source",
+    "list_sources",
+    "load_chitchat",
+    "register_source",
+]

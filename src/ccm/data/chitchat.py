@@ -17,45 +17,24 @@ With ``min_turns=10`` and the cap: 531, 47 and 92 conversations. A turn has 15 t
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter, defaultdict
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
-from typing import Any, Literal, get_args
+from typing import Any
 
-from ccm import packages
-from ccm.errors import ConfigError, DataError, UnknownNameError
-
-Split = Literal["train", "validation", "test"]
-SPLITS: tuple[Split, ...] = get_args(Split)
+from .. import packages
+from ..errors import ConfigError, DataError
+from .archives import Archive
+from .conversation import SPLITS, Conversation, Split, Turn, check_split, unit
+from .conversational import ConversationSource
+from .sources import number, register_source
 
 PACKAGE, VERSION, MEMBER = "chitchat-dataset", "0.9.0", "chitchat_dataset/dataset.json"
 
 _HUB = 400  # users with more conversations than this (two of them) always belong to train
 _REGULAR = 5  # users with at least so many conversations are drawn; the others follow their partners
 _SHARES: tuple[tuple[Split, float], ...] = (("train", 0.67), ("validation", 0.15), ("test", 0.18))
-
-
-@dataclass(frozen=True)
-class Turn:
-    """What one person said before the other answered; several messages are joined by newlines."""
-
-    role: Literal["user", "assistant"]
-    text: str
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """A conversation of two people whose turns alternate, beginning with the role ``user``.
-
-    ``users`` holds the (anonymous) ids of the two people: first the one in the role ``user``.
-    """
-
-    id: str
-    users: tuple[str, str]
-    turns: tuple[Turn, ...]
 
 
 def load_chitchat(split: Split, min_turns: int = 8, cap_per_user: int | None = 8) -> list[Conversation]:
@@ -76,8 +55,7 @@ def load_chitchat(split: Split, min_turns: int = 8, cap_per_user: int | None = 8
         DataError, MissingPackageError: the data set cannot be fetched or is broken.
         StorageError: the cache cannot be written.
     """
-    if split not in SPLITS:
-        raise UnknownNameError("split", split, list(SPLITS))
+    check_split(split)
     if cap_per_user is not None and cap_per_user < 1:
         raise ConfigError(f"cap_per_user is {cap_per_user}: expected at least 1, or None to keep all")
     kept, count = [], Counter[str]()
@@ -103,7 +81,7 @@ def _load() -> dict[str, list[Conversation]]:
             f"{path} is not the expected data set ({error!r}): "
             f"delete it, or install {PACKAGE}=={VERSION} again"
         ) from error
-    talks.sort(key=lambda talk: _unit(talk.id))
+    talks.sort(key=lambda talk: unit(talk.id))
     home = assign_users(talks)
     splits: dict[str, list[Conversation]] = {split: [] for split in SPLITS}
     for talk in talks:
@@ -146,15 +124,36 @@ def _conversation(key: str, record: dict[str, Any]) -> Conversation | None:
     return Conversation(key, (first, second), turns)
 
 
-def _unit(name: str) -> float:
-    """Map a name to [0, 1) in a way that looks random and never changes."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") / 2**48
-
-
 def _drawn(user: str) -> Split:
-    place = _unit(f"user {user}")
+    place = unit(f"user {user}")
     for split, share in _SHARES:
         if place < share:
             return split
         place -= share
     return SPLITS[-1]
+
+
+@register_source
+class ChitChat(ConversationSource):
+    """Small talk of two people.
+
+    Args:
+        cap_per_user: most training conversations kept of one person; None keeps all.
+        turns, facts, echoes: see :class:`~ccm.data.conversational.ConversationSource`.
+    """
+
+    name, title = "chitchat", "Small talk of two people (Chit-Chat Challenge)"
+    size = "2,731 conversations of 8 turns or more, 1,656 of them in one split"
+    licence, origin = "MIT", f"pypi {PACKAGE} {VERSION}"
+    archives = (Archive("pypi", PACKAGE, VERSION, (MEMBER,), 8),)
+
+    def __init__(self, tokenizer: Any, cap_per_user: int | None = 64, **options: Any):
+        self.cap_per_user = None if cap_per_user is None else number("cap_per_user", cap_per_user, 1)
+        super().__init__(tokenizer, **options)
+
+    def conversations(self, split: Split) -> list[Conversation]:
+        return load_chitchat(split, cap_per_user=self.cap_per_user if split == "train" else 8)
+
+    @classmethod
+    def downloaded(cls) -> bool:
+        return packages.locate(PACKAGE, VERSION, MEMBER) is not None

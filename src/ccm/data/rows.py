@@ -1,4 +1,4 @@
-"""Conversations as rows of segments: one turn, one segment."""
+"""Rows of segments; those of conversations have one turn a segment."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..chat import RenderedTurn, render
-from .chitchat import Conversation
-from .facts import Fact, draw_facts
+from .conversation import Conversation
+from .planting import echo, plant_facts
 
 
 @dataclass(frozen=True)
 class ConversationRow:
-    """Turns as tokens.
+    """Segments as tokens: turns of a conversation, demonstrations, profile items or stretches of text.
 
     Attributes:
-        segments: ``segments[i]`` are the ids of turn i.
-        content: ``content[i]`` are the columns of it that are scored, (start, stop).
-        recall: (turn, start, stop) of what can only be known from an earlier turn: the values of planted facts.
+        conversation: where the row comes from (a conversation, task, user or book), as a readable id.
+        segments: ``segments[i]`` are the ids of segment i.
+        content: ``content[i]`` are the columns of it that are scored, (start, stop); (k, k) is none. A segment's
+            first token is never among them, because no live token stands before it.
+        recall: (segment, start, stop) of what can only be known from an earlier one: the values of planted facts.
     """
 
     conversation: str
@@ -55,15 +57,6 @@ def row(
     )
 
 
-def render_answer(tokenizer: Any, fact: Fact) -> tuple[RenderedTurn, tuple[int, int]]:
-    """The answer to the question about a fact, and the columns of the value in it."""
-    turn = render(tokenizer, "assistant", fact.answer_with(fact.value) + ".")
-    stem = tokenizer.encode(fact.answer_with("").rstrip(), add_special_tokens=False)
-    value = tokenizer.encode(" " + fact.value, add_special_tokens=False)
-    start = turn.content[0] + len(stem)
-    return turn, (start, start + len(value))
-
-
 def held_out_rows(
     conversations: Sequence[Conversation], tokenizer: Any, turns: int = 10, per_conversation: int = 1
 ) -> list[ConversationRow]:
@@ -88,7 +81,7 @@ class RowStream:
         tokenizer: with the chat template to render turns.
         turns: turns per row; each pool of batches draws one of these.
         batch: rows per batch for the shortest of them; longer rows come in smaller batches.
-        facts: share of rows with planted facts that are asked for later, one in six turns.
+        facts: share of rows with planted facts that are asked for later, one in five turns.
         echoes: share of rows in which some turns, one in ten, repeat an earlier one word for word.
         seed: of the order.
     """
@@ -122,38 +115,14 @@ class RowStream:
             part = list(turns[start : start + length])
             recall: list[tuple[int, int, int]] = []
             if rng.random() < self.echoes:
-                self._echo(part, rng)
+                echo(part, rng)
             if rng.random() < self.facts:
-                recall = self._plant(part, rng)
+                recall = plant_facts(part, self.tokenizer, rng)
             rows.append(row(name, part, recall))
         rows.sort(key=lambda r: r.tokens)
         cut = [rows[i : i + batch] for i in range(0, len(rows), batch)]
         rng.shuffle(cut)
         return cut
-
-    def _echo(self, turns: list[RenderedTurn], rng: random.Random) -> None:
-        """Let some turns repeat an earlier one: to foresee them, a memory must have kept the words."""
-        for _ in range(max(1, len(turns) // 10)):
-            first, again = sorted(rng.sample(range(len(turns)), 2))
-            turns[again] = turns[first]
-
-    def _plant(self, turns: list[RenderedTurn], rng: random.Random) -> list[tuple[int, int, int]]:
-        """Replace turns by facts, and later pairs of turns by the questions and answers; the values' columns."""
-        facts = draw_facts(rng, "train", rng.randint(1, max(1, len(turns) // 6)))
-        asked = sorted(rng.sample(range(1, len(turns) // 2), min(len(facts), len(turns) // 2 - 1)))
-        free = [i for i in range(len(turns)) if i // 2 not in asked]
-        recall = []
-        for pair, fact in zip(asked, facts, strict=False):
-            before = [i for i in free if i < 2 * pair]
-            if not before:
-                continue
-            told = rng.choice(before)
-            free.remove(told)
-            turns[told] = render(self.tokenizer, "user", fact.statement)
-            turns[2 * pair] = render(self.tokenizer, "user", fact.question)
-            turns[2 * pair + 1], value = render_answer(self.tokenizer, fact)
-            recall.append((2 * pair + 1, *value))
-        return recall
 
     def __iter__(self) -> Iterator[list[ConversationRow]]:
         while True:

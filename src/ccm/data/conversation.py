@@ -1,0 +1,51 @@
+"""What a conversation is, and which split its speakers belong to."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from ..errors import UnknownNameError
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+Role = Literal["system", "user", "assistant"]
+ROLES: tuple[Role, ...] = get_args(Role)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one person said before the other answered; several messages are joined by newlines."""
+
+    role: Role
+    text: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A conversation, most often of two people whose turns alternate, beginning with the role ``user``.
+
+    ``users`` holds the (anonymous) ids of the two people: first the one in the role ``user``.
+    """
+
+    id: str
+    users: tuple[str, ...]
+    turns: tuple[Turn, ...]
+
+
+def unit(name: str) -> float:
+    """Map a name to [0, 1) in a way that looks random and never changes."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") / 2**48
+
+
+def split_of(name: str, validation: float = 0.1, test: float = 0.1) -> Split:
+    """The split of whatever has this name, by a hash: the same everywhere and for ever."""
+    place = unit(name)
+    return "test" if place < test else "validation" if place < test + validation else "train"
+
+
+def check_split(split: str) -> None:
+    """Raise :class:`~ccm.errors.UnknownNameError` unless ``split`` is one."""
+    if split not in SPLITS:
+        raise UnknownNameError("split", split, list(SPLITS))
