@@ -21,11 +21,12 @@ from ccm.families import FAMILIES
 VOCAB = 97
 SLIDING = 6  # shorter than the rows, and than some segments
 
+# Three layers: in the first, slots do not depend on the text yet, so with two no h(t) would depend on c(t-1).
 _SHAPE = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "max_position_embeddings": 256,
     "initializer_range": 0.3,
@@ -34,7 +35,7 @@ _SHAPE = {
 }
 _GROUPED = {**_SHAPE, "num_key_value_heads": 2}
 _GEMMA = {**_GROUPED, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": SLIDING}
-_BOTH = ["sliding_attention", "full_attention"]
+_BOTH = ["sliding_attention", "full_attention", "sliding_attention"]
 
 _CONFIGS = {
     "llama": (hf.LlamaConfig, _GROUPED),
