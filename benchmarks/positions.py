@@ -25,6 +25,8 @@ def train(way: str, rule: str, slots: int, seed: int, steps: int) -> dict[str, A
     model, tokenizer = ccm.load_default_model()
     config = TrainConfig(
         compressor=CompressorConfig(slots=slots, rule=rule, comp_positions=way, seed=seed),
+        data={"chitchat": {"turns": [10]}},
+        rows=2,
         steps=steps,
         eval_every=steps,
         seed=seed,

@@ -19,7 +19,6 @@ from ccm.compressor import Compressor, CompressorConfig
 from ccm.data.chitchat import Conversation, Turn
 from ccm.evaluation.demo import choose_players
 from ccm.session import Session
-from ccm.training import TrainConfig, Trainer
 
 COMMANDS = ["chat", "demo", "train", "doctor", "memory", "memory inspect"]
 
@@ -96,11 +95,8 @@ def test_no_arguments_show_help_and_version_shows_the_version(capsys: pytest.Cap
         (["demo", "--conversations", "9"], "9"),
         (["demo", "--methods", "h2o"], "unknown method 'h2o'"),
         (["demo", "--model", "no-such-folder/model"], "no-such-folder"),
-        (["train"], "--out"),
-        (["train", "--out", "x", "--objective", "luck"], "objective"),
-        (["train", "--out", "x", "--rule", "luck"], "rule"),
-        (["train", "--out", "x", "--windows", "a,b"], "--windows"),
-        (["train", "--out", "x", "--threads", "0"], "--threads"),
+        (["train"], "RECIPE"),
+        (["train", "missing.yaml"], "missing.yaml"),
         (["memory", "inspect", "missing.ccm"], "no memory file"),
         (["chat", "--load", "missing.ccm", "--slots", "1"], "--load"),
         (["chat", "--adapter", "no-such-adapter"], "no adapter"),
@@ -318,63 +314,3 @@ def test_a_window_plays_at_the_bytes_of_each_compressed_method() -> None:
         "window-merge": "ccm-merge",
     }
     assert [p.same_bytes_as for p in choose_players(["window"])] == [None, None, None]
-
-
-# ---------------------------------------------------------------------- train
-
-
-def train(home: Path, out: Path, *options: str) -> int:
-    sizes = "--steps 3 --rows 2 --turns 5,6 --slots 2 --windows 0,20 --slot-choices 1,2 --no-bf16"
-    return cli.main(["train", "--out", str(out), "--model", str(home / "model"), *sizes.split(), *options])
-
-
-def test_train_then_use_the_adapter(
-    home: Path, talks: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "run"
-    assert train(home, out, "--rule", "merge", "--json") == 0
-    printed, shown = capsys.readouterr()
-    result = json.loads(printed)
-    assert result["step"] == 3 and math.isfinite(result["loss"])
-    assert "recovered share" in shown
-    model, _ = ccm.load_model(str(home / "model"))
-    assert Compressor.from_pretrained(model, result["adapter"]).config.rule == "merge"
-    assert train(home, out, "--rule", "merge") == 0
-    assert "finished already, at step 3" in capsys.readouterr().out
-    assert train(home, out, "--rule", "concat") == 2
-    assert "another configuration" in capsys.readouterr().err
-
-
-def test_train_goes_on_after_ctrl_c(
-    home: Path,
-    talks: None,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    step = Trainer.train_step
-
-    def interrupted(self, batches):
-        if self.step == 2:
-            raise KeyboardInterrupt
-        return step(self, batches)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "train_step", interrupted)
-        assert train(home, tmp_path) == 130
-    assert "saved at step 2 of 3" in capsys.readouterr().out
-    assert train(home, tmp_path) == 0
-    assert "at step 2" in capsys.readouterr().out
-
-
-def test_train_has_the_defaults_of_the_trainer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    seen = []
-
-    def stop(model, tokenizer, config, folder):
-        seen.append(config)
-        raise ccm.CCMError("enough")
-
-    monkeypatch.setattr("ccm.training.Trainer", stop)
-    monkeypatch.setattr("ccm.models.load_model", lambda name: (None, None))
-    assert cli.main(["train", "--out", str(tmp_path)]) == 2
-    assert seen == [TrainConfig()]

@@ -1,53 +1,62 @@
-"""The trainer: its losses, its resuming, and that it learns."""
+"""The trainer: its losses, its stages, its resuming, and that it learns."""
 
 from __future__ import annotations
 
+import json
+import math
+import os
 import random
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
+import runs
 import torch
-from tiny import tiny_model, tiny_tokenizer
+from peft import PeftModel
+from runs import TOKENIZER, log_of, trainer, weights_of
+from tiny import history, random_rows, scramble, tiny_model
 
+from ccm import cli
 from ccm.compressor import Compressor, CompressorConfig
 from ccm.data.chitchat import Conversation, Turn
 from ccm.data.facts import TEST, TRAIN
-from ccm.data.rows import RowStream
-from ccm.errors import CCMError, ConfigError
+from ccm.data.rows import ConversationRow, RowStream
+from ccm.errors import CCMError, ConfigError, MismatchError, MissingPackageError, StorageError
+from ccm.evaluation.share import parallel_nll, recovered_share, reference_nll
 from ccm.models import load_default_model
 from ccm.training import TrainConfig, Trainer
 from ccm.training.objectives import OBJECTIVES, summed_loss
+from ccm.training.signals import StopRequest
+from ccm.training.targets import (
+    CUE,
+    ECHO,
+    NONE,
+    RECALL,
+    TEXT,
+    Row,
+    find_targets,
+    marked,
+    only_last,
+    resegmented,
+    scored_from,
+    with_echo,
+)
 
-TOKENIZER = tiny_tokenizer()
+
+@pytest.fixture(scope="session")
+def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.write_logs(tmp_path_factory.mktemp("logs"))
 
 
 @pytest.fixture
-def talks(monkeypatch: pytest.MonkeyPatch) -> list[Conversation]:
-    def talk(n: int) -> Conversation:
-        turns = [Turn("assistant" if i % 2 else "user", f"{n} says {i * n}") for i in range(14)]
-        return Conversation(f"c{n}", ("a", "b"), tuple(turns))
-
-    made = [talk(n) for n in range(5)]
-    monkeypatch.setattr("ccm.data.chitchat.load_chitchat", lambda split, **_: made)
-    return made
+def batch(logs: Path, tmp_path: Path) -> list[Row]:
+    run = trainer(tmp_path / "for-rows", logs)
+    return [marked(row) for row in next(iter(run.rows))]
 
 
-def tiny_trainer(folder: Path, **changes: object) -> Trainer:
-    torch.manual_seed(0)
-    model = tiny_model(vocab_size=len(TOKENIZER), max_position_embeddings=2048)
-    settings = {
-        "compressor": CompressorConfig(slots=2, rule="mean"),
-        "steps": 6,
-        "rows": 2,
-        "turns": (6, 9),
-        "window_choices": (0, 40),
-        "slot_choices": (1, 2),
-        "facts": 0.3,
-        "eval_every": 3,
-        "save_every": 2,
-        "bf16": False,
-    }
-    return Trainer(model, TOKENIZER, TrainConfig(**{**settings, **changes}), folder)
+# ---------------------------------------------------------------------- objectives
 
 
 @pytest.mark.parametrize("name", list(OBJECTIVES))
@@ -59,11 +68,11 @@ def test_chunked_loss_equals_the_plain_one(name: str) -> None:
     def head(x: torch.Tensor) -> torch.Tensor:
         return x @ weight.T
 
-    if name == "ce":
-        plain = torch.nn.functional.cross_entropy(head(student), targets, reduction="sum")
-    else:
+    if name == "distill":
         log_q, p = head(student).log_softmax(-1), head(teacher).softmax(-1)
         plain = torch.nn.functional.kl_div(log_q, p, reduction="sum")
+    else:
+        plain = torch.nn.functional.cross_entropy(head(student), targets, reduction="sum")
     (expected,) = torch.autograd.grad(2 * plain, student)
     chunked = summed_loss(student, teacher, targets, head, OBJECTIVES[name])
     (got,) = torch.autograd.grad(2 * chunked, student)
@@ -71,18 +80,163 @@ def test_chunked_loss_equals_the_plain_one(name: str) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_teacher_is_the_full_context(talks: list[Conversation], tmp_path: Path) -> None:
+def test_the_teacher_is_the_full_context(logs: Path, tmp_path: Path, batch: list[Row]) -> None:
     """With every token in the window the student sees what the teacher sees: the divergence is zero."""
-    trainer = tiny_trainer(tmp_path, window_choices=(100_000,), slot_choices=())
-    batch = next(iter(trainer.rows))
-    loss, tokens = trainer.losses(batch, random.Random(0))
-    assert tokens > 50 and abs(float(loss.detach())) / tokens < 1e-6
-    loss, _ = tiny_trainer(tmp_path / "b", window_choices=()).losses(batch, random.Random(0))
-    assert float(loss.detach()) / tokens > 1e-3
+    wide = trainer(
+        tmp_path / "a", logs, window_choices=(100_000,), slot_choices=(), data=runs.data(logs, facts=0)
+    )
+    batch = [marked(row) for row in next(iter(wide.rows))]
+    losses = wide.stage.losses(batch, random.Random(0))
+    assert losses.tokens > 50 and abs(float(losses.loss.detach())) / losses.tokens < 1e-6
+    losses = trainer(tmp_path / "b", logs, window_choices=()).stage.losses(batch, random.Random(0))
+    assert float(losses.loss.detach()) / losses.tokens > 1e-3
 
 
-def test_a_killed_run_continues_to_the_same_weights(talks: list[Conversation], tmp_path: Path) -> None:
-    whole = tiny_trainer(tmp_path / "whole")
+def test_losses_equal_those_of_the_public_forward_pass(logs: Path, tmp_path: Path, batch: list[Row]) -> None:
+    """Cross-entropy by objective, from the logits of every segment: dense, and of the last segment only."""
+    for objective in ("ce", "target-ce"):
+        run = trainer(tmp_path / objective, logs, objective=objective, window_choices=(), recall_weight=3.0)
+        draw = random.Random(0)
+        with torch.no_grad():
+            out = run.stage.compressor([row.segments for row in batch], slots=random.Random(0).choice((1, 2)))
+        losses = run.stage.losses(batch, draw)
+        expected, tokens = 0.0, 0
+        for r, row in enumerate(batch):
+            scored = range(1, len(row.segments)) if objective == "ce" else [len(row.segments) - 1]
+            for i in scored:
+                log_p = out.segment_logits(r, i).log_softmax(-1)
+                for t, role in enumerate(row.roles[i]):
+                    if role != NONE:
+                        expected -= (3.0 if role == RECALL else 1.0) * float(log_p[t - 1, row.segments[i][t]])
+                        tokens += 1
+        assert losses.tokens == tokens
+        assert float(losses.loss.detach()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_reconstruction_is_learned_from_an_echo_at_the_end(
+    logs: Path, tmp_path: Path, batch: list[Row]
+) -> None:
+    plain = trainer(tmp_path / "a", logs).stage.losses(batch, random.Random(0))
+    with_it = trainer(tmp_path / "b", logs, reconstruction=0.5, reconstruction_share=1.0)
+    losses = with_it.stage.losses(batch, random.Random(0))
+    assert losses.tokens > plain.tokens and losses.recall_tokens > plain.recall_tokens
+    never = trainer(tmp_path / "c", logs, reconstruction=0.5, reconstruction_share=0.0)
+    assert never.stage.losses(batch, random.Random(0)).tokens == plain.tokens
+
+
+# ---------------------------------------------------------------------- rows with roles
+
+
+ROW = marked(
+    ConversationRow(
+        "x",
+        tuple(tuple(range(100 * i, 100 * i + n)) for i, n in enumerate((40, 9, 70, 12, 8))),
+        ((2, 38), (0, 9), (3, 70), (5, 5), (2, 8)),
+        ((4, 3, 5),),
+    )
+)
+
+
+def test_roles_are_those_of_the_data_and_no_first_token_is_scored() -> None:
+    assert ROW.roles[0] == (NONE,) * 2 + (TEXT,) * 36 + (NONE,) * 2
+    assert ROW.roles[1] == (NONE,) + (TEXT,) * 8
+    assert ROW.roles[3] == (NONE,) * 12
+    assert ROW.roles[4] == (NONE, NONE, TEXT, RECALL, RECALL, TEXT, TEXT, TEXT)
+
+
+def test_other_boundaries_keep_tokens_and_roles() -> None:
+    counts = set()
+    for seed in range(200):
+        other = resegmented(ROW, random.Random(seed))
+        assert other.flat().segments == ROW.flat().segments
+        assert other.segments[-1] == ROW.segments[-1] and other.roles[-1] == ROW.roles[-1]
+        lost = sum(a != b for a, b in zip(other.flat().roles[0], ROW.flat().roles[0], strict=True))
+        assert lost <= max(0, len(other.segments) - 1)  # first tokens of new segments, and nothing else
+        assert all(roles[0] == NONE for roles in other.roles)
+        counts.add(len(other.segments))
+    assert min(counts) < len(ROW.segments) < max(counts)
+
+
+def test_an_echo_repeats_an_earlier_segment_after_a_cue() -> None:
+    seen = set()
+    for seed in range(50):
+        longer = with_echo(ROW, random.Random(seed), 10_000)
+        assert longer.part(0, 5) == ROW and len(longer.segments) == 6
+        index = ROW.segments.index(longer.segments[-1])
+        seen.add(index)
+        before = [t for t, role in enumerate(ROW.roles[index]) if role != NONE]
+        assert [t for t, role in enumerate(longer.roles[-1]) if role == ECHO] == before[CUE:]
+    assert seen == {0, 1, 2}
+    assert with_echo(ROW, random.Random(0), ROW.tokens + 5) == ROW  # no room
+
+
+def test_only_the_last_segment_and_echoes_are_scored() -> None:
+    left = only_last(with_echo(ROW, random.Random(0), 10_000))
+    assert not any(map(any, left.roles[:4]))
+    assert left.roles[4] == ROW.roles[4] and ECHO in left.roles[5]
+    assert scored_from(ROW, 2).roles[:2] == ROW.unscored().roles[:2]
+    assert scored_from(ROW, 2).roles[2:] == ROW.roles[2:]
+
+
+def test_targets_are_foreseen_from_the_token_before_them() -> None:
+    spans = [[(0, 40), (42, 51), (53, 123), (125, 137), (139, 147)]]  # two COMP tokens behind each
+    found = find_targets([ROW], spans)
+    assert found[RECALL].ids == [403, 404]
+    assert found[RECALL].student == [(0, 141), (0, 142)]
+    flat = ROW.flat().segments[0]
+    for targets in found.values():
+        assert [flat[column + 1] for _, column in targets.teacher] == targets.ids
+
+
+# ---------------------------------------------------------------------- one adapter, any budget
+
+
+def test_every_budget_is_reported(logs: Path, tmp_path: Path) -> None:
+    report = trainer(tmp_path, logs, window_choices=(0, 20, 40)).run()
+    for name in ("recovered_share", "recovered_share_1_slots", "recovered_share_2_slots"):
+        assert name in report
+    assert report["recovered_share"] == report["recovered_share_2_slots"] != report["recovered_share_1_slots"]
+    assert "recovered_share_window_20" in report and "recovered_share_window_40" in report
+
+
+def test_the_share_is_that_of_a_plain_evaluation(logs: Path, tmp_path: Path) -> None:
+    run = trainer(tmp_path, logs)
+    rows = run.stage.held_out.rows["jsonl"]
+    plain = [ConversationRow("x", row.segments, tuple(_span(roles) for roles in row.roles)) for row in rows]
+    first = min(4, len(plain[0].segments) // 2)
+    none, full = (reference_nll(run.stage.compressor, plain, c, first).mean for c in ("none", "full"))
+    own = parallel_nll(run.stage.compressor, plain, first).mean
+    assert run.evaluate()["recovered_share"] == pytest.approx(recovered_share(none, full, own), abs=1e-3)
+
+
+def _span(roles: tuple[int, ...]) -> tuple[int, int]:
+    scored = [t for t, role in enumerate(roles) if role]
+    return (scored[0], scored[-1] + 1) if scored else (1, 1)
+
+
+def test_several_sources_are_learned_and_reported_one_by_one_and_together(logs: Path, tmp_path: Path) -> None:
+    for n in range(4):
+        (tmp_path / f"{n}.txt").write_text(" ".join(f"word {i * n}" for i in range(400)))
+    texts = {"path": str(tmp_path), "segment_tokens": [20, 60], "row_tokens": 200}
+    run = trainer(tmp_path / "run", logs, data={**runs.data(logs, weight=3), "text": texts}, steps=3)
+    drawn = [row.conversation for batch, _ in zip(iter(run.rows), range(10), strict=False) for row in batch]
+    assert 0 < sum(".txt" in name for name in drawn) < len(drawn) / 2
+    run.rows.served = 0
+    report = run.run()
+    parts = [report["recovered_share_jsonl"], report["recovered_share_text"]]
+    held = run.stage.held_out
+    none, full = (0.75 * held._references["jsonl"][k] + 0.25 * held._references["text"][k] for k in (0, 1))
+    nll = math.log(report["perplexity"])  # of the mixture as well
+    assert report["recovered_share"] == pytest.approx((none - nll) / (none - full), abs=1e-3)
+    assert parts[0] != parts[1]
+
+
+# ---------------------------------------------------------------------- resuming
+
+
+def test_a_killed_run_continues_to_the_same_weights(logs: Path, tmp_path: Path) -> None:
+    changes = {"reconstruction": 0.5, "resegment": 0.5}
+    whole = trainer(tmp_path / "whole", logs, **changes)
     whole.run()
 
     class Killed(BaseException):
@@ -92,37 +246,340 @@ def test_a_killed_run_continues_to_the_same_weights(talks: list[Conversation], t
         if report["step"] == 5:
             raise Killed  # nothing gets a chance to save, as with kill -9; the last checkpoint is of step 4
 
-    killed = tiny_trainer(tmp_path / "killed")
+    killed = trainer(tmp_path / "killed", logs, **changes)
     with pytest.raises(Killed):
         killed.run(kill_at_5)
-    resumed = tiny_trainer(tmp_path / "killed")
+    resumed = trainer(tmp_path / "killed", logs, **changes)
     assert resumed.step == 4
     resumed.run()
     for a, b in zip(whole.parameters, resumed.parameters, strict=True):
         assert torch.equal(a, b)
-    assert resumed.tokens == whole.tokens
+    assert log_of(tmp_path / "killed") == log_of(tmp_path / "whole")
+    assert resumed.tokens == whole.tokens and resumed.best == whole.best
 
 
-def test_another_configuration_does_not_resume(talks: list[Conversation], tmp_path: Path) -> None:
-    tiny_trainer(tmp_path, steps=2).run()
-    with pytest.raises(ConfigError, match="another configuration"):
-        tiny_trainer(tmp_path, steps=3)
+def test_kill_9_in_the_middle_loses_nothing(logs: Path, tmp_path: Path) -> None:
+    recipe = runs.write_recipe(tmp_path, logs, steps=60, save_every=10, eval_every=60)
+    out = tmp_path / "out"
+    process = subprocess.Popen(runs.command(recipe, out), env=runs.environment(), stdout=subprocess.DEVNULL)
+    wait_for_log(process, out, 25)
+    process.kill()
+    process.wait()
+    saved = torch.load(out / "checkpoint.pt", weights_only=True)["counters"][0]
+    with (out / "log.jsonl").open("a") as file:
+        file.write('{"step": 59, "lo')  # a kill in the middle of a line
+    assert 20 <= saved < 60
+    again = runs.start(recipe, out)
+    assert again.returncode == 0, again.stderr
+    assert f"resuming, at step {saved}" in again.stdout
+    undisturbed = runs.start(recipe, tmp_path / "whole")
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    assert log_of(out) == log_of(tmp_path / "whole")
+    assert [line["step"] for line in log_of(out)] == list(range(1, 61))
+    for a, b in zip(weights_of(out), weights_of(tmp_path / "whole"), strict=True):
+        assert torch.equal(a, b)
 
 
-def test_a_loss_that_is_no_number_stops_the_run(talks: list[Conversation], tmp_path: Path) -> None:
-    trainer = tiny_trainer(tmp_path)
-    trainer.parameters[-1].data.fill_(float("nan"))
+def wait_for_log(process: subprocess.Popen, out: Path, lines: int) -> None:
+    deadline = time.monotonic() + 120
+    while not (out / "log.jsonl").exists() or (out / "log.jsonl").read_text().count("\n") < lines:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_and_sigterm_save(number: int, code: int, logs: Path, tmp_path: Path) -> None:
+    recipe = runs.write_recipe(tmp_path, logs, steps=100_000, save_every=100_000, eval_every=100_000)
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        runs.command(recipe, out),
+        env=runs.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for_log(process, out, 5)
+    process.send_signal(number)
+    shown, errors = process.communicate(timeout=60)
+    assert process.returncode == code, errors
+    saved = torch.load(out / "checkpoint.pt", weights_only=True)["counters"][0]
+    assert saved == log_of(out)[-1]["step"] >= 5
+    assert f"at step {saved}; the same command goes on" in " ".join(shown.split())
+    assert "Traceback" not in errors
+
+
+def test_the_first_signal_is_noted_and_the_second_stops_at_once() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.signal == signal.SIGTERM
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_what_differs_is_named(logs: Path, tmp_path: Path) -> None:
+    trainer(tmp_path, logs, steps=2).run()
+    with pytest.raises(ConfigError, match=r"compressor\.rank: it has 8, got 4; lr: it has 0\.002, got 0\.1"):
+        trainer(tmp_path, logs, lr=0.1, compressor={**runs.SETTINGS["compressor"], "rank": 4})
+    with pytest.raises(ConfigError, match=r"data\.chitchat: it has nothing"):
+        trainer(tmp_path, logs, data={"chitchat": {}})
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    torch.save({**state, "model": "other"}, tmp_path / "checkpoint.pt")
+    with pytest.raises(MismatchError, match="model other"):
+        trainer(tmp_path, logs, steps=2)
+    (tmp_path / "checkpoint.pt").write_bytes(b"no checkpoint")
+    with pytest.raises(ConfigError, match="damaged"):
+        trainer(tmp_path, logs, steps=2)
+
+
+def test_a_finished_run_goes_on_when_it_is_extended(logs: Path, tmp_path: Path) -> None:
+    trainer(tmp_path, logs, steps=4).run()
+    assert trainer(tmp_path, logs, steps=4).run() == {}
+    again = trainer(tmp_path, logs, steps=4, extend=True)
+    assert again.step == 4 and again.progress == 0.0
+    assert again.run()["step"] == 8
+    assert trainer(tmp_path, logs, steps=4).progress == 1.0
+    assert trainer(tmp_path, logs, steps=9).run()["step"] == 13  # a longer slice than was planned
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(
+    logs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trainer(tmp_path, logs, steps=4)
+    fsync, full = os.fsync, []
+
+    def no_space(descriptor: int) -> None:
+        if full:
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", no_space)
+
+    def fill(report: dict) -> None:
+        if report["step"] == 2:
+            full.append(True)
+
+    with pytest.raises(StorageError, match="No space left"):
+        run.run(fill)
+    monkeypatch.undo()
+    assert {path.name for path in tmp_path.iterdir()} <= {"checkpoint.pt", "log.jsonl", "adapter"}
+    resumed = trainer(tmp_path, logs, steps=4)
+    assert resumed.step == 2
+    resumed.run()
+
+
+def test_a_loss_that_is_no_number_stops_the_run(logs: Path, tmp_path: Path) -> None:
+    run = trainer(tmp_path, logs)
+    run.parameters[-1].data.fill_(float("nan"))
     with pytest.raises(CCMError, match="lower learning rate"):
-        trainer.run()
+        run.run()
 
 
-def test_the_exported_adapter_has_its_record_and_loads(talks: list[Conversation], tmp_path: Path) -> None:
-    trainer = tiny_trainer(tmp_path)
-    trainer.run()
-    assert (tmp_path / "adapter" / "training.json").exists()
-    model = tiny_model(vocab_size=len(TOKENIZER), max_position_embeddings=2048)
-    loaded = Compressor.from_pretrained(model, tmp_path / "adapter")
-    assert loaded.config == trainer.config.compressor
+def test_rows_longer_than_the_context_are_refused(logs: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    short = tiny_model(vocab_size=len(TOKENIZER), max_position_embeddings=64)
+    config = TrainConfig(bf16=False, data=runs.data(logs), steps=2)
+    for stage in ("memory", "base"):
+        with pytest.raises(ConfigError, match="context of 64"):
+            Trainer(short, TOKENIZER, TrainConfig(**{**vars(config), "stage": stage}), tmp_path / stage).run()
+        short = tiny_model(vocab_size=len(TOKENIZER), max_position_embeddings=64)
+
+
+# ---------------------------------------------------------------------- what passes do not change
+
+
+@pytest.mark.parametrize(
+    "option", ["gradient_checkpointing", pytest.param("compile", marks=pytest.mark.slow)]
+)
+def test_saving_memory_and_compiling_change_no_result(option: str, logs: Path, tmp_path: Path) -> None:
+    targets = {"compressor": {**runs.SETTINGS["compressor"], "target_modules": "all"}}
+    for name, changes in (("plain", {}), (option, {option: True})):
+        trainer(tmp_path / name, logs, steps=3, **targets, **changes).run()
+    for a, b in zip(weights_of(tmp_path / "plain"), weights_of(tmp_path / option), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def test_accumulating_two_passes_is_a_mean_over_tokens(logs: Path, tmp_path: Path) -> None:
+    """Two passes of different lengths: the step's loss is the sum over both, by the tokens of both."""
+    run = trainer(tmp_path, logs, accumulate=2)
+    stream = iter(trainer(tmp_path / "same", logs).rows)
+    batches = [[marked(row) for row in next(stream)] for _ in range(2)]
+    parts = [run.stage.losses(batch, random.Random(f"0-0-{k}")) for k, batch in enumerate(batches)]
+    expected = sum(float(p.loss.detach()) for p in parts) / sum(p.tokens for p in parts)
+    assert run.train_step(iter(run.rows)) == pytest.approx(expected, rel=1e-6)
+    assert parts[0].tokens != parts[1].tokens
+
+
+# ---------------------------------------------------------------------- two stages
+
+
+@pytest.fixture(scope="module")
+def first_stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained first stage; its weights are made large, so that they matter."""
+    home = tmp_path_factory.mktemp("base")
+    run = trainer(home, runs.write_logs(home), stage="base", lr=0.05, warmup=1)
+    before = run.evaluate()["log_likelihood"]
+    run.run()
+    assert run.best > before
+    return run.adapter
+
+
+def test_the_base_path_is_pefts_own_first_stage(first_stage: Path, logs: Path, tmp_path: Path) -> None:
+    ids = torch.tensor(random_rows([[9], [9]])).squeeze(1)
+    plain = runs.model()
+    untuned = plain(ids).logits
+    peft = PeftModel.from_pretrained(runs.model(), str(first_stage)).eval()
+    expected = peft(ids).logits
+    assert (expected - untuned).abs().max() > 0.1
+    run = trainer(tmp_path, logs, base_adapter=str(first_stage), lr=0.05, warmup=1)
+    run.run()
+    compressor = run.stage.compressor
+    with torch.no_grad():
+        assert torch.equal(compressor.model(ids).logits, expected)
+        assert torch.equal(compressor.logits(ids), expected)
+        folded = history(compressor, [ids[0].tolist()])
+        loaded = Compressor.from_pretrained(runs.model(), run.adapter)
+        assert torch.equal(loaded.logits(ids), expected)
+        assert loaded.logits(ids[:1], history(loaded, [ids[1].tolist()])).isfinite().all()
+    assert not any(p.requires_grad for p in compressor.base_parameters) and compressor.base_parameters
+    # the copy in the adapter folder is a PEFT folder of the same weights
+    again = PeftModel.from_pretrained(runs.model(), str(run.adapter / "base")).eval()
+    assert torch.equal(again(ids).logits, expected)
+    # the fingerprint covers the first stage
+    with torch.no_grad():
+        loaded.base_parameters[0].add_(1.0)
+    assert folded.fingerprint != loaded.fingerprint()
+
+
+def test_parallel_equals_recurrent_on_a_first_stage(first_stage: Path) -> None:
+    config = CompressorConfig(slots=2, rule="concat")
+    compressor = scramble(Compressor(runs.model(), config, base_adapter=first_stage))
+    rows = random_rows([[7, 5, 6]])
+    with torch.no_grad():
+        parallel = compressor(rows).segment_logits(0, 2)
+        recurrent = compressor.logits([rows[0][2]], history(compressor, rows[0][:2]))[0]
+    torch.testing.assert_close(parallel, recurrent, rtol=1e-4, atol=1e-4)
+
+
+def test_a_first_stage_is_shared_by_compressors_and_refused_elsewhere(
+    first_stage: Path, tmp_path: Path
+) -> None:
+    model = runs.model()
+    one = Compressor(model, CompressorConfig(slots=2), base_adapter=first_stage)
+    two = Compressor(model, CompressorConfig(slots=2), base_adapter=first_stage)
+    assert [id(p) for p in one.base_parameters] == [id(p) for p in two.base_parameters]
+    with pytest.raises(MismatchError, match="adapters already"):
+        model = runs.model()
+        Compressor(model, CompressorConfig(slots=2))
+        Compressor(model, CompressorConfig(slots=2), base_adapter=first_stage)
+    with pytest.raises(MismatchError, match="does not fit"):
+        Compressor(tiny_model(hidden_size=64), CompressorConfig(slots=2), base_adapter=first_stage)
+    with pytest.raises(ConfigError, match="no base adapter"):
+        Compressor(runs.model(), CompressorConfig(slots=2), base_adapter=tmp_path)
+
+
+# ---------------------------------------------------------------------- the command
+
+
+def test_train_then_use_the_adapter(logs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = runs.write_recipe(tmp_path, logs)
+    arguments = ["train", str(recipe), "compressor.rule=merge", "--out", str(tmp_path / "run")]
+    assert cli.main([*arguments, "--json"]) == 0
+    printed, shown = capsys.readouterr()
+    result = json.loads(printed)
+    assert result["step"] == 6 and result["loss"] > 0 and "recovered share" in shown
+    loaded = Compressor.from_pretrained(runs.model(), result["adapter"])
+    assert loaded.config.rule == "merge"
+    record = json.loads((tmp_path / "run" / "adapter" / "training.json").read_text())
+    assert record["config"]["data"]["jsonl"]["path"] == "logs.jsonl"  # no folder of this machine
+    assert str(tmp_path) not in json.dumps(record)
+    assert cli.main(arguments) == 0
+    assert "finished already, at step 6" in capsys.readouterr().out
+    assert cli.main([*arguments, "--extend"]) == 0
+    assert log_of(tmp_path / "run")[-1]["step"] == 12
+    assert cli.main([*arguments, "compressor.rank=2"]) == 2
+    assert "compressor.rank: it has 8, got 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("data.nothing.weight=1", "unknown source 'nothing'"),
+        ("data.jsonl.colour=red", "no option 'colour'"),
+        ("data.jsonl.path=no-such-file", "no-such-file"),
+        ("init_from=no-such-adapter", "no adapter 'no-such-adapter'"),
+        ("base_adapter=no-such-folder", "no base adapter 'no-such-folder'"),
+        ("require.luck=1", "no such figure"),
+        ("model=no-such-model", "no-such-model"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2(
+    change: str, words: str, logs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = runs.write_recipe(tmp_path, logs)
+    assert cli.main(["train", str(recipe), change, "--out", str(tmp_path / "run")]) == 2
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert out == "" and len(lines) == 1 and words in lines[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_recipe_that_misses_what_it_requires_fails(
+    logs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = str(runs.write_recipe(tmp_path, logs, require={"recovered_share": 50.0}))
+    assert cli.main(["train", recipe, "--out", str(tmp_path / "a")]) == 1
+    assert "the recipe requires 50.0" in capsys.readouterr().err
+    assert cli.main(["train", recipe, "require.recovered_share=-50", "--out", str(tmp_path / "a")]) == 0
+
+
+def test_tensorboard_gets_the_curves(logs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = trainer(tmp_path, logs, tensorboard=True)
+    run.run()
+    run.close()
+    curves = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [point.step for point in curves.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+    assert [point.step for point in curves.Scalars("recovered_share")] == [3, 6]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingPackageError, match=r"compressed-context-memory\[train\]"):
+        trainer(tmp_path / "b", logs, tensorboard=True)
+
+
+def test_the_adapter_goes_to_the_hub(
+    logs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = []
+    monkeypatch.setattr("huggingface_hub.create_repo", lambda name, **options: calls.append((name, options)))
+    monkeypatch.setattr("huggingface_hub.upload_folder", lambda **options: calls.append(options))
+    recipe = str(runs.write_recipe(tmp_path, logs, push_to_hub="me/memory"))
+    out = tmp_path / "run"
+    assert cli.main(["train", recipe, "--out", str(out)]) == 0
+    assert calls == [
+        ("me/memory", {"exist_ok": True}),
+        {"repo_id": "me/memory", "folder_path": str(out / "adapter")},
+    ]
+    card = (out / "adapter" / "README.md").read_text()
+    assert 'from_pretrained(model, "me/memory")' in card and "recovered share" in card
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("401 Unauthorized")
+
+    monkeypatch.setattr("huggingface_hub.create_repo", refuse)
+    assert cli.main(["train", recipe, "--out", str(out)]) == 2
+    assert "hf auth login" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------- data of conversations
+
+
+@pytest.fixture
+def talks() -> list[Conversation]:
+    def talk(n: int) -> Conversation:
+        turns = [Turn("assistant" if i % 2 else "user", f"{n} says {i * n}") for i in range(14)]
+        return Conversation(f"c{n}", ("a", "b"), tuple(turns))
+
+    return [talk(n) for n in range(5)]
 
 
 def test_rows_are_the_same_for_a_seed_and_resume_anywhere(talks: list[Conversation]) -> None:
@@ -172,9 +629,15 @@ def test_echoed_turns_repeat_an_earlier_one(talks: list[Conversation]) -> None:
 def test_a_few_steps_on_the_embedded_model_improve_held_out_quality(tmp_path: Path) -> None:
     model, tokenizer = load_default_model()
     config = TrainConfig(
-        compressor=CompressorConfig(slots=4, rank=4), steps=24, rows=2, eval_every=24, eval_rows=8, warmup=4
+        compressor=CompressorConfig(slots=4, rank=4),
+        data={"chitchat": {"turns": 10}},
+        steps=24,
+        rows=2,
+        eval_every=24,
+        eval_rows=8,
+        warmup=4,
     )
-    trainer = Trainer(model, tokenizer, config, tmp_path)
-    before = trainer.evaluate()["recovered_share"]
-    after = trainer.run()["recovered_share"]
+    run = Trainer(model, tokenizer, config, tmp_path)
+    before = run.evaluate()["recovered_share"]
+    after = run.run()["recovered_share"]
     assert after > before + 0.1

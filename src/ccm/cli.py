@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import __version__
+from .data.command import app as data_app
 from .errors import CCMError, ConfigError, MissingPackageError
+from .training.command import EPILOG as _TRAIN_EPILOG
+from .training.command import train
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from .session import Session
-    from .training import TrainConfig, Trainer
 
 # click itself is vendored by newer releases of typer
 _ClickError: Any = typer.BadParameter.__mro__[2]
@@ -34,6 +36,7 @@ app = typer.Typer(
 )
 memory_app = typer.Typer(help="Look at memory and session files.")
 app.add_typer(memory_app, name="memory")
+app.add_typer(data_app, name="data")
 
 Model = Annotated[
     str | None, typer.Option(help="Folder or hub id of a causal language model.", show_default="embedded")
@@ -167,125 +170,7 @@ def demo(
 
 # ---------------------------------------------------------------------- train
 
-
-@app.command(epilog="Example: ccm train --out runs/merge --rule merge --slots 16 --steps 500")
-def train(
-    out: Annotated[
-        Path, typer.Option(metavar="FOLDER", help="Checkpoints, log and adapter; a run resumes from it.")
-    ],
-    rule: Annotated[
-        str, typer.Option(help="How slots enter the memory: concat, merge, ema, replace, bounded.")
-    ] = "concat",
-    slots: Annotated[int, typer.Option(help="Slots per segment.")] = 4,
-    rank: Annotated[int, typer.Option(help="Of the conditional LoRA; its alpha is twice that.")] = 8,
-    targets: Annotated[str, typer.Option(help="Adapted projections: attention or all.")] = "attention",
-    objective: Annotated[
-        str, typer.Option(help="distill (the base model with full context) or ce (the text).")
-    ] = "distill",
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 1000,
-    minutes: Annotated[
-        float, typer.Option(help="Stop after so many minutes of training; 0 is no limit.")
-    ] = 0.0,
-    rows: Annotated[int, typer.Option(help="Rows per forward pass.")] = 4,
-    accumulate: Annotated[int, typer.Option(help="Forward passes per step.")] = 1,
-    turns: Annotated[
-        str, typer.Option(metavar="10,20", help="Turns per row; several are drawn from.")
-    ] = "10",
-    facts: Annotated[float, typer.Option(help="Share of rows with planted facts that are asked for.")] = 0.0,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
-    windows: Annotated[
-        str, typer.Option(metavar="0,32,64", help="Recent windows to draw from, in tokens.")
-    ] = "",
-    slot_choices: Annotated[str, typer.Option(metavar="1,2,4", help="Numbers of slots to draw from.")] = "",
-    init_from: Annotated[str | None, typer.Option(help="Adapter whose weights are the start.")] = None,
-    model: Model = None,
-    seed: Annotated[int, typer.Option(help="Of weights, data order and draws.")] = 0,
-    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="all cores")] = None,
-    bf16: Annotated[bool, typer.Option(help="Run the frozen model in bfloat16.")] = True,
-    as_json: AsJson = False,
-) -> None:
-    """Train an adapter on real conversations; Ctrl-C saves, the same command goes on."""
-    drawn: dict[str, Any] = {
-        "turns": _numbers("--turns", turns),
-        "window_choices": _numbers("--windows", windows),
-        "slot_choices": _numbers("--slot-choices", slot_choices),
-    }
-    import torch
-
-    from .compressor import CompressorConfig
-    from .models import load_model
-    from .training import TrainConfig, Trainer
-
-    config = TrainConfig(
-        compressor=CompressorConfig(
-            slots=slots, rule=rule, rank=rank, alpha=2.0 * rank, target_modules=targets, seed=seed
-        ),
-        init_from=init_from,
-        objective=objective,
-        steps=steps,
-        minutes=minutes,
-        rows=rows,
-        accumulate=accumulate,
-        facts=facts,
-        lr=lr,
-        **drawn,
-        bf16=bf16,
-        seed=seed,
-    )
-    if threads is not None:
-        if threads < 1:
-            raise ConfigError(f"--threads: got {threads}, expected at least 1")
-        torch.set_num_threads(threads)
-    console = _console(as_json)
-    language_model, tokenizer = load_model(model)
-    trainer = Trainer(language_model, tokenizer, config, out)
-    if trainer.step:
-        console.print(f"resuming {out} at step {trainer.step}", highlight=False)
-    report = _run_training(trainer, config, console)
-    adapter = out / "adapter"
-    if not report:
-        console.print(f"this run was finished already, at step {trainer.step}", highlight=False)
-    console.print(f"adapter: {adapter}", soft_wrap=True, highlight=False)
-    if as_json:
-        best = {"best_recovered_share": trainer.best, "adapter": str(adapter), "config": asdict(config)}
-        print(json.dumps({"step": trainer.step, "tokens": trainer.tokens, **report, **best}))
-
-
-def _run_training(trainer: Trainer, config: TrainConfig, console: Console) -> dict[str, Any]:
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task(f"step {trainer.step}", total=1.0)
-        bar.update(task, completed=trainer.progress)
-
-        def on_report(report: dict[str, Any]) -> None:
-            line = f"step {report['step']} · loss {report['loss']:.3f} · {report['tokens_per_second']:.0f} tokens/s"
-            bar.update(task, completed=trainer.progress, description=line)
-            if "recovered_share" in report:
-                shares = [
-                    f"{key.replace('_', ' ')} {value:.3f}" for key, value in report.items() if "share" in key
-                ]
-                quality = f"perplexity {report['perplexity']:.2f} · {' · '.join(shares)}"
-                bar.console.print(f"{line} · {quality}", highlight=False, soft_wrap=True)
-
-        try:
-            return trainer.run(on_report)
-        except KeyboardInterrupt:
-            console.print(
-                f"saved at step {trainer.step} of {config.steps} in {trainer.folder}; run the same command to go on",
-                highlight=False,
-            )
-            raise
-
-
-def _numbers(option: str, text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(",") if part.strip())
-    except ValueError:
-        raise ConfigError(
-            f"{option}: got {text!r}, expected whole numbers with commas, such as 0,32,64"
-        ) from None
+app.command(epilog=_TRAIN_EPILOG)(train)
 
 
 # ---------------------------------------------------------------------- memory, doctor

@@ -33,7 +33,7 @@ from .memory import KV, Memory, Row
 from .reader import Ids, Reader, model_fingerprint
 from .rules import get_rule
 from .segments import Layout, lay_out
-from .storage import adapter_folder
+from .storage import adapter_folder, base_stage
 
 
 @dataclass(frozen=True)
@@ -76,13 +76,23 @@ class Compressor(Reader):
     Args:
         model: a causal language model of a supported family (``ccm.families``).
         config: settings; the weights start untrained.
+        base_adapter: folder or hub id of a PEFT LoRA that tunes the base model itself (the paper's first stage);
+            it is active on all tokens, and frozen.
 
     Raises:
         UnsupportedModelError: the family cannot carry a memory.
+        ConfigError: there is no such base adapter.
+        MismatchError: the base adapter does not fit the model, or the model has another one.
     """
 
-    def __init__(self, model: PreTrainedModel, config: CompressorConfig | None = None):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: CompressorConfig | None = None,
+        base_adapter: str | os.PathLike[str] | None = None,
+    ):
         super().__init__(model)
+        self.base_parameters = [] if base_adapter is None else base_stage.attach(model, base_adapter)
         self.config = config or CompressorConfig()
         self.rule = get_rule(self.config.rule, **self.config.rule_options)
         self.adapter = f"ccm{len(getattr(model, 'peft_config', {}))}"
@@ -95,6 +105,8 @@ class Compressor(Reader):
         with torch.random.fork_rng():
             torch.manual_seed(self.config.seed)
             self.lora_parameters = gate.attach(model, lora, self.adapter)
+            for parameter in self.base_parameters:  # PEFT thaws what it keeps active
+                parameter.requires_grad_(False)
             # COMP embeddings start like words of the vocabulary: same mean, same spread
             table = model.get_input_embeddings().weight.detach().float()
             noise = torch.randn(self.config.slots, table.shape[1]).to(table.device)
@@ -240,7 +252,7 @@ class Compressor(Reader):
 
     def fingerprint(self) -> str:
         """``model-adapter``: two short hashes that a memory carries, so that it is never read by another pair."""
-        state = [self.comp_embeddings, *self.lora_parameters]
+        state = [self.comp_embeddings, *self.lora_parameters, *self.base_parameters]
         # weights made under inference_mode have no version, and cannot change in place outside it
         version = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in state)
         if self._print is None or self._print[0] != version:
@@ -254,6 +266,8 @@ class Compressor(Reader):
 
     def save_pretrained(self, folder: str | os.PathLike[str], dtype: torch.dtype = torch.bfloat16) -> None:
         """Write a PEFT adapter folder with ``comp_embeddings.safetensors`` and ``ccm_config.json`` beside it.
+
+        A base adapter goes into its folder ``base/``.
 
         Raises:
             StorageError: it cannot be written.
@@ -276,7 +290,7 @@ class Compressor(Reader):
             MismatchError: it was trained for another model.
         """
         found = adapter_folder.read(name, model, changes)
-        compressor = cls(model, found.config)
+        compressor = cls(model, found.config, base_adapter=found.base)
         compressor.load_weights(found.lora, found.comp_embeddings)
         return compressor
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import snapshot_download
-from peft import get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
@@ -21,6 +20,7 @@ from transformers import PreTrainedModel
 from ..config import CompressorConfig
 from ..errors import ConfigError, MismatchError, StorageError, UnknownNameError
 from ..reader import base_name, model_fingerprint, shape_fingerprint
+from . import base_stage
 from .atomic import write_atomically
 
 if TYPE_CHECKING:
@@ -36,30 +36,35 @@ CHANGEABLE = ("slots", "rule", "rule_options", "sink", "window")
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """What a folder holds: settings, LoRA weights by PEFT's names, COMP embeddings (n, d)."""
+    """What a folder holds.
+
+    Attributes:
+        config: settings.
+        lora: weights by PEFT's names.
+        comp_embeddings: (n, d).
+        base: folder of a first stage, if there is one.
+    """
 
     config: CompressorConfig
     lora: dict[str, Tensor]
     comp_embeddings: Tensor
+    base: Path | None
 
 
 def save(compressor: Compressor, folder: Path, dtype: torch.dtype) -> None:
     """See :meth:`ccm.Compressor.save_pretrained`."""
     model = compressor.model
-    prefix = "base_model.model."
-    lora = {
-        name if name.startswith(prefix) else prefix + name: weight.to(dtype).contiguous().cpu()
-        for name, weight in get_peft_model_state_dict(
-            model, adapter_name=compressor.adapter, save_embedding_layers=False
-        ).items()
-    }
+    lora = {name: weight.to(dtype) for name, weight in base_stage.weights(model, compressor.adapter).items()}
     comp = {"comp_embeddings": compressor.comp_embeddings.detach().to(dtype).cpu()}
     base = {"name": base_name(model), "fingerprint": model_fingerprint(model)}
-    settings = json.dumps({"base_model": base, **asdict(compressor.config)}, indent=2) + "\n"
+    tuned = {"base_adapter": True} if compressor.base_parameters else {}
+    settings = json.dumps({"base_model": base, **tuned, **asdict(compressor.config)}, indent=2) + "\n"
     peft_config = model.peft_config[compressor.adapter]
     peft_config.base_model_name_or_path = base_name(model)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if compressor.base_parameters:
+            base_stage.save(model, folder / base_stage.FOLDER)
         write_atomically(folder / "adapter_model.safetensors", to_bytes(lora, {"format": "pt"}))
         write_atomically(folder / COMP_FILE, to_bytes(comp))
         peft_config.save_pretrained(folder)
@@ -81,6 +86,7 @@ def read(name: str | os.PathLike[str], model: PreTrainedModel, changes: dict[str
     try:
         settings = json.loads((folder / "ccm_config.json").read_text())
         base = settings.pop("base_model")
+        tuned = folder / base_stage.FOLDER if settings.pop("base_adapter", False) else None
         if isinstance(settings["target_modules"], list):
             settings["target_modules"] = tuple(settings["target_modules"])
         config = CompressorConfig(**settings)
@@ -102,7 +108,7 @@ def read(name: str | os.PathLike[str], model: PreTrainedModel, changes: dict[str
         )
     if fingerprint != model_fingerprint(model):
         log.warning("adapter %s was trained on other weights of %s; quality may differ", name, trained_on)
-    return AdapterFiles(config, lora, comp)
+    return AdapterFiles(config, lora, comp, tuned)
 
 
 def shipped_adapters() -> list[str]:

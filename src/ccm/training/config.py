@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
-from ..compressor import CompressorConfig
+from ..config import CompressorConfig
 from ..errors import ConfigError, UnknownNameError
-from .objectives import OBJECTIVES
+
+STAGES = ("memory", "base")
+OBJECTIVE_NAMES = ("distill", "ce", "target-ce")
+PARALLEL = ("ddp", "fsdp2")
+
+#: What may differ when a run goes on: it changes how long and where the run is made, not what is learned.
+FREE = {"steps", "minutes", "save_every", "eval_every", "model", "tensorboard", "push_to_hub", "require"}
+FREE |= {"parallel", "compile", "gradient_checkpointing"}
 
 
 @dataclass(frozen=True)
@@ -14,60 +22,155 @@ class TrainConfig:
     """One run.
 
     Attributes:
-        compressor: what is trained.
+        model: folder or hub id of the base model; None is the embedded one.
+        stage: "memory" trains a compressor; "base" trains an ordinary LoRA on all tokens with the whole context,
+            the paper's first stage.
+        compressor: what is trained; stage "base" takes rank, alpha, target_modules and seed from it.
+        base_adapter: folder of a first stage that stays active, frozen, under the compressor.
         init_from: an adapter (name or folder) whose weights are the start.
-        objective: "distill" (KL to the base model with full context) or "ce" (the text itself).
-        steps: optimizer steps.
-        rows: rows per forward pass.
-        accumulate: forward passes per step.
-        turns: turns per row to draw from; the first is used for evaluation.
-        lr: peak learning rate, reached after ``warmup`` steps, then cosine down to a tenth.
+        data: source -> its options, and its ``weight`` in the mixture (1 by default).
+        objective: "distill" (KL to the base model with the whole context), "ce" (the text itself) or "target-ce"
+            (the text of the last segment of each row, as in the paper).
+        recall_weight: weight of tokens that can only be known from an earlier segment; they are learned from the
+            text, because the teacher forgets too.
+        reconstruction: weight of writing an earlier segment back from its slots; 0 switches it off.
+        reconstruction_share: share of the passes that have such a segment at the end of their rows.
         slot_choices: numbers of slots to draw from at each pass (first k of n); empty means always all.
         window_choices: recent windows, in tokens, to draw from at each pass; empty means the configured one.
         sink_with_window: sink tokens in the passes that have a window.
-        facts: share of rows with planted facts that are asked for later.
-        echoes: share of rows in which later turns repeat earlier ones.
-        recall_weight: weight of the value of a planted fact; such tokens are learned from the text itself, because
-            the teacher forgets them too.
-        cap_per_user: most conversations of one person.
-        eval_every, eval_rows: evaluation on held-out conversations.
-        save_every: steps between checkpoints.
-        bf16: run the frozen model in bfloat16; the adapter stays in fp32.
+        resegment: share of the rows whose segments are joined and split at random.
+        steps: optimizer steps.
         minutes: stop after so many minutes of training; the schedule then follows the clock. 0 means no limit.
+        rows: most rows per forward pass.
+        tokens_per_batch: most tokens per forward pass, padding counted.
+        accumulate: forward passes per step and process.
+        lr: peak learning rate, reached after ``warmup`` steps, then cosine down to a tenth.
+        weight_decay: of AdamW.
+        eval_every: steps between evaluations on held-out rows.
+        eval_rows: held-out rows of each source.
+        save_every: steps between checkpoints.
+        bf16: hold the frozen model in bfloat16; the adapter and its optimizer stay in fp32.
+        gradient_checkpointing: keep no activations inside layers, compute them again backwards.
+        compile: compile norms and feed-forward blocks with ``torch.compile``.
+        parallel: how several processes hold the frozen model: "ddp" (a copy each) or "fsdp2" (its layers sharded).
+        tensorboard: write curves beside the log.
+        push_to_hub: hub id that the adapter is uploaded to at the end.
+        require: figures of the last evaluation -> least value; below it the command fails.
         seed: of data order and draws.
+
+    Raises:
+        ConfigError: a value that cannot be used; it names the key.
     """
 
+    model: str | None = None
+    stage: str = "memory"
     compressor: CompressorConfig = field(default_factory=CompressorConfig)
+    base_adapter: str | None = None
     init_from: str | None = None
+    data: dict[str, dict[str, Any]] = field(default_factory=lambda: {"chitchat": {}})
     objective: str = "distill"
-    steps: int = 1000
-    rows: int = 4
-    accumulate: int = 1
-    turns: tuple[int, ...] = (10,)
-    lr: float = 2e-3
-    warmup: int = 20
-    weight_decay: float = 0.0
+    recall_weight: float = 1.0
+    reconstruction: float = 0.0
+    reconstruction_share: float = 0.25
     slot_choices: tuple[int, ...] = ()
     window_choices: tuple[int, ...] = ()
     sink_with_window: int = 4
-    facts: float = 0.0
-    echoes: float = 0.0
-    recall_weight: float = 1.0
-    cap_per_user: int = 64
+    resegment: float = 0.0
+    steps: int = 1000
+    minutes: float = 0.0
+    rows: int = 4
+    tokens_per_batch: int = 4096
+    accumulate: int = 1
+    lr: float = 2e-3
+    warmup: int = 20
+    weight_decay: float = 0.0
     eval_every: int = 100
     eval_rows: int = 40
     save_every: int = 50
     bf16: bool = True
-    minutes: float = 0.0
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    parallel: str = "ddp"
+    tensorboard: bool = False
+    push_to_hub: str | None = None
+    require: dict[str, float] = field(default_factory=dict)
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.objective not in OBJECTIVES:
-            raise UnknownNameError("objective", self.objective, list(OBJECTIVES))
-        for name in ("steps", "rows", "accumulate", "save_every", "eval_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"TrainConfig.{name}: got {getattr(self, name)}, expected at least 1")
-        if not self.turns or min(self.turns) < 2:
+        for name, known in (("stage", STAGES), ("objective", OBJECTIVE_NAMES), ("parallel", PARALLEL)):
+            if getattr(self, name) not in known:
+                raise UnknownNameError(name, getattr(self, name), list(known))
+        least: dict[str, float] = dict.fromkeys(
+            (
+                "steps",
+                "rows",
+                "tokens_per_batch",
+                "accumulate",
+                "warmup",
+                "save_every",
+                "eval_every",
+                "eval_rows",
+            ),
+            1,
+        )
+        least |= dict.fromkeys(("minutes", "weight_decay", "recall_weight", "reconstruction"), 0)
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise ConfigError(f"TrainConfig.{name}: got {getattr(self, name)}, expected at least {low}")
+        for name in ("reconstruction_share", "resegment"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"TrainConfig.{name}: got {getattr(self, name)}, expected a share, 0 to 1")
+        if not self.lr > 0:
+            raise ConfigError(f"TrainConfig.lr: got {self.lr}, expected more than 0")
+        for k in self.slot_choices:
+            if not 1 <= k <= self.compressor.slots:
+                raise ConfigError(
+                    f"TrainConfig.slot_choices: got {k}, expected 1 to compressor.slots = {self.compressor.slots}"
+                )
+        if any(window < 0 for window in self.window_choices):
             raise ConfigError(
-                f"TrainConfig.turns: got {self.turns}, expected at least 2 each: one folded, one scored"
+                f"TrainConfig.window_choices: got {self.window_choices}, expected 0 or more each"
             )
+        if self.stage == "base" and (self.base_adapter or self.init_from):
+            raise ConfigError(
+                "TrainConfig.stage: 'base' starts from the plain model; leave base_adapter, init_from out"
+            )
+        if self.init_from and self.base_adapter:
+            raise ConfigError(
+                "TrainConfig.init_from: an adapter brings its own first stage; leave base_adapter out"
+            )
+        self._check_data()
+
+    def _check_data(self) -> None:
+        if not self.data:
+            raise ConfigError("TrainConfig.data: got no source; see `ccm data list`")
+        for name, options in self.data.items():
+            weight = options.get("weight", 1.0)
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or weight <= 0:
+                raise ConfigError(
+                    f"TrainConfig.data.{name}.weight: got {weight!r}, expected a number above 0"
+                )
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Source -> its share of the mixture; they sum to 1."""
+        given = {name: float(options.get("weight", 1.0)) for name, options in self.data.items()}
+        return {name: weight / sum(given.values()) for name, weight in given.items()}
+
+    def options(self, source: str) -> dict[str, Any]:
+        """Options of a source, without its weight."""
+        return {name: value for name, value in self.data[source].items() if name != "weight"}
+
+
+def flat(config: TrainConfig) -> dict[str, Any]:
+    """The settings with dotted keys: ``compressor.slots``, ``data.chitchat.weight``."""
+
+    def walk(prefix: str, value: Any) -> dict[str, Any]:
+        if not isinstance(value, dict) or not value:
+            return {prefix: list(value) if isinstance(value, tuple) else value}
+        items: dict[str, Any] = {}
+        for name, inner in value.items():
+            items |= walk(f"{prefix}.{name}" if prefix else str(name), inner)
+        return items
+
+    return walk("", asdict(config))

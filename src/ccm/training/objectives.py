@@ -36,7 +36,8 @@ def cross_entropy(student: Tensor, teacher: Tensor, targets: Tensor) -> tuple[Te
     return loss, grad
 
 
-OBJECTIVES: dict[str, Objective] = {"distill": distill, "ce": cross_entropy}
+#: "target-ce" is "ce" over the last segment of each row only (``ccm.training.targets.only_last``).
+OBJECTIVES: dict[str, Objective] = {"distill": distill, "ce": cross_entropy, "target-ce": cross_entropy}
 
 
 class _FromHidden(torch.autograd.Function):

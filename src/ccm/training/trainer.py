@@ -1,269 +1,261 @@
 """The training loop: one parallel pass per batch of rows, the base model as its own teacher.
 
 A run lives in a folder: ``checkpoint.pt`` (everything to go on after a kill), ``log.jsonl`` (one line per
-report), ``adapter/`` (the best adapter by held-out recovered share).
+step), ``adapter/`` (the best adapter by held-out figures), ``tensorboard/`` if asked for.
+
+Draws are seeded by step and pass, so the state of a run holds no random generator.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import math
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..compressor import Compressor
-from ..data import chitchat
-from ..data.rows import ConversationRow, RowStream, held_out_rows
+from ..data.rows import ConversationRow
 from ..errors import CCMError, ConfigError
-from ..evaluation.share import parallel_nll, recovered_share, reference_nll
-from ..storage.adapter_folder import CHANGEABLE
+from ..reader import base_name, model_fingerprint
 from ..storage.atomic import write_atomically
+from . import checkpoint
 from .config import TrainConfig
-from .objectives import OBJECTIVES, Objective, summed_loss
+from .distributed import Processes, compile_blocks, save_memory
+from .rows import held_out_rows, open_sources, training_rows
+from .signals import StopRequest, raise_for
+from .stages import make_stage
+from .targets import marked
 
 log = logging.getLogger(__name__)
 
-
-class _Targets:
-    """Tokens to be predicted: their place in the student's pass and in the teacher's, (row, column) each."""
-
-    def __init__(self) -> None:
-        self.where: list[tuple[int, int]] = []
-        self.taught: list[tuple[int, int]] = []
-        self.ids: list[int] = []
-
-    def add(self, row: int, column: int, taught: int, token: int) -> None:
-        self.where.append((row, column))
-        self.taught.append((row, taught))
-        self.ids.append(token)
-
-    def loss(self, student: Tensor, teacher: Tensor, head: Any, objective: Objective) -> Tensor:
-        at, from_ = torch.tensor(self.where).T, torch.tensor(self.taught).T
-        targets = torch.tensor(self.ids, device=student.device)
-        return summed_loss(student[at[0], at[1]], teacher[from_[0], from_[1]], targets, head, objective)
+OnReport = Callable[[dict[str, Any]], None]
 
 
 class Trainer:
-    """Trains one compressor; resumes from its folder.
+    """Trains one adapter; resumes from its folder. Every process of a run makes one.
 
     Args:
         model, tokenizer: the base model; it is frozen, and cast to bfloat16 if the configuration says so.
         config: the run.
         folder: where checkpoints, log and adapter go.
+        extend: go on with a finished run for another ``steps`` or ``minutes``, with a learning rate that rises and
+            falls once more.
 
     Raises:
         ConfigError: the folder holds a run with another configuration.
+        MismatchError: the folder holds a run of another model.
+        StorageError: the folder cannot be made.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any, config: TrainConfig, folder: str | Path):
-        self.config, self.folder = config, Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        config: TrainConfig,
+        folder: str | Path,
+        extend: bool = False,
+    ):
+        self.config, self.folder, self.model = config, Path(folder), model
+        self.processes = Processes(config, self.folder)
         model.requires_grad_(False)
         if config.bf16:
             model.to(torch.bfloat16)
-        if config.init_from:
-            changes = {name: getattr(config.compressor, name) for name in CHANGEABLE}
-            self.compressor = Compressor.from_pretrained(model, config.init_from, **changes)
-        else:
-            self.compressor = Compressor(model, config.compressor)
-        self.parameters = self.compressor.trainable_parameters()
+        self.fingerprint = model_fingerprint(model)
+        self.processes.place(model)
+        with self.processes.main_first():  # one process downloads, the others find it done
+            sources = open_sources(config, tokenizer)
+            held_out = held_out_rows(config, sources)
+        self.stage = make_stage(model, config, held_out)
+        if unknown := sorted(set(config.require) - set(self.stage.figures)):
+            raise ConfigError(
+                f"require.{unknown[0]}: no such figure; this run reports {', '.join(self.stage.figures)}"
+            )
+        self.parameters = self.stage.parameters
+        self.processes.shard(model, self.parameters)
+        if config.gradient_checkpointing:
+            save_memory(model)
+        if config.compile:
+            compile_blocks(model)
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.98)
         )
-        self.objective = OBJECTIVES[config.objective]
-        train = chitchat.load_chitchat("train", cap_per_user=config.cap_per_user)
-        self.rows = RowStream(
-            train, tokenizer, config.turns, config.rows, config.facts, config.echoes, config.seed
-        )
-        self.held_out = held_out_rows(chitchat.load_chitchat("validation"), tokenizer, config.turns[0])[
-            : config.eval_rows
-        ]
-        self.step, self.tokens, self.seconds, self.best = 0, 0, 0.0, -math.inf
-        self.recall = 0.0
-        self._references: tuple[float, float] | None = None
+        self.rows = training_rows(config, sources, self.processes.rank, self.processes.world)
+        self.step, self.tokens, self.seconds, self.best, self.recall = 0, 0, 0.0, -math.inf, 0.0
+        self.slice = (0, 0.0)  # step and seconds at which the schedule began
+        self.saved = 0  # step of the last checkpoint
         self._resume()
+        if extend and self.progress >= 1.0:
+            self.slice = (self.step, self.seconds)
 
     # ------------------------------------------------------------------ one step
 
-    def losses(self, batch: Sequence[ConversationRow], draw: random.Random) -> tuple[Tensor, int]:
-        """Summed loss over the supervised tokens of a batch, and their number."""
-        config, compressor = self.config, self.compressor
-        sizes: dict[str, int] = {}
-        if config.slot_choices:
-            sizes["slots"] = draw.choice(config.slot_choices)
-        if config.window_choices and (window := draw.choice(config.window_choices)):
-            sizes.update(window=window, sink=config.sink_with_window)
-        layout = compressor.lay_out([r.segments for r in batch], **sizes)
-        student = compressor.hidden(layout)
-        with torch.no_grad():
-            plain = compressor.lay_out([[sum(r.segments, ())] for r in batch])
-            teacher = compressor.hidden(plain) if config.objective == "distill" else student
-        text, recall = _Targets(), _Targets()
-        for r, row in enumerate(batch):
-            offset = 0
-            known_by_memory = {(i, t) for i, start, stop in row.recall for t in range(start, stop)}
-            for i, (ids, (start, stop)) in enumerate(zip(row.segments, row.content, strict=True)):
-                column = layout.spans[r][i][0]
-                for t in range(start, stop) if i else ():
-                    kind = recall if (i, t) in known_by_memory else text
-                    kind.add(r, column + t - 1, offset + t - 1, ids[t])
-                offset += len(ids)
-        if config.objective != "distill":
-            text.taught = text.where
-        loss = text.loss(student, teacher, compressor.head, self.objective)
-        if recall.ids:
-            recall.taught = recall.where
-            extra = recall.loss(student, student, compressor.head, OBJECTIVES["ce"])
-            self.recall = 0.95 * self.recall + 0.05 * float(extra.detach()) / len(recall.ids)
-            loss = loss + config.recall_weight * extra
-        return loss, len(text.ids) + len(recall.ids)
-
     def train_step(self, batches: Iterator[list[ConversationRow]]) -> float:
-        """One optimizer step; the mean loss per supervised token."""
+        """One optimizer step; the mean loss per supervised token over all passes and processes."""
         started = time.monotonic()
-        total, count = 0.0, 0
-        for k in range(self.config.accumulate):
+        config, processes = self.config, self.processes
+        loss, count, recall, known, tokens = 0.0, 0, 0.0, 0, 0
+        for k in range(config.accumulate):
             batch = next(batches)
-            draw = random.Random(f"{self.config.seed}-{self.step}-{k}")
-            loss, tokens = self.losses(batch, draw)
-            loss.backward()
-            total, count = total + float(loss.detach()), count + tokens
-            self.tokens += sum(r.tokens for r in batch)
-        if not math.isfinite(total):
+            draw = random.Random(f"{config.seed}-{self.step}-{k * processes.world + processes.rank}")
+            part = self.stage.losses([marked(row) for row in batch], draw)
+            part.loss.backward()
+            loss, count = loss + float(part.loss.detach()), count + part.tokens
+            recall, known = recall + part.recall, known + part.recall_tokens
+            tokens += sum(row.tokens for row in batch)
+        processes.sum_gradients(self.parameters)
+        spent = time.monotonic() - started
+        # the clock is shared as well, or processes would disagree on when to stop
+        loss, all_count, recall, all_known, all_tokens, spent = processes.sum(
+            [loss, count, recall, known, tokens, spent]
+        )
+        if not math.isfinite(loss):
             raise CCMError(
-                f"the loss is {total} at step {self.step}; the last checkpoint is intact: "
+                f"the loss is {loss} at step {self.step}; the last checkpoint is intact: "
                 "go on from it in another folder with a lower learning rate"
             )
         for parameter in self.parameters:
             if parameter.grad is not None:
-                parameter.grad /= count
+                parameter.grad /= max(1, all_count)
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr * self._schedule()
+            group["lr"] = config.lr * self._schedule()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        self.seconds += time.monotonic() - started
-        return total / count
+        self.tokens += int(all_tokens)
+        self.seconds += spent / processes.world
+        if all_known:
+            self.recall = 0.95 * self.recall + 0.05 * recall / all_known
+        return loss / max(1, all_count)
 
     @property
     def progress(self) -> float:
         """Share of the run that is done, by steps or by the clock, whichever is further."""
-        by_clock = self.seconds / (60 * self.config.minutes) if self.config.minutes else 0.0
-        return min(1.0, max(self.step / self.config.steps, by_clock))
+        step, seconds = self.step - self.slice[0], self.seconds - self.slice[1]
+        by_clock = seconds / (60 * self.config.minutes) if self.config.minutes else 0.0
+        return min(1.0, max(step / self.config.steps, by_clock))
 
     def _schedule(self) -> float:
-        warm = min(1.0, (self.step + 1) / self.config.warmup)
+        warm = min(1.0, (self.step - self.slice[0] + 1) / self.config.warmup)
         return warm * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * self.progress)))
 
     # ------------------------------------------------------------------ the run
 
-    def run(self, on_report: Any = None) -> dict[str, Any]:
-        """Train to the end; checkpoints on the way and on Ctrl-C. Returns the last report."""
+    def run(self, on_report: OnReport | None = None) -> dict[str, Any]:
+        """Train to the end. Returns the last report, an empty one if the run was finished already.
+
+        Ctrl-C and SIGTERM save after the step at hand and end the process with 130 or 143.
+
+        Raises:
+            CCMError: the loss is no number any more.
+            StorageError: no space; the last checkpoint is intact.
+        """
         batches = iter(self.rows)
         report: dict[str, Any] = {}
-        try:
+        self.processes.open_curves(self.step)
+        with StopRequest() as stop:
             while self.progress < 1.0:
                 loss = self.train_step(batches)
-                report = {
-                    "step": self.step,
-                    "loss": round(loss, 4),
-                    "recall": round(self.recall, 4),
-                    "tokens": self.tokens,
-                    "seconds": round(self.seconds, 1),
-                    "tokens_per_second": round(self.tokens / self.seconds, 1),
-                }
-                if self.step % self.config.eval_every == 0 or self.progress >= 1.0:
+                done = self.progress >= 1.0
+                report = self._report(loss)
+                if done or self.step % self.config.eval_every == 0:
                     report |= self.evaluate()
-                    if report["recovered_share"] > self.best:
-                        self.best = report["recovered_share"]
-                        self.export(report)
-                if self.step % self.config.save_every == 0 or self.progress >= 1.0:
+                    self._keep_the_best(report)
+                stopped = self.processes.most(stop.signal)
+                if self.processes.main:
+                    checkpoint.append_log(self.folder, report)
+                    self.processes.curve(report)
+                if done or stopped or self.step % self.config.save_every == 0:
                     self.save()
-                with (self.folder / "log.jsonl").open("a") as file:
-                    file.write(json.dumps(report) + "\n")
                 if on_report:
                     on_report(report)
-        except KeyboardInterrupt:
-            self.save()
-            raise
+                if stopped:
+                    raise_for(stopped)
         return report
+
+    def _report(self, loss: float) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "loss": round(loss, 4),
+            "recall": round(self.recall, 4),
+            "tokens": self.tokens,
+            "seconds": round(self.seconds, 1),
+            "tokens_per_second": round(self.tokens / self.seconds, 1),
+        }
+
+    def evaluate(self) -> dict[str, float]:
+        """Figures on held-out rows. Every process makes all of them, so that none waits for another."""
+        return self.stage.evaluate()
+
+    def _keep_the_best(self, report: dict[str, Any]) -> None:
+        if report[self.stage.best_by] > self.best:
+            self.best = report[self.stage.best_by]
+            if self.processes.main:
+                self.export(report)
+
+    @property
+    def adapter(self) -> Path:
+        """Folder of the best adapter so far."""
+        return self.folder / "adapter"
 
     def export(self, report: dict[str, Any]) -> None:
         """Write the adapter with the record of how it was made."""
-        folder = self.folder / "adapter"
-        self.compressor.save_pretrained(folder)
+        self.stage.export(self.adapter)
         record = {
             "report": report,
-            "data": {
-                "name": f"{chitchat.PACKAGE} {chitchat.VERSION}",
-                "train_conversations": len(self.rows.rendered),
-                "validation_rows": len(self.held_out),
-            },
-            "config": asdict(self.config),
+            "base_model": base_name(self.model),
+            "config": _without_paths(asdict(self.config)),
+            "processes": self.processes.world,
             "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
         }
-        write_atomically(folder / "training.json", (json.dumps(record, indent=2) + "\n").encode())
+        write_atomically(self.adapter / "training.json", (json.dumps(record, indent=2) + "\n").encode())
 
-    def evaluate(self) -> dict[str, Any]:
-        """Held-out perplexity and recovered share, later turns only (from the fifth on in rows of ten)."""
-        first = min(4, self.config.turns[0] // 2)
-        if self._references is None:
-            none, full = (
-                reference_nll(self.compressor, self.held_out, c, first).mean for c in ("none", "full")
-            )
-            self._references = none, full
-        none, full = self._references
-
-        def score(**sizes: int) -> tuple[float, float]:
-            nll = parallel_nll(self.compressor, self.held_out, first, **sizes).mean
-            return round(math.exp(nll), 3), round(recovered_share(none, full, nll), 4)
-
-        perplexity, share = score()
-        report = {"perplexity": perplexity, "recovered_share": share}
-        for k in self.config.slot_choices:
-            report[f"recovered_share_{k}_slots"] = score(slots=k)[1]
-        if window := max(self.config.window_choices, default=0):
-            sizes = {"window": window, "sink": self.config.sink_with_window}
-            report[f"recovered_share_window_{window}"] = score(**sizes)[1]
-        return report
+    def close(self) -> None:
+        """Leave the process group and close TensorBoard's files."""
+        self.processes.close()
 
     # ------------------------------------------------------------------ checkpoints
 
     def save(self) -> None:
-        """Write the whole state, atomically."""
-        state = {
-            "config": json.dumps(asdict(self.config), sort_keys=True),
-            "parameters": [p.detach().cpu() for p in self.parameters],
-            "optimizer": self.optimizer.state_dict(),
-            "counters": [self.step, self.tokens, self.seconds, self.best, self.rows.served],
-        }
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        write_atomically(self.folder / "checkpoint.pt", buffer.getvalue())
+        """Write the whole state, atomically; only the first process does."""
+        if self.processes.main:
+            state = {
+                "parameters": [p.detach().cpu() for p in self.parameters],
+                "optimizer": self.optimizer.state_dict(),
+                "counters": [self.step, self.tokens, self.seconds, self.best, self.recall, *self.slice],
+                "served": self.rows.served,
+            }
+            checkpoint.save(self.folder, self.config, self.fingerprint, state)
+        self.saved = self.step
 
     def _resume(self) -> None:
-        path = self.folder / "checkpoint.pt"
-        if not path.exists():
-            return
-        state = torch.load(path, weights_only=True)
-        if state["config"] != json.dumps(asdict(self.config), sort_keys=True):
-            raise ConfigError(
-                f"{self.folder} holds a run with another configuration; give another folder, or delete {path.name}"
-            )
-        for parameter, saved in zip(self.parameters, state["parameters"], strict=True):
-            parameter.data.copy_(saved)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.tokens, self.seconds, self.best, self.rows.served = state["counters"]
-        log.info("resumed at step %d", self.step)
+        state = checkpoint.load(self.folder, self.config, self.fingerprint)
+        if state is not None:
+            for parameter, saved in zip(self.parameters, state["parameters"], strict=True):
+                parameter.data.copy_(saved)
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step, self.tokens, self.seconds, self.best, self.recall, *begun = state["counters"]
+            self.slice = (begun[0], begun[1])
+            self.rows.served = state["served"]
+            self.saved = self.step
+            log.info("resumed at step %d", self.step)
+        self.processes.wait()
+        if self.processes.main:
+            checkpoint.prepare(self.folder, self.step)
+
+
+def _without_paths(value: Any) -> Any:
+    """Names in place of folders of this machine; the record is published with the adapter."""
+    if isinstance(value, dict):
+        return {name: _without_paths(inner) for name, inner in value.items()}
+    if isinstance(value, str) and Path(value).exists():
+        return Path(value).name
+    return value

@@ -1,0 +1,8 @@
+"""``python -m ccm`` and ``torchrun … -m ccm`` are the command line."""
+
+import sys
+
+from .cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

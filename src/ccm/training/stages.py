@@ -1,0 +1,207 @@
+"""What is trained: a compressor on the frozen model, or, before it, the model itself by an ordinary LoRA.
+
+Both stages answer to the same four names, so that one loop trains either: ``parameters``, ``losses``, ``evaluate``
+and ``export``.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..compressor import Compressor
+from ..errors import ConfigError
+from ..families import get_family, resolve_targets
+from ..reader import base_name
+from ..storage import base_stage
+from ..storage.adapter_folder import CHANGEABLE
+from .config import TrainConfig
+from .held_out import HeldOut, mean_nll
+from .objectives import OBJECTIVES, cross_entropy
+from .targets import ECHO, RECALL, TEXT, Row, find_targets, only_last, resegmented, scored_from, with_echo
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Of one pass.
+
+    Attributes:
+        loss: weighted sum over tokens, with gradient.
+        tokens: number of tokens in it.
+        recall, recall_tokens: sum over the tokens that only a memory can know, and their number.
+    """
+
+    loss: Tensor
+    tokens: int
+    recall: float = 0.0
+    recall_tokens: int = 0
+
+
+class Stage(ABC):
+    """One of the two stages.
+
+    Attributes:
+        parameters: what the optimizer changes.
+        best_by: the figure of :meth:`evaluate` that says which weights to keep; more is better.
+        figures: figures that a recipe can require.
+    """
+
+    parameters: list[nn.Parameter]
+    best_by: str
+    figures: list[str]
+
+    @abstractmethod
+    def losses(self, rows: Sequence[Row], draw: random.Random) -> Losses:
+        """The losses of a batch; everything random comes from ``draw``."""
+
+    @abstractmethod
+    def evaluate(self) -> dict[str, float]:
+        """Figures on held-out rows."""
+
+    @abstractmethod
+    def export(self, folder: Path) -> None:
+        """Write the trained weights as an adapter folder."""
+
+
+def make_stage(model: PreTrainedModel, config: TrainConfig, held_out: dict[str, list[Row]]) -> Stage:
+    """The stage that a run asks for, on its model."""
+    kind = BaseStage if config.stage == "base" else MemoryStage
+    return kind(model, config, held_out)
+
+
+class MemoryStage(Stage):
+    """A compressor; the teacher is the same model with the gate closed and the whole context."""
+
+    best_by = "recovered_share"
+
+    def __init__(self, model: PreTrainedModel, config: TrainConfig, held_out: dict[str, list[Row]]):
+        self.config = config
+        if config.init_from:
+            changes = {name: getattr(config.compressor, name) for name in CHANGEABLE}
+            self.compressor = Compressor.from_pretrained(model, config.init_from, **changes)
+        else:
+            self.compressor = Compressor(model, config.compressor, base_adapter=config.base_adapter)
+        self.compressor.to(model.device)
+        self.parameters = self.compressor.trainable_parameters()
+        self.objective = OBJECTIVES[config.objective]
+        self.held_out = HeldOut(held_out, config)
+        self.figures = self.held_out.figures
+
+    def losses(self, rows: Sequence[Row], draw: random.Random) -> Losses:
+        config, compressor = self.config, self.compressor
+        rows = self._varied(rows, draw)
+        layout = compressor.lay_out([row.segments for row in rows], **self._sizes(draw))
+        student = compressor.hidden(layout)
+        teacher = None
+        if config.objective == "distill":
+            with torch.no_grad():
+                teacher = compressor.hidden(compressor.lay_out([row.flat().segments for row in rows]))
+        found = find_targets([scored_from(row, 1) for row in rows], layout.spans)
+        loss = student.sum() * 0.0  # so that there is a gradient even where nothing is scored
+        recall = 0.0
+        for role, weight in ((TEXT, 1.0), (RECALL, config.recall_weight), (ECHO, config.reconstruction)):
+            if not (targets := found[role]).ids:
+                continue
+            if role == TEXT:
+                loss = loss + targets.loss(student, teacher, compressor.head, self.objective)
+                continue
+            extra = targets.loss(student, None, compressor.head, cross_entropy)
+            loss = loss + weight * extra
+            recall += float(extra.detach())
+        known = len(found[RECALL].ids) + len(found[ECHO].ids)
+        return Losses(loss, len(found[TEXT].ids) + known, recall, known)
+
+    def _varied(self, rows: Sequence[Row], draw: random.Random) -> list[Row]:
+        """The rows with other boundaries, an echo at the end, or only their last segment scored."""
+        config, longest = self.config, self.compressor.model.config.max_position_embeddings
+        varied = [resegmented(row, draw) if draw.random() < config.resegment else row for row in rows]
+        if config.reconstruction and draw.random() < config.reconstruction_share:
+            varied = [with_echo(row, draw, longest) for row in varied]
+        return [only_last(row) for row in varied] if config.objective == "target-ce" else varied
+
+    def _sizes(self, draw: random.Random) -> dict[str, int]:
+        config = self.config
+        sizes: dict[str, int] = {}
+        if config.slot_choices:
+            sizes["slots"] = draw.choice(config.slot_choices)
+        if config.window_choices and (window := draw.choice(config.window_choices)):
+            sizes.update(window=window, sink=config.sink_with_window)
+        return sizes
+
+    def evaluate(self) -> dict[str, float]:
+        return self.held_out.evaluate(self.compressor)
+
+    def export(self, folder: Path) -> None:
+        self.compressor.save_pretrained(folder)
+
+
+class BaseStage(Stage):
+    """An ordinary LoRA on all tokens, with the whole context (the paper's first stage)."""
+
+    best_by = "log_likelihood"
+    figures = ["log_likelihood"]  # noqa: RUF012
+
+    def __init__(self, model: PreTrainedModel, config: TrainConfig, held_out: dict[str, list[Row]]):
+        wanted = config.compressor
+        if getattr(model, "peft_config", None):
+            raise ConfigError("stage base: the model has an adapter already; load it again without one")
+        lora = LoraConfig(
+            r=wanted.rank,
+            lora_alpha=wanted.alpha,
+            target_modules=resolve_targets(get_family(model), wanted.target_modules),
+            task_type="CAUSAL_LM",
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(wanted.seed)
+            get_peft_model(model, lora)  # changes the model in place; its wrapper is not needed
+        model.peft_config["default"].base_model_name_or_path = base_name(model)
+        self.model = model
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.held_out = {name: [row.flat() for row in rows] for name, rows in held_out.items()}
+        self.weights = config.weights
+
+    def losses(self, rows: Sequence[Row], draw: random.Random) -> Losses:
+        flat = [row.flat() for row in rows]
+        hidden, spans = self._run(flat)
+        loss, tokens = hidden.sum() * 0.0, 0
+        for targets in find_targets(flat, spans).values():
+            if len(targets):
+                loss = loss + targets.loss(hidden, None, self._head, cross_entropy)
+                tokens += len(targets)
+        return Losses(loss, tokens)
+
+    def _run(self, rows: Sequence[Row]) -> tuple[Tensor, list[list[tuple[int, int]]]]:
+        lengths = [row.tokens for row in rows]
+        most = self.model.config.max_position_embeddings
+        if max(lengths) > most:
+            raise ConfigError(f"a row of {max(lengths)} tokens is longer than the model's context of {most}")
+        ids = torch.zeros(len(rows), max(lengths), dtype=torch.long)
+        for r, row in enumerate(rows):
+            ids[r, : lengths[r]] = torch.tensor(row.segments[0])
+        mask = torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1)
+        device = self.model.device
+        out = self.model.base_model(ids.to(device), attention_mask=mask.long().to(device), use_cache=False)
+        return out.last_hidden_state, [[(0, length)] for length in lengths]
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        logits = self.model.get_output_embeddings()(hidden)
+        cap = getattr(self.model.config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def evaluate(self) -> dict[str, float]:
+        nll = sum(
+            self.weights[name] * mean_nll(rows, self._run, self._head) for name, rows in self.held_out.items()
+        )
+        return {"perplexity": round(math.exp(nll), 3), "log_likelihood": round(-nll, 5)}
+
+    def export(self, folder: Path) -> None:
+        base_stage.save(self.model, folder, "default")
