@@ -8,7 +8,8 @@ that training has never seen); at the end every fact is asked for, each from a c
 * evidence: by how many nats the true value gains on the mean of the other candidates, over the same baseline.
   Zero means that the memory says nothing about the fact.
 
-A window of sink and recent tokens stands beside each memory, with as many KV bytes as the memory has at the end.
+A window of sink and recent tokens stands beside each memory, with as many KV bytes as the memory has at the end. The
+gain is the difference of their evidence on the same facts, by distance and for all facts that the window has lost.
 
     python benchmarks/reach.py
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,12 +31,14 @@ from ccm.data import load_chitchat
 from ccm.data.facts import Fact, draw_facts
 from ccm.data.rows import render_turns
 from ccm.methods import Run
+from ccm.methods.compressed import shared_compressor
 from ccm.session import CHAT
 
 DISTANCES = (1, 2, 4, 8, 16, 32, 64, 100)
 LENGTH = 104
 MEMORIES: dict[str, tuple[str, dict[str, int]]] = {
     "ccm-concat": ("ccm-concat", {}),
+    "chat: ccm-concat + sink + window": ("ccm-concat", dict(CHAT)),
     "chat: ccm-merge + sink + window": ("ccm-merge", dict(CHAT)),
 }
 
@@ -55,22 +59,30 @@ def answers(run: Run, tokenizer: Any, fact: Fact) -> torch.Tensor:
     return asked.logits(stem.ids[: stem.content[1] - 1])[-1].log_softmax(-1)[firsts]
 
 
-def live_through(model: Any, tokenizer: Any, history: list[Any]) -> dict[str, Run]:
-    """Every method after the whole history."""
-    runs = {"full": ccm.get_method("full").open(model, tokenizer)}
-    for start in range(0, len(history), 16):  # the same tokens in fewer calls
-        runs["full"].append(sum((turn.ids for turn in history[start : start + 16]), ()))
+def remember(model: Any, tokenizer: Any, histories: list[list[Any]]) -> dict[str, list[Run]]:
+    """Every memory after each whole history, all histories turn by turn in one batch."""
+    runs: dict[str, list[Run]] = {}
     for name, (method, options) in MEMORIES.items():
-        runs[name] = ccm.get_method(method, **options).open(model, tokenizer)
-        for turn in history:
-            runs[name].append(turn.ids)
-        entries = runs[name].memory.length
-        beside = runs[f"window of the same bytes as {name}"] = ccm.get_method(
-            "window", sink=4, window=entries - 4
-        ).open(model, tokenizer)
-        for turn in history:
-            beside.append(turn.ids)
+        memory = None
+        for turns in track(list(zip(*histories, strict=True)), description=name):
+            width = max(len(turn.ids) for turn in turns)
+            ids = torch.tensor([turn.ids + (0,) * (width - len(turn.ids)) for turn in turns])
+            mask = torch.tensor([[1] * len(turn.ids) + [0] * (width - len(turn.ids)) for turn in turns])
+            memory = shared_compressor(model, method).compress(ids, memory, mask, **options)
+        runs[name] = []
+        for k in range(len(histories)):
+            run = ccm.get_method(method, **options).open(model, tokenizer)
+            run.memory = memory[k]
+            runs[name].append(run)
     return runs
+
+
+def read_raw(model: Any, tokenizer: Any, history: list[Any], method: str, turns: int, **options: int) -> Run:
+    """A method that holds raw text after the whole history, some turns at a time."""
+    run = ccm.get_method(method, **options).open(model, tokenizer)
+    for start in range(0, len(history), turns):
+        run.append(sum((turn.ids for turn in history[start : start + turns]), ()))
+    return run
 
 
 @torch.inference_mode()
@@ -79,30 +91,50 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     model, tokenizer = ccm.load_default_model()
     talks = [t for s in ("test", "validation") for t in load_chitchat(s, cap_per_user=None)]
-    talks = [t for t in talks if len(t.turns) >= LENGTH][: arguments.limit or 10]
+    talks = [t for t in talks if len(t.turns) >= LENGTH][: arguments.limit or 16]
     right: dict[tuple[str, int], list[float]] = defaultdict(list)
     evidence: dict[tuple[str, int], list[float]] = defaultdict(list)
     sizes: dict[str, list[int]] = defaultdict(list)
     reached: dict[str, list[int]] = defaultdict(list)
-    for number, talk in enumerate(track(talks, description="conversations")):
-        facts = dict(zip(DISTANCES, draw_facts(random.Random(number), "test", len(DISTANCES)), strict=True))
-        history = render_turns(talk, tokenizer)[:LENGTH]
-        for distance, fact in facts.items():
-            history[LENGTH - distance] = render(tokenizer, "user", fact.statement)
-        nothing = ccm.get_method("full").open(model, tokenizer)  # the question is then its only context
-        for name, run in live_through(model, tokenizer, history).items():
+    planted, histories = [], []
+    for number, talk in enumerate(talks):
+        planted.append(dict(zip(DISTANCES, draw_facts(random.Random(number), "test", 8), strict=True)))
+        histories.append(render_turns(talk, tokenizer)[:LENGTH])
+        for distance, fact in planted[-1].items():
+            histories[-1][LENGTH - distance] = render(tokenizer, "user", fact.statement)
+    remembered = remember(model, tokenizer, histories)
+    nothing = ccm.get_method("full").open(model, tokenizer)  # the question is then its only context
+    for k, (facts, history) in enumerate(track(list(zip(planted, histories, strict=True)), "questions")):
+        runs = {"full": read_raw(model, tokenizer, history, "full", 16)}
+        for name in MEMORIES:
+            runs[name] = remembered[name][k]
+            held = runs[name].memory.length
+            beside = f"window of the same bytes as {name}"
+            # eight turns at a time: the window sees a little more than it may hold, never less
+            runs[beside] = read_raw(model, tokenizer, history, "window", 8, sink=4, window=held - 4)
+            lengths = [len(turn.ids) for turn in reversed(history)]
+            reached[beside].append(sum(sum(lengths[: i + 1]) <= held for i in range(LENGTH)))
+        without = {d: answers(nothing, tokenizer, fact) for d, fact in facts.items()}
+        for name, run in runs.items():
             sizes[name].append(run.kv_bytes)
-            if name.startswith("window"):
-                lengths = [len(turn.ids) for turn in reversed(history)]
-                held = run.memory.length
-                reached[name].append(sum(sum(lengths[: k + 1]) <= held for k in range(LENGTH)))
             for distance, fact in facts.items():
-                gain = answers(run, tokenizer, fact) - answers(nothing, tokenizer, fact)
+                gain = answers(run, tokenizer, fact) - without[distance]
                 true = fact.candidates.index(fact.value)
                 others = torch.cat([gain[:true], gain[true + 1 :]])
                 right[name, distance].append(float(int(gain.argmax()) == true))
                 evidence[name, distance].append(float(gain[true] - others.mean()))
     names = list(dict.fromkeys(name for name, _ in right))
+
+    def turns_held(name: str) -> float:
+        return sum(reached[name]) / len(reached[name])
+
+    def over_window(name: str, distances: Sequence[int]) -> dict[str, Any]:
+        """Evidence of a memory less that of its window, by conversation."""
+        beside = f"window of the same bytes as {name}"
+        pairs = [(evidence[name, d], evidence[beside, d]) for d in distances]
+        each = [sum(a[i] - b[i] for a, b in pairs) / len(pairs) for i in range(len(talks))]
+        return {"gain": round(sum(each) / len(each), 3), "gain_ci": interval(each), "n": len(each)}
+
     store(
         "reach",
         {
@@ -112,9 +144,7 @@ def main() -> None:
             "methods": {
                 name: {
                     "kv_bytes": round(sum(sizes[name]) / len(sizes[name])),
-                    "turns_held_raw": round(sum(reached[name]) / len(reached[name]), 1)
-                    if reached[name]
-                    else None,
+                    "turns_held_raw": round(turns_held(name), 1) if reached[name] else None,
                 }
                 for name in names
             },
@@ -130,6 +160,16 @@ def main() -> None:
                 }
                 for name in names
                 for distance in DISTANCES
+            ],
+            "gain_by_distance": [
+                {"method": name, "distance": d, **over_window(name, [d])}
+                for name in MEMORIES
+                for d in DISTANCES
+            ],
+            "gain_beyond_the_window": [
+                {"method": name, "distances": far, **over_window(name, far)}
+                for name in MEMORIES
+                for far in [[d for d in DISTANCES if d > turns_held(f"window of the same bytes as {name}")]]
             ],
         },
     )

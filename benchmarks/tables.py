@@ -51,6 +51,15 @@ def reach() -> str:
         rows = [row for row in result["rows"] if row["method"] == name]
         cells = [f"{row['evidence']:+.2f} ({row['accuracy']:.1f})" for row in rows]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "| memory | facts that its window has lost, turns back | evidence less the window's (95 % CI) |",
+    ]
+    lines.append("|---|---|---|")
+    for row in result["gain_beyond_the_window"]:
+        low, high = row["gain_ci"]
+        far = ", ".join(map(str, row["distances"]))
+        lines.append(f"| {row['method']} | {far} | **{row['gain']:+.2f}** ({low:+.2f} to {high:+.2f}) |")
     return "\n".join(lines)
 
 

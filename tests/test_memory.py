@@ -216,7 +216,7 @@ def test_sizes_are_measured_bytes():
     memory = history(compressor, SEGMENTS[0], sink=3, window=6)
     row = memory.rows[0]
     assert (row.sink.length, row.slots.length, row.window.length, row.segments) == (3, 2, 5, (5,))
-    assert memory.nbytes == (3 + 2 + 5) * 2 * 2 * 2 * 8 * 4  # entries, K and V, layers, heads, channels, fp32
+    assert memory.nbytes == (3 + 2 + 5) * 2 * 3 * 2 * 8 * 4  # entries, K and V, layers, heads, channels, fp32
     assert memory.length * compressor.kv_bytes_per_token() == memory.nbytes
     assert describe(memory) == [
         {

@@ -38,6 +38,14 @@ def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
     )
 
 
+class StatesDone(Exception):
+    """Every layer's keys and values are in the cache, and the pass was for nothing else."""
+
+
+#: Where the COMP tokens of a pass are: (rows, columns) in (B, Q), or the same columns of every row.
+Places = tuple[Tensor, Tensor] | slice
+
+
 class Block(NamedTuple):
     """Queries start to stop - 1, the columns of the keys that any of them sees, and the mask between them."""
 
@@ -53,11 +61,13 @@ class Plan(ABC):
 
     Attributes:
         adapter: name of the conditional adapter that is open.
-        gate: (rows, columns) of the N COMP tokens in (B, Q), or None when the pass has none.
+        gate: where the COMP tokens are, or None when the pass has none.
+        stop_at: layer after whose keys and values the pass ends; -1 runs it to its end.
     """
 
     adapter: str
-    gate: tuple[Tensor, Tensor] | None
+    gate: Places | None
+    stop_at: int = field(default=-1, kw_only=True)
 
     def blocks(self, mask: Any) -> list[Block]:
         """How to cut the queries so that each part meets few keys; empty: not at all."""
@@ -213,6 +223,8 @@ def _wrap(backend: Callable[[nn.Module], Callable[..., Any]]) -> Callable[..., A
         run = backend(module)
         if ccm_plan is None:
             return run(module, query, key, value, attention_mask, **kwargs)
+        if module.layer_idx == ccm_plan.stop_at:
+            raise StatesDone
         query, key, value, mask = ccm_plan.extend(
             module, query, key, value, attention_mask, kwargs.get("sliding_window")
         )

@@ -10,6 +10,7 @@ the region that gradient checkpointing runs again; a global would be stale there
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 from peft import LoraConfig, inject_adapter_in_model
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-from .attention import PLAN, Plan
+from .attention import PLAN, Places, Plan
 from .errors import ConfigError
 
 
@@ -27,19 +28,30 @@ class LayerGate:
 
     def __init__(self, adapter: str):
         self.adapter = adapter
-        self.places: tuple[Tensor, Tensor] | None = None
+        self.places: Places | None = None
 
     def read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         plan: Plan | None = kwargs.get(PLAN)
         self.places = plan.gate if plan is not None and plan.adapter == self.adapter else None
 
-    def add(self, module: LoraLayer, args: tuple[Tensor, ...], out: Tensor) -> None:
-        if self.places is None:
-            return
+    def behind(self, module: LoraLayer) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        """The hook behind one projection: out + 1[x is COMP] (alpha / r) B A x, in place."""
         down, up = module.lora_A[self.adapter].weight, module.lora_B[self.adapter].weight
-        x = args[0][self.places].to(down.dtype)  # (N, D)
-        delta = linear(linear(x, down), up) * module.scaling[self.adapter]
-        out.index_put_(self.places, delta.to(out.dtype), accumulate=True)
+        scaling = module.scaling[self.adapter]
+
+        def add(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+            places = self.places
+            if places is None:
+                return
+            where = (slice(None), places) if isinstance(places, slice) else places
+            x = args[0][where].to(down.dtype)
+            delta = linear(linear(x, down) * scaling, up).to(out.dtype)
+            if isinstance(places, slice):
+                out[where].add_(delta)
+            else:
+                out.index_put_(places, delta, accumulate=True)
+
+        return add
 
 
 def attach(model: PreTrainedModel, config: LoraConfig, adapter: str) -> list[nn.Parameter]:
@@ -70,7 +82,7 @@ def attach(model: PreTrainedModel, config: LoraConfig, adapter: str) -> list[nn.
         module.set_adapter(active.get(name, []))
         if adapter in module.lora_A:
             gate = next(gate for prefix, gate in gates.items() if name.startswith(prefix))
-            module.register_forward_hook(gate.add)
+            module.register_forward_hook(gate.behind(module))
             parameters += [module.lora_A[adapter].weight, module.lora_B[adapter].weight]
     for parameter in parameters:
         parameter.data = parameter.data.float()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -158,7 +159,10 @@ class Reader(nn.Module):
         embeds = self.model.get_input_embeddings()(ids)
         if comp is not None:
             embeds = torch.cat([embeds, comp.to(embeds.dtype).expand(len(ids), -1, -1)], dim=1)
-        self.model.base_model(inputs_embeds=embeds, past_key_values=cache, **call)
+        if not torch.is_grad_enabled():  # what the last layer puts out is of no use here
+            call[attention.PLAN].stop_at = self.model.config.num_hidden_layers - 1
+        with suppress(attention.StatesDone):
+            self.model.base_model(inputs_embeds=embeds, past_key_values=cache, **call)
         result = []
         for r in range(len(ids)):
             text = mask[r].nonzero().squeeze(1)[:keep]
@@ -189,10 +193,9 @@ class Reader(nn.Module):
         position = torch.cat([text_position, comp_position], dim=1)
         valid = torch.cat([held, mask, mask.new_ones(len(ids), n)], dim=1)
         before = (held.long().cumsum(1) - 1).clamp(min=0)
-        rows = torch.arange(len(ids), device=ids.device).repeat_interleave(n)
         plan = attention.RecurrentPlan(
             adapter=self._adapter(),
-            gate=(rows, (ids.shape[1] + order).repeat(len(ids))) if n else None,
+            gate=slice(ids.shape[1], None) if n else None,
             key_position=torch.cat([before, position], dim=1),
             is_memory=torch.cat([folded, torch.zeros_like(position, dtype=torch.bool)], dim=1),
             valid=valid,
