@@ -150,7 +150,7 @@ def folder(compressor, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "other", [("qwen2", {}), ("llama", {"num_hidden_layers": 3}), ("llama", {"hidden_size": 64})]
+    "other", [("qwen2", {}), ("llama", {"num_hidden_layers": 2}), ("llama", {"hidden_size": 64})]
 )
 def test_an_adapter_of_another_model_is_refused(folder, other):
     family, changes = other

@@ -16,7 +16,7 @@ from ccm.methods import Method, Run, register
 from ccm.methods.base import METHODS
 
 SEGMENTS = random_rows([[6, 9, 5, 7]])[0]
-ENTRY = 2 * 2 * 2 * 8 * 4  # keys and values, 2 layers, 2 KV heads of 8, fp32: bytes of one token
+ENTRY = 2 * 3 * 2 * 8 * 4  # keys and values, 3 layers, 2 KV heads of 8, fp32: bytes of one token
 
 
 @pytest.fixture(scope="module")
