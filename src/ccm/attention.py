@@ -19,6 +19,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .pooling import Chunks, Pooling, chunks
 from .rotary import Rotary, Tables, rotate, unrotate
 from .rules import Rule
 from .segments import Layout
@@ -42,7 +43,7 @@ class StatesDone(Exception):
     """Every layer's keys and values are in the cache, and the pass was for nothing else."""
 
 
-#: Where the COMP tokens of a pass are: (rows, columns) in (B, Q), or the same columns of every row.
+#: Where the tokens with the adapter are in a pass: (rows, columns) in (B, Q), or the same columns of every row.
 Places = tuple[Tensor, Tensor] | slice
 
 
@@ -61,7 +62,7 @@ class Plan(ABC):
 
     Attributes:
         adapter: name of the conditional adapter that is open.
-        gate: where the COMP tokens are, or None when the pass has none.
+        gate: where the tokens with the adapter are (COMP tokens, in general), or None when the pass has none.
         stop_at: layer after whose keys and values the pass ends; -1 runs it to its end.
     """
 
@@ -92,20 +93,36 @@ class ParallelPlan(Plan):
     slot_tables: dict[str | None, Tables]
     text_tables: dict[str | None, Tables]
     query_tables: dict[str | None, Tables]
+    pooling: Pooling | None
+    chunks: Chunks | None
     _by_window: dict[int | None, Tensor] = field(default_factory=dict)
     _blocks: dict[int, list[Block]] = field(default_factory=dict)
 
     @classmethod
     def build(
-        cls, adapter: str, layout: Layout, rule: Rule, rotary: Rotary, dtype: torch.dtype
+        cls,
+        adapter: str,
+        layout: Layout,
+        rule: Rule,
+        rotary: Rotary,
+        dtype: torch.dtype,
+        pooling: Pooling | None = None,
+        conditional: bool = True,
     ) -> ParallelPlan:
         groups, n = layout.comp_index.shape[1:]
-        comp_position = layout.rope_position.gather(1, layout.comp_index.flatten(1))
+        comp_position = layout.rope_position
+        parts = None
+        if pooling is None:
+            comp_position = comp_position.gather(1, layout.comp_index.flatten(1))
+        elif groups:
+            start, stop = layout.comp_index.flatten(1), layout.chunk_stop.flatten(1)
+            parts = chunks(start, stop, layout.segment.shape[1])
+        adapted = layout.adapted if conditional else layout.segment >= 0
         place = rule.column_states(groups, n)[1] if groups else torch.empty(0, dtype=torch.long)
         slot_position = layout.sink.unsqueeze(1) + place.to(layout.sink.device)
         return cls(
             adapter=adapter,
-            gate=(layout.comp >= 0).nonzero(as_tuple=True) if groups else None,
+            gate=adapted.nonzero(as_tuple=True) if groups else None,
             layout=layout,
             rule=rule,
             mask=additive(parallel_mask(layout, rule), dtype),
@@ -114,6 +131,8 @@ class ParallelPlan(Plan):
             slot_tables=rotary.tables(slot_position),
             text_tables=rotary.tables(layout.text_position) if layout.windowed else {},
             query_tables=rotary.tables(layout.position) if layout.windowed else {},
+            pooling=pooling,
+            chunks=parts,
         )
 
     def extend(
@@ -123,11 +142,11 @@ class ParallelPlan(Plan):
         if groups == 0:
             return query, key, value, self._mask(sliding)
         kind = self.layer_types[int(module.layer_idx)]
-        index = self.layout.comp_index.flatten(1)[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[3])
         # h(t): keys off their position, values as they are, then every Mem(t)
-        free = unrotate(key.gather(2, index), *_heads(self.comp_tables[kind])).unflatten(2, (groups, n))
-        states = rotate(self.rule.columns(free), *_heads(self.slot_tables[kind])).to(key.dtype)
-        contents = self.rule.columns(value.gather(2, index).float().unflatten(2, (groups, n))).to(value.dtype)
+        blocks = (block.unflatten(2, (groups, n)) for block in self._slots(int(module.layer_idx), key, value))
+        states, contents = (self.rule.columns(block) for block in blocks)
+        states = rotate(states, *_heads(self.slot_tables[kind])).to(key.dtype)
+        contents = contents.to(value.dtype)
         held = int(self.layout.sink.max())
         memory = torch.cat([key[:, :, :held], states], dim=2)
         contents = torch.cat([value[:, :, :held], contents, value], dim=2)
@@ -140,6 +159,14 @@ class ParallelPlan(Plan):
         memory = torch.cat([memory, torch.zeros_like(memory)], dim=-1)
         key = torch.cat([torch.zeros_like(key), key], dim=-1)
         return query, torch.cat([memory, key], dim=2), contents, self._mask(sliding)
+
+    def _slots(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Position-free keys, and values, of the slots of all groups: (B, Hkv, G n, D), fp32."""
+        tables = _heads(self.comp_tables[self.layer_types[layer]])
+        if self.pooling is not None:
+            return self.pooling(layer, self.chunks, unrotate(key, *tables), value)
+        index = self.layout.comp_index.flatten(1)[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[3])
+        return unrotate(key.gather(2, index), *tables), value.gather(2, index).float()
 
     def blocks(self, mask: Tensor) -> list[Block]:
         # A segment sees the slots and little else: in a row of 64 turns nine keys of ten are masked for a query.

@@ -23,13 +23,15 @@ from typing import Any
 import torch
 from peft import LoraConfig, set_peft_model_state_dict
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
-from . import attention, gate
+from . import attention, gate, soft_prompts
 from .config import CompressorConfig
 from .errors import ConfigError, MismatchError
 from .families import resolve_targets
+from .kinds import KINDS
 from .memory import KV, Memory, Row
+from .pooling import Pooling
 from .reader import Ids, Reader, model_fingerprint
 from .rules import get_rule
 from .segments import Layout, lay_out
@@ -95,6 +97,7 @@ class Compressor(Reader):
         self.base_parameters = [] if base_adapter is None else base_stage.attach(model, base_adapter)
         self.config = config or CompressorConfig()
         self.rule = get_rule(self.config.rule, **self.config.rule_options)
+        self.kind = KINDS[self.config.kind]
         self.adapter = f"ccm{len(getattr(model, 'peft_config', {}))}"
         lora = LoraConfig(
             r=self.config.rank,
@@ -109,15 +112,23 @@ class Compressor(Reader):
                 parameter.requires_grad_(False)
             # COMP embeddings start like words of the vocabulary: same mean, same spread
             table = model.get_input_embeddings().weight.detach().float()
-            noise = torch.randn(self.config.slots, table.shape[1]).to(table.device)
+            comp = 0 if self.kind.pooled else self.config.slots
+            noise = torch.randn(comp, table.shape[1]).to(table.device)
             self.comp_embeddings = nn.Parameter(table.mean(0) + table.std(0) * noise)
+        self.pooling = Pooling(*self._kv_shape()[:2]).to(model.device) if self.kind.pooled else None
         self._print: tuple[Any, str] | None = None
 
     # ------------------------------------------------------------------ the two ways to run
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """The adapter's parameters: LoRA matrices and COMP embeddings."""
-        return [*self.lora_parameters, self.comp_embeddings]
+        """The adapter's parameters: LoRA matrices, and COMP embeddings or what takes their place."""
+        return [*self.lora_parameters, *self.slot_parameters().values()]
+
+    def slot_parameters(self) -> dict[str, nn.Parameter]:
+        """What the adapter has beside its LoRA, by name: the COMP embeddings (n, d), or the weights of a pooling."""
+        if self.pooling is not None:
+            return {"pooling": self.pooling.curve}
+        return {"comp_embeddings": self.comp_embeddings}
 
     def forward(
         self,
@@ -143,17 +154,30 @@ class Compressor(Reader):
     def lay_out(self, segments: Sequence[Sequence[Sequence[int]]], **sizes: int | None) -> Layout:
         """The rows as a :class:`Layout` on the model's device."""
         chosen = {name: self._size(name, sizes.get(name)) for name in ("slots", "sink", "window")}
-        layout = lay_out(segments, rule=self.rule, comp_positions=self.config.comp_positions, **chosen)
+        layout = lay_out(
+            segments, rule=self.rule, comp_positions=self.config.comp_positions, kind=self.kind, **chosen
+        )
         self._check_length(int(layout.rope_position.max()) + 1)
         self._check_ids(layout.input_ids)
         return layout.to(self.model.device)
 
     def hidden(self, layout: Layout) -> Tensor:
         """Last hidden states (B, Q, d) of one parallel pass."""
-        plan = attention.ParallelPlan.build(self.adapter, layout, self.rule, self.rotary, self.model.dtype)
+        if self.kind.sequential and layout.comp_index.shape[1]:
+            return soft_prompts.hidden(self, layout)
+        plan = attention.ParallelPlan.build(
+            self.adapter,
+            layout,
+            self.rule,
+            self.rotary,
+            self.model.dtype,
+            self.pooling,
+            self.config.conditional,
+        )
         embeds = self.model.get_input_embeddings()(layout.input_ids)
-        comp = self.comp_embeddings.to(embeds.dtype)[layout.comp.clamp(min=0)]
-        embeds = torch.where((layout.comp >= 0).unsqueeze(-1), comp, embeds)
+        if len(self.comp_embeddings):
+            comp = self.comp_embeddings.to(embeds.dtype)[layout.comp.clamp(min=0)]
+            embeds = torch.where((layout.comp >= 0).unsqueeze(-1), comp, embeds)
         return self.model.base_model(
             inputs_embeds=embeds,
             attention_mask=plan.mask,
@@ -191,19 +215,24 @@ class Compressor(Reader):
             slots, sink, window: other sizes than the configured ones.
 
         Raises:
-            ConfigError: an empty segment, or one longer than the model's context.
+            ConfigError: an empty segment, or one longer than the model's context; or the adapter compresses a whole
+                history at once, and the memory holds a part of it already.
             MismatchError: the memory was made by another model or adapter.
         """
         ids, mask, _, memory = self._prepare(input_ids, memory, attention_mask)
-        comp = self.comp_embeddings[: self._size("slots", slots)]
-        self._check_length(memory.length + ids.shape[1] + len(comp))
+        if self.kind.whole and memory.steps:
+            raise ConfigError(
+                f"kind {self.config.kind!r} compresses a whole history at once; give all of it, without a memory"
+            )
+        n = self._size("slots", slots)
+        self._check_length(memory.length + ids.shape[1] + n)
         sink, window = self._size("sink", sink), self._size("window", window)
         lengths = mask.sum(1).tolist()
         at_once = all(
             not row.segments and length > window for row, length in zip(memory.rows, lengths, strict=True)
         )
         # what is folded at once needs no raw keys, but for those that stay as the sink
-        new = self._run(memory, ids, mask, comp if at_once else None, keep=sink if at_once else None)
+        new = self._run(memory, ids, mask, n if at_once else 0, keep=sink if at_once else None)
         rows = [
             replace(row, window=KV.cat((row.window, raw)), segments=(*row.segments, length))
             for row, (raw, _), length in zip(memory.rows, new, lengths, strict=True)
@@ -213,20 +242,42 @@ class Compressor(Reader):
         while full := [r for r, row in enumerate(rows) if row.window.length > window]:
             oldest = [replace(rows[r], window=rows[r].window.slice(0, rows[r].segments[0])) for r in full]
             none = ids.new_empty(len(full), 0)
-            new = self._run(replace(memory, rows=tuple(oldest)), none, none.bool(), comp)
+            new = self._run(replace(memory, rows=tuple(oldest)), none, none.bool(), n)
             for r, (_, block) in zip(full, new, strict=True):
                 rows[r] = self._fold(rows[r], block, sink)
         return Memory(tuple(rows), self.fingerprint())
 
     def _run(
-        self, memory: Memory, ids: Tensor, mask: Tensor, comp: Tensor | None, keep: int | None = None
+        self, memory: Memory, ids: Tensor, mask: Tensor, n: int, keep: int | None = None
     ) -> list[tuple[KV, KV]]:
+        """Per row the raw KV of its text, or of the first ``keep`` tokens, and its block of n slots."""
+        if not n:
+            return self._step(memory, ids, mask, None)
+        if not self.kind.recursive:
+            memory = self.empty(len(memory))
+        if self.kind.sequential:
+            nothing = self.empty().rows[0].window
+            return [(nothing, block) for block in soft_prompts.blocks(self, memory, ids, mask, n)]
+        if self.pooling is not None:
+            texts = self._step(memory, ids, mask, None, gate=slice(0, None))
+            return [(text.slice(0, keep), self.pooling.block(text, n)) for text, _ in texts]
         at = None
-        if comp is not None and self.config.comp_positions == "slot":
-            n = len(comp)
+        if self.config.comp_positions == "slot":
             places = [self.rule.size(row.steps + 1, n) - n + row.sink.length for row in memory.rows]
             at = torch.tensor(places, device=ids.device).unsqueeze(1)
-        return self._step(memory, ids, mask, comp, at, keep)
+        comp = self.comp_embeddings[:n]
+        return self._step(memory, ids, mask, comp, at, keep, gate=slice(ids.shape[1], None))
+
+    def _over(
+        self,
+        memory: Memory,
+        ids: Tensor,
+        mask: Tensor,
+        n: int = 0,
+        at: Tensor | None = None,
+        gate: slice | None = None,
+    ) -> tuple[DynamicCache, dict[str, Any]]:
+        return super()._over(memory, ids, mask, n, at, gate if self.config.conditional else slice(0, None))
 
     def _adapter(self) -> str:
         return self.adapter
@@ -252,12 +303,14 @@ class Compressor(Reader):
 
     def fingerprint(self) -> str:
         """``model-adapter``: two short hashes that a memory carries, so that it is never read by another pair."""
-        state = [self.comp_embeddings, *self.lora_parameters, *self.base_parameters]
+        state = [*self.slot_parameters().values(), *self.lora_parameters, *self.base_parameters]
         # weights made under inference_mode have no version, and cannot change in place outside it
         version = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in state)
         if self._print is None or self._print[0] != version:
             # sizes may change while a memory lives; the rule and where COMP tokens sit may not
-            meaning = [self.config.rule, self.config.rule_options, self.config.comp_positions]
+            meaning: list[Any] = [self.config.rule, self.config.rule_options, self.config.comp_positions]
+            if self.config.kind != "ccm" or not self.config.conditional:
+                meaning += [self.config.kind, self.config.conditional]
             sha = hashlib.sha256(json.dumps(meaning, sort_keys=True).encode())
             for parameter in state:
                 sha.update(parameter.detach().float().cpu().numpy().tobytes())
@@ -291,15 +344,15 @@ class Compressor(Reader):
         """
         found = adapter_folder.read(name, model, changes)
         compressor = cls(model, found.config, base_adapter=found.base)
-        compressor.load_weights(found.lora, found.comp_embeddings)
+        compressor.load_weights(found.lora, found.slots)
         return compressor
 
-    def load_weights(self, lora: dict[str, Tensor], comp_embeddings: Tensor) -> None:
+    def load_weights(self, lora: dict[str, Tensor], slots: dict[str, Tensor]) -> None:
         """Put trained weights in place.
 
         Args:
             lora: by PEFT's names.
-            comp_embeddings: (n, d), of which the first ``config.slots`` are used.
+            slots: as :meth:`slot_parameters`; of (n, d) COMP embeddings the first ``config.slots`` are used.
 
         Raises:
             MismatchError: some weights are missing or fit nowhere.
@@ -310,7 +363,8 @@ class Compressor(Reader):
             raise MismatchError(
                 f"the adapter's weights do not fit: {(missing or result.unexpected_keys)[:2]}"
             )
-        self.comp_embeddings.data.copy_(comp_embeddings[: self.config.slots])
+        for name, parameter in self.slot_parameters().items():
+            parameter.data.copy_(slots[name][: len(parameter)])
 
     # ------------------------------------------------------------------ small things
 
@@ -319,4 +373,6 @@ class Compressor(Reader):
         value = getattr(self.config, name) if value is None else value
         if value < (name == "slots") or (most is not None and value > most):
             raise ConfigError(f"{name}: got {value}, expected {'1' if most else '0'} to {most or 'any size'}")
+        if name != "slots" and value and self.config.kind != "ccm":
+            raise ConfigError(f"{name}: got {value}, expected 0: kind {self.config.kind!r} has slots only")
         return value

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -111,17 +112,21 @@ class Reader(nn.Module):
 
     def empty(self, batch: int = 1) -> Memory:
         """The memory of ``batch`` conversations before anything was said."""
-        config = self.model.config
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        none = torch.empty(config.num_hidden_layers, heads, 0, size, device=self.model.device)
+        layers, heads, size = self._kv_shape()
+        none = torch.empty(layers, heads, 0, size, device=self.model.device)
         raw = KV(none, none).to(self.model.dtype)
         return Memory((Row(sink=raw, slots=KV(none, none), window=raw),) * batch, self.fingerprint())
 
     def kv_bytes_per_token(self) -> int:
         """Bytes of keys and values that one token of full context takes in this model."""
-        layers, heads, _, size = self.empty().rows[0].window.keys.shape
-        return 2 * layers * heads * size * self.model.dtype.itemsize
+        return 2 * math.prod(self._kv_shape()) * self.model.dtype.itemsize
+
+    def _kv_shape(self) -> tuple[int, int, int]:
+        """Layers, KV heads and their size."""
+        config = self.model.config
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return config.num_hidden_layers, heads, size
 
     def fingerprint(self) -> str:
         """What a memory carries so that it is never read by another model."""
@@ -147,15 +152,17 @@ class Reader(nn.Module):
         comp: Tensor | None,
         at: Tensor | None = None,
         keep: int | None = None,
+        gate: slice | None = None,
     ) -> list[tuple[KV, KV]]:
-        """Run left-padded text (B, T), then COMP embeddings (n, d), over the memory.
+        """Run left-padded text (B, T), then embeddings (n, d) or (B, n, d), over the memory; the adapter acts on the
+        columns of ``gate``.
 
         Returns:
             per row the position-free KV of its text (of the first ``keep`` tokens), in the model's dtype, and of
             its COMP tokens, in fp32.
         """
-        n = 0 if comp is None else len(comp)
-        cache, call = self._over(memory, ids, mask, n, at)
+        n = 0 if comp is None else comp.shape[-2]
+        cache, call = self._over(memory, ids, mask, n, at, gate)
         embeds = self.model.get_input_embeddings()(ids)
         if comp is not None:
             embeds = torch.cat([embeds, comp.to(embeds.dtype).expand(len(ids), -1, -1)], dim=1)
@@ -179,11 +186,18 @@ class Reader(nn.Module):
         return result
 
     def _over(
-        self, memory: Memory, ids: Tensor, mask: Tensor, n: int = 0, at: Tensor | None = None
+        self,
+        memory: Memory,
+        ids: Tensor,
+        mask: Tensor,
+        n: int = 0,
+        at: Tensor | None = None,
+        gate: slice | None = None,
     ) -> tuple[DynamicCache, dict[str, Any]]:
         """Cache and call arguments to run left-padded tokens (B, T), then n COMP tokens, over a memory.
 
-        ``at`` (B, 1) places the first COMP token; by default it follows the text.
+        ``at`` (B, 1) places the first COMP token; by default it follows the text. The adapter acts on the columns
+        of ``gate``.
         """
         order = torch.arange(n, device=ids.device)
         cache, held, folded = memory.to_cache(self.rotary, self.model.dtype)
@@ -195,7 +209,7 @@ class Reader(nn.Module):
         before = (held.long().cumsum(1) - 1).clamp(min=0)
         plan = attention.RecurrentPlan(
             adapter=self._adapter(),
-            gate=slice(ids.shape[1], None) if n else None,
+            gate=gate,
             key_position=torch.cat([before, position], dim=1),
             is_memory=torch.cat([folded, torch.zeros_like(position, dtype=torch.bool)], dim=1),
             valid=valid,

@@ -1,11 +1,11 @@
-"""CCM: finished segments are folded into slots by a trained adapter."""
+"""Finished segments are folded into slots by a trained adapter: CCM, and what its baselines share."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
 
@@ -28,37 +28,74 @@ class CompressedRun(Run):
 
 
 @dataclass(frozen=True)
-class Compressed(Method):
-    """Any compressor behind the protocol. An option that is None is the adapter's own.
+class Trained(Method):
+    """An adapter of one kind behind the protocol.
 
     Attributes:
+        kind: what the adapter makes slots from (``ccm.kinds``); others are refused.
         adapter: a shipped adapter's name, a folder or a hub id; empty is the one of the method's name.
-        slots: slots per segment, the first k of the adapter's n.
+        slots: slots per segment, the first k of the adapter's n; None is all of them.
+    """
+
+    kind: ClassVar[str] = "ccm"
+    adapter: str = ""
+    slots: int | None = None
+
+    def __post_init__(self) -> None:
+        self._check(("slots", 1))
+
+    def _check(self, *options: tuple[str, int]) -> None:
+        for name, least in options:
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"method {self.name}: {name} is {value}, expected at least {least}")
+
+    def open(self, model: PreTrainedModel, tokenizer: Any = None) -> CompressedRun:
+        return CompressedRun(self.compressor(model), slots=self.slots)
+
+    def compressor(self, model: PreTrainedModel, **changes: Any) -> Compressor:
+        """The adapter on the model, with some settings changed; loaded once.
+
+        Raises:
+            ConfigError: there is no such adapter, it is of another kind, or it has fewer slots.
+            MismatchError: it was trained for another model.
+        """
+        name = self.adapter or self.name
+        compressor = shared_compressor(model, name, **changes)
+        if (kind := compressor.config.kind) != self.kind:
+            raise ConfigError(
+                f"method {self.name}: adapter {name} is of kind {kind!r}, expected {self.kind!r}; give one that was "
+                f"trained with compressor.kind={self.kind}"
+            )
+        if self.slots is not None and self.slots > compressor.config.slots:
+            raise ConfigError(
+                f"method {self.name}: slots is {self.slots}, the adapter has {compressor.config.slots} per segment"
+            )
+        return compressor
+
+
+@dataclass(frozen=True)
+class Compressed(Trained):
+    """CCM's compressor. An option that is None is the adapter's own.
+
+    Attributes:
         sink, window: raw tokens that stay, first and newest.
         rule: how blocks enter the memory, and its options.
     """
 
-    adapter: str = ""
-    slots: int | None = None
     sink: int | None = None
     window: int | None = None
     rule: str | None = None
     rule_options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, least in (("slots", 1), ("sink", 0), ("window", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"method {self.name}: {name} is {value}, expected at least {least}")
+        self._check(("slots", 1), ("sink", 0), ("window", 0))
 
     def open(self, model: PreTrainedModel, tokenizer: Any = None) -> CompressedRun:
         changes = {"rule": self.rule, "rule_options": self.rule_options} if self.rule else {}
-        compressor = shared_compressor(model, self.adapter or self.name, **changes)
-        if self.slots is not None and self.slots > compressor.config.slots:
-            raise ConfigError(
-                f"method {self.name}: slots is {self.slots}, the adapter has {compressor.config.slots} per segment"
-            )
-        return CompressedRun(compressor, slots=self.slots, sink=self.sink, window=self.window)
+        return CompressedRun(
+            self.compressor(model, **changes), slots=self.slots, sink=self.sink, window=self.window
+        )
 
 
 @register("ccm-concat")

@@ -33,7 +33,7 @@ class StreamingRun(Run):
 
     def resize(self, entries: int) -> None:
         """Keep at most so many tokens from now on, sink included; a budget below 8 has one sink token."""
-        self.sink = min(entries, self.most_sink if entries >= 8 else 1)
+        self.sink = min(entries, self.most_sink, self.most_sink if entries >= 8 else 1)
         self.window = entries - self.sink
         self._trim()
 

@@ -1,4 +1,4 @@
-"""An adapter as a folder: PEFT's two files, the COMP embeddings, and ``ccm_config.json``."""
+"""An adapter as a folder: PEFT's two files, the COMP embeddings (or a pooling), and ``ccm_config.json``."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from ..config import CompressorConfig
 from ..errors import ConfigError, MismatchError, StorageError, UnknownNameError
+from ..kinds import KINDS
 from ..reader import base_name, model_fingerprint, shape_fingerprint
 from . import base_stage
 from .atomic import write_atomically
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SHIPPED = Path(__file__).parent.parent / "adapters"
-COMP_FILE = "comp_embeddings.safetensors"
 #: What may differ from the way an adapter was trained.
 CHANGEABLE = ("slots", "rule", "rule_options", "sink", "window")
 
@@ -41,13 +41,13 @@ class AdapterFiles:
     Attributes:
         config: settings.
         lora: weights by PEFT's names.
-        comp_embeddings: (n, d).
+        slots: what makes slots beside the LoRA, by name: ``comp_embeddings`` (n, d), or ``pooling``.
         base: folder of a first stage, if there is one.
     """
 
     config: CompressorConfig
     lora: dict[str, Tensor]
-    comp_embeddings: Tensor
+    slots: dict[str, Tensor]
     base: Path | None
 
 
@@ -55,7 +55,7 @@ def save(compressor: Compressor, folder: Path, dtype: torch.dtype) -> None:
     """See :meth:`ccm.Compressor.save_pretrained`."""
     model = compressor.model
     lora = {name: weight.to(dtype) for name, weight in base_stage.weights(model, compressor.adapter).items()}
-    comp = {"comp_embeddings": compressor.comp_embeddings.detach().to(dtype).cpu()}
+    slots = {name: p.detach().to(dtype).cpu() for name, p in compressor.slot_parameters().items()}
     base = {"name": base_name(model), "fingerprint": model_fingerprint(model)}
     tuned = {"base_adapter": True} if compressor.base_parameters else {}
     settings = json.dumps({"base_model": base, **tuned, **asdict(compressor.config)}, indent=2) + "\n"
@@ -66,7 +66,8 @@ def save(compressor: Compressor, folder: Path, dtype: torch.dtype) -> None:
         if compressor.base_parameters:
             base_stage.save(model, folder / base_stage.FOLDER)
         write_atomically(folder / "adapter_model.safetensors", to_bytes(lora, {"format": "pt"}))
-        write_atomically(folder / COMP_FILE, to_bytes(comp))
+        for name, weights in slots.items():
+            write_atomically(folder / f"{name}.safetensors", to_bytes({name: weights}))
         peft_config.save_pretrained(folder)
         write_atomically(folder / "ccm_config.json", settings.encode())
     except StorageError:
@@ -91,24 +92,28 @@ def read(name: str | os.PathLike[str], model: PreTrainedModel, changes: dict[str
             settings["target_modules"] = tuple(settings["target_modules"])
         config = CompressorConfig(**settings)
         lora = load_file(folder / "adapter_model.safetensors")
-        comp = load_file(folder / COMP_FILE)["comp_embeddings"]
+        part = "pooling" if KINDS[config.kind].pooled else "comp_embeddings"
+        slots = {part: load_file(folder / f"{part}.safetensors")[part]}
         fingerprint, trained_on = base["fingerprint"], base["name"]
     except (OSError, TypeError, ValueError, KeyError, SafetensorError) as error:
         raise ConfigError(f"adapter {name}: {folder} is incomplete or damaged ({error})") from error
     if unknown := set(changes) - set(CHANGEABLE):
         raise UnknownNameError("setting of a trained adapter", unknown.pop(), list(CHANGEABLE))
     config = replace(config, **changes)
-    if config.slots > len(comp):
-        raise ConfigError(f"adapter {name} has {len(comp)} slots per segment, got slots={config.slots}")
     width = model.get_input_embeddings().weight.shape[1]
-    if comp.shape[1] != width or fingerprint.split(".")[0] != shape_fingerprint(model):
+    trained_width = width
+    if (comp := slots.get("comp_embeddings")) is not None:
+        if config.slots > len(comp):
+            raise ConfigError(f"adapter {name} has {len(comp)} slots per segment, got slots={config.slots}")
+        trained_width = comp.shape[1]
+    if trained_width != width or fingerprint.split(".")[0] != shape_fingerprint(model):
         raise MismatchError(
-            f"adapter {name} is for {trained_on} (hidden size {comp.shape[1]}), "
+            f"adapter {name} is for {trained_on} (hidden size {trained_width}), "
             f"got {base_name(model)} (hidden size {width}); load that model or train an adapter for this one"
         )
     if fingerprint != model_fingerprint(model):
         log.warning("adapter %s was trained on other weights of %s; quality may differ", name, trained_on)
-    return AdapterFiles(config, lora, comp, tuned)
+    return AdapterFiles(config, lora, slots, tuned)
 
 
 def shipped_adapters() -> list[str]:

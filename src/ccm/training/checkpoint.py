@@ -17,6 +17,8 @@ from .config import FREE, TrainConfig, flat
 
 FORMAT = "ccm-training/2"
 FILE, LOG = "checkpoint.pt", "log.jsonl"
+#: Settings that older checkpoints do not name, and what they were.
+LATER = {"compressor.kind": "ccm", "compressor.conditional": True}
 
 
 def save(folder: Path, config: TrainConfig, fingerprint: str, state: dict[str, Any]) -> None:
@@ -55,7 +57,7 @@ def load(folder: Path, config: TrainConfig, fingerprint: str) -> dict[str, Any] 
             f"{path}: got format {state.get('format')!r}, expected {FORMAT!r}; give another folder"
         )
     if different := _differences(
-        json.loads(state["config"]), json.loads(json.dumps(flat(config), default=str))
+        {**LATER, **json.loads(state["config"])}, json.loads(json.dumps(flat(config), default=str))
     ):
         raise ConfigError(
             f"{folder} holds a run with another configuration ({'; '.join(different)}); "

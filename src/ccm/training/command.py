@@ -101,6 +101,8 @@ def _run(trainer: Trainer, console: Console) -> dict[str, Any]:
         console.print(
             f"{trainer.folder}: {done}, at step {trainer.step}{hint}", highlight=False, soft_wrap=True
         )
+    count = sum(parameter.numel() for parameter in trainer.parameters)
+    console.print(f"{count:,} trained parameters", highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(f"step {trainer.step}", total=1.0)

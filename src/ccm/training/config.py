@@ -7,6 +7,7 @@ from typing import Any
 
 from ..config import CompressorConfig
 from ..errors import ConfigError, UnknownNameError
+from ..kinds import KINDS
 
 STAGES = ("memory", "base")
 OBJECTIVE_NAMES = ("distill", "ce", "target-ce")
@@ -138,6 +139,16 @@ class TrainConfig:
         if self.init_from and self.base_adapter:
             raise ConfigError(
                 "TrainConfig.init_from: an adapter brings its own first stage; leave base_adapter out"
+            )
+        if self.compressor.kind != "ccm" and any(self.window_choices):
+            raise ConfigError(
+                f"TrainConfig.window_choices: got {self.window_choices}, but compressor.kind "
+                f"{self.compressor.kind!r} has slots only; leave it empty"
+            )
+        if KINDS[self.compressor.kind].sequential and self.gradient_checkpointing:
+            raise ConfigError(
+                f"TrainConfig.gradient_checkpointing: compressor.kind {self.compressor.kind!r} is trained over a "
+                "cache, which checkpointing drops; set it false"
             )
         self._check_data()
 

@@ -1,4 +1,7 @@
-"""Recipes: a run as a YAML file, checked against :class:`TrainConfig`, with ``key=value`` overrides."""
+"""Recipes: a run as a YAML file, checked against :class:`TrainConfig`, with ``key=value`` overrides.
+
+A recipe may say ``extends: other.yaml``, a recipe beside it: keys that it does not have are those of the other.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +24,25 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
 
     Args:
         path: a YAML file whose keys are those of :class:`TrainConfig`.
+            ``extends`` names a recipe in the same folder whose keys count where this one has none.
         overrides: ``key=value``; nested keys by dots (``compressor.slots=8``), values in YAML.
 
     Raises:
         ConfigError: no such file, no YAML, an unknown key, or a value of the wrong type; it names file and key.
     """
+    settings = _read(Path(path))
+    for override in overrides:
+        _set(settings, override)
     try:
-        text = Path(path).read_text()
+        return _build(TrainConfig, settings, "")
+    except ConfigError as error:
+        raise ConfigError(f"recipe {path}: {error}") from error
+
+
+def _read(path: Path, inner: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The keys of a recipe and of those that it extends; ``inner`` are the recipes that led here."""
+    try:
+        text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"recipe {path}: {getattr(error, 'strerror', None) or error}; expected a YAML file"
@@ -36,12 +51,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     settings = {} if settings is None else settings
     if not isinstance(settings, dict):
         raise ConfigError(f"recipe {path}: got {_kind(settings)}, expected keys with values")
-    for override in overrides:
-        _set(settings, override)
-    try:
-        return _build(TrainConfig, settings, "")
-    except ConfigError as error:
-        raise ConfigError(f"recipe {path}: {error}") from error
+    if (other := settings.pop("extends", None)) is None:
+        return settings
+    seen = [each.name for each in (path, *inner)]
+    if not isinstance(other, str) or Path(other).name != other or other in seen:
+        raise ConfigError(
+            f"recipe {path}: extends: got {other!r}, expected another recipe in the same folder"
+        )
+    return {**_read(path.with_name(other), (path, *inner)), **settings}
 
 
 def dump(config: TrainConfig) -> str:

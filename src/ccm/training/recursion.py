@@ -7,41 +7,26 @@ recursion is what inference runs (``Compressor.compress``), and what the paralle
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..compressor import Compressor
 from ..data.rows import ConversationRow
 from ..errors import ConfigError
 from ..memory import Memory
-from .objectives import OBJECTIVES, summed_loss
+from .objectives import OBJECTIVES
+from .targets import TEXT, find_targets, marked, scored_from
 
-#: (row, segment, column, token id) of a token to be predicted, from the state one column before it.
-Target = tuple[int, int, int, int]
+#: Per row the columns (start, stop) of every segment.
+Spans = Sequence[Sequence[tuple[int, int]]]
 
 # What inference runs, without its no_grad.
 _compress = Compressor.compress.__wrapped__
 _read = Compressor.read.__wrapped__
-
-
-def targets(rows: Sequence[ConversationRow]) -> list[Target]:
-    """The scored tokens of every segment but the first of each row; a segment's first token is never one.
-
-    Raises:
-        ConfigError: there are none.
-    """
-    found = [
-        (r, i, column, row.segments[i][column])
-        for r, row in enumerate(rows)
-        for i in range(1, len(row.segments))
-        for column in range(max(1, row.content[i][0]), row.content[i][1])
-    ]
-    if not found:
-        raise ConfigError(
-            f"got {len(rows)} rows without a target; give two segments or more, the last with content"
-        )
-    return found
 
 
 def parallel_losses(
@@ -54,10 +39,12 @@ def parallel_losses(
         rows: of any numbers and lengths of segments.
         objective: "distill", with the base model and full context as teacher, or "ce".
         sizes: slots, sink, window, if other than the configured ones.
+
+    Raises:
+        ConfigError: no segment but the first of its row has content.
     """
     layout = compressor.lay_out([row.segments for row in rows], **sizes)
-    places = [(r, layout.spans[r][i][0] + column - 1) for r, i, column, _ in targets(rows)]
-    return _loss(compressor, rows, _at(compressor.hidden(layout), places), objective)
+    return _loss(compressor, rows, compressor.hidden(layout), layout.spans, objective)
 
 
 def recurrent_losses(
@@ -68,16 +55,20 @@ def recurrent_losses(
     Arguments and result are those of :func:`parallel_losses`. The rows of a batch go in step; a segment is read and
     folded in one forward pass, and the last one of the longest row is only read. Gradient checkpointing must be
     off, because it loses the memory.
+
+    Raises:
+        ConfigError: as there, or a compressor of another kind than CCM.
     """
-    states = _recurrent_states(compressor, [row.segments for row in rows], **sizes)
-    student = torch.stack([states[r][i][column - 1] for r, i, column, _ in targets(rows)])
-    return _loss(compressor, rows, student, objective)
+    if compressor.config.kind != "ccm":
+        raise ConfigError(f"the recursion is that of kind 'ccm'; got {compressor.config.kind!r}")
+    states, spans = _recurrent_states(compressor, [row.segments for row in rows], **sizes)
+    return _loss(compressor, rows, states, spans, objective)
 
 
 def _recurrent_states(
     compressor: Compressor, rows: Sequence[Sequence[Sequence[int]]], **sizes: int
-) -> list[list[Tensor]]:
-    """Last hidden states (T_segment, d) of every segment of every row."""
+) -> tuple[Tensor, Spans]:
+    """Last hidden states (B, T, d) of the text of every row, right-padded, and where its segments are in it."""
     states: list[list[Tensor]] = [[] for _ in rows]
     memories = [compressor.empty() for _ in rows]
     passes: list[Tensor] = []
@@ -103,28 +94,23 @@ def _recurrent_states(
                 memories[r] = memory[place]
     finally:
         hook.remove()
-    return states
+    ends = [[0, *accumulate(map(len, row))] for row in rows]
+    spans = [list(pairwise(end)) for end in ends]
+    return pad_sequence([torch.cat(own) for own in states], batch_first=True), spans
 
 
 def _loss(
-    compressor: Compressor, rows: Sequence[ConversationRow], student: Tensor, objective: str
+    compressor: Compressor, rows: Sequence[ConversationRow], student: Tensor, spans: Spans, objective: str
 ) -> tuple[Tensor, int]:
-    """Summed loss from the student's states (N, d) at the targets."""
-    teacher = _teacher_states(compressor, rows) if objective == "distill" else student
-    ids = torch.tensor([token for *_, token in targets(rows)], device=student.device)
-    return summed_loss(student, teacher, ids, compressor.head, OBJECTIVES[objective]), len(ids)
-
-
-@torch.no_grad()
-def _teacher_states(compressor: Compressor, rows: Sequence[ConversationRow]) -> Tensor:
-    """The base model's states (N, d) at the targets, with the whole context."""
-    layout = compressor.lay_out([[sum(row.segments, ())] for row in rows])
-    before = [[sum(map(len, row.segments[:i])) for i in range(len(row.segments))] for row in rows]
-    places = [(r, before[r][i] + column - 1) for r, i, column, _ in targets(rows)]
-    return _at(compressor.hidden(layout), places)
-
-
-def _at(hidden: Tensor, places: Sequence[tuple[int, int]]) -> Tensor:
-    """(N, d) from (B, Q, d) at (row, column) pairs."""
-    row, column = torch.tensor(places, device=hidden.device).T
-    return hidden[row, column]
+    """Summed loss over the content of every segment but the first of each row, and its number of tokens."""
+    scored = [scored_from(marked(replace(row, recall=())), 1) for row in rows]
+    targets = find_targets(scored, spans)[TEXT]
+    if not len(targets):
+        raise ConfigError(
+            f"got {len(rows)} rows without a target; give two segments or more, the last with content"
+        )
+    teacher = None
+    if objective == "distill":
+        with torch.no_grad():
+            teacher = compressor.hidden(compressor.lay_out([row.flat().segments for row in scored]))
+    return targets.loss(student, teacher, compressor.head, OBJECTIVES[objective]), len(targets)

@@ -88,6 +88,11 @@ class MemoryStage(Stage):
         if config.init_from:
             changes = {name: getattr(config.compressor, name) for name in CHANGEABLE}
             self.compressor = Compressor.from_pretrained(model, config.init_from, **changes)
+            if (kind := self.compressor.config.kind) != config.compressor.kind:
+                raise ConfigError(
+                    f"TrainConfig.init_from: adapter {config.init_from} is of kind {kind!r}, compressor.kind is "
+                    f"{config.compressor.kind!r}; give the same"
+                )
         else:
             self.compressor = Compressor(model, config.compressor, base_adapter=config.base_adapter)
         self.compressor.to(model.device)

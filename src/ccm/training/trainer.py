@@ -133,7 +133,7 @@ class Trainer:
         self.tokens += int(all_tokens)
         self.seconds += spent / processes.world
         if all_known:
-            self.recall = 0.95 * self.recall + 0.05 * recall / all_known
+            self.recall += (recall / all_known - self.recall) * (0.05 if self.recall else 1.0)
         return loss / max(1, all_count)
 
     @property
@@ -213,6 +213,7 @@ class Trainer:
             "report": report,
             "base_model": base_name(self.model),
             "config": _without_paths(asdict(self.config)),
+            "parameters": sum(p.numel() for p in self.parameters),
             "processes": self.processes.world,
             "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
         }
