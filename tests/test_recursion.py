@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import random_rows, scramble, tiny_compressor, tiny_model
+from tiny import random_rows, tiny_compressor
 from torch import Tensor
 
-from ccm.compressor import Compressor, CompressorConfig
+from ccm.compressor import Compressor
 from ccm.data.rows import ConversationRow
 from ccm.errors import ConfigError
 from ccm.memory import KV
 from ccm.training import recursion
+from ccm.training.recipe import load_recipe
 
 TOLERANCE = 1e-4
 FAMILIES = ["llama", "gemma3_text", "gpt_neox"]
@@ -107,17 +108,13 @@ def test_rows_without_a_target_are_refused(losses):
         losses(tiny_compressor("llama"), rows_of([[4]]))
 
 
-# ---------------------------------------------------------------------- what benchmarks/ablations.py adds to the core
+# ---------------------------------------------------------------------- benchmarks/ablations.py
 
 
 @pytest.fixture
 def ablations(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
     return pytest.importorskip("ablations")
-
-
-def tiny_variant(kind: type[Compressor], rule: str) -> Compressor:
-    return scramble(kind(tiny_model("llama"), CompressorConfig(slots=2, rule=rule)))
 
 
 SEGMENTS = [row.segments for row in ROWS]
@@ -156,24 +153,25 @@ def live(compressor: Compressor, alone: bool) -> list[list[Tensor]]:
 
 
 @pytest.mark.parametrize("rule", ["concat", "mean"])
-def test_without_recursion_every_segment_is_compressed_alone(ablations, rule):
-    compressor = tiny_variant(ablations.Alone, rule)
+def test_without_recursion_every_segment_is_compressed_alone(rule):
+    compressor = tiny_compressor("llama", rule=rule, kind="gisting-online")
     got = all_logits(compressor)
     assert largest_gap(got, live(compressor, alone=True)) < TOLERANCE
-    assert largest_gap(got, live(compressor, alone=False)) > 0.1  # the control: it is not the recursion
+    recursive = tiny_compressor("llama", rule=rule)
+    assert largest_gap(got, live(recursive, alone=False)) > 0.1  # the control: it is not the recursion
 
 
-def test_without_recursion_nothing_reaches_the_next_fold(ablations):
-    for kind, same in ((ablations.Alone, True), (Compressor, False)):
-        compressor = tiny_variant(kind, "replace")  # the last segment reads h(2) only
+def test_without_recursion_nothing_reaches_the_next_fold():
+    for kind, same in (("gisting-online", True), ("ccm", False)):
+        compressor = tiny_compressor("llama", rule="replace", kind=kind)  # the last segment reads h(2) only
         first, other, second, last = random_rows([[5, 5, 7, 4]])[0]
         with torch.no_grad():
             a, b = (compressor([[start, second, last]]).segment_logits(0, 2) for start in (first, other))
         assert (float((a - b).abs().max()) < 1e-6) == same
 
 
-def test_an_unconditional_adapter_acts_on_every_token(ablations):
-    plain, everywhere = (tiny_variant(kind, "concat") for kind in (Compressor, ablations.Unconditional))
+def test_an_unconditional_adapter_acts_on_every_token():
+    plain, everywhere = (tiny_compressor("llama", conditional=on) for on in (True, False))
     base = [plain.logits([list(row[0])])[0] for row in SEGMENTS]
     for compressor, moved in ((plain, False), (everywhere, True)):
         got = all_logits(compressor)
@@ -185,16 +183,17 @@ def test_an_unconditional_adapter_acts_on_every_token(ablations):
         torch.testing.assert_close(plain(whole).logits, everywhere(whole).logits)
 
 
-def test_training_of_a_variant_lowers_the_loss_and_leaves_the_base_model_alone(ablations):
-    compressor = tiny_compressor("llama", rule="mean")
-    before = [p.clone() for p in compressor.model.parameters() if not p.requires_grad]
-    assert before
-    steps = iter(lambda: ROWS, None)
-    record = ablations.train(compressor, steps, "ce", ablations.Budget(tokens=60 * 70))
-    assert record["loss"][-1] < 0.8 * record["loss"][0]
-    assert record["tokens"] >= 60 * 70 > record["tokens"] - sum(row.tokens for row in ROWS)
-    after = [p for p in compressor.model.parameters() if not p.requires_grad]
-    assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+def test_every_variant_is_a_recipe_of_its_own(ablations):
+    configs = [load_recipe(ablations.RECIPE, each.overrides) for each in ablations.VARIANTS.values()]
+    assert configs[0] == load_recipe(ablations.RECIPE)
+    assert len({repr(config) for config in configs}) == len(configs)
+    assert len({config.steps for config in configs}) == 1
+
+
+def test_other_kinds_have_another_recursion():
+    compressor = tiny_compressor("llama", kind="gisting-online")
+    with pytest.raises(ConfigError, match="gisting-online"):
+        recursion.recurrent_losses(compressor, ROWS)
 
 
 def test_intervals_are_paired(ablations):

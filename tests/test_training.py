@@ -10,6 +10,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import runs
@@ -21,8 +22,9 @@ from tiny import history, random_rows, scramble, tiny_model
 from ccm import cli
 from ccm.compressor import Compressor, CompressorConfig
 from ccm.data.chitchat import Conversation, Turn
+from ccm.data.conversational import ConversationSource
 from ccm.data.facts import TEST, TRAIN
-from ccm.data.rows import ConversationRow, RowStream
+from ccm.data.rows import ConversationRow
 from ccm.errors import CCMError, ConfigError, MismatchError, MissingPackageError, StorageError
 from ccm.evaluation.share import parallel_nll, recovered_share, reference_nll
 from ccm.models import load_default_model
@@ -573,26 +575,27 @@ def test_the_adapter_goes_to_the_hub(
 # ---------------------------------------------------------------------- data of conversations
 
 
-@pytest.fixture
-def talks() -> list[Conversation]:
-    def talk(n: int) -> Conversation:
-        turns = [Turn("assistant" if i % 2 else "user", f"{n} says {i * n}") for i in range(14)]
-        return Conversation(f"c{n}", ("a", "b"), tuple(turns))
+class Numbers(ConversationSource):
+    """Five conversations of two people who say numbers."""
 
-    return [talk(n) for n in range(5)]
+    name = "numbers"
+
+    def conversations(self, split: str) -> list[Conversation]:
+        def talk(n: int) -> Conversation:
+            turns = [Turn("assistant" if i % 2 else "user", f"{n} says {i * n}") for i in range(14)]
+            return Conversation(f"c{n}", ("a", "b"), tuple(turns))
+
+        return [talk(n) for n in range(5)]
 
 
-def test_rows_are_the_same_for_a_seed_and_resume_anywhere(talks: list[Conversation]) -> None:
-    def stream(seed: int) -> RowStream:
-        return RowStream(talks, TOKENIZER, (6, 9), 2, facts=0.5, seed=seed)
+def drawn(count: int, **options: Any) -> list[ConversationRow]:
+    source, rng = Numbers(TOKENIZER, **options), random.Random(0)
+    return [source.draw(rng) for _ in range(count)]
 
-    first, again, other = (iter(stream(seed)) for seed in (0, 0, 1))
-    served = [next(first) for _ in range(40)]
-    assert served == [next(again) for _ in range(40)]
-    assert served != [next(other) for _ in range(40)]
-    late = stream(0)
-    late.served = 25
-    assert next(iter(late)) == served[25]
+
+def test_a_limit_keeps_the_first_conversations() -> None:
+    assert {row.conversation for row in drawn(40, turns=9, limit=2)} == {"c0", "c1"}
+    assert len({row.conversation for row in drawn(40, turns=9)}) == 5
 
 
 def test_planted_facts_of_training_and_test_have_nothing_in_common() -> None:
@@ -603,23 +606,21 @@ def test_planted_facts_of_training_and_test_have_nothing_in_common() -> None:
     assert not pieces(TRAIN) & pieces(TEST)
 
 
-def test_planted_values_are_where_the_row_says_and_were_told_before(talks: list[Conversation]) -> None:
+def test_planted_values_are_where_the_row_says_and_were_told_before() -> None:
     seen = 0
-    for batch, _ in zip(RowStream(talks, TOKENIZER, (6, 9), 2, facts=1.0), range(20), strict=False):
-        for row in batch:
-            for turn, start, stop in row.recall:
-                value = TOKENIZER.decode(row.segments[turn][start:stop]).strip()
-                told = "".join(TOKENIZER.decode(s) for s in row.segments[: turn - 1])
-                assert value and value in told
-                assert value not in TOKENIZER.decode(row.segments[turn - 1])
-                seen += 1
+    for row in drawn(40, turns=(6, 9), facts=1.0):
+        for turn, start, stop in row.recall:
+            value = TOKENIZER.decode(row.segments[turn][start:stop]).strip()
+            told = "".join(TOKENIZER.decode(s) for s in row.segments[: turn - 1])
+            assert value and value in told
+            assert value not in TOKENIZER.decode(row.segments[turn - 1])
+            seen += 1
     assert seen > 20
 
 
-def test_echoed_turns_repeat_an_earlier_one(talks: list[Conversation]) -> None:
+def test_echoed_turns_repeat_an_earlier_one() -> None:
     def repeats(echoes: float) -> int:
-        stream = RowStream(talks, TOKENIZER, (9,), 2, echoes=echoes)
-        rows = [row for batch, _ in zip(stream, range(10), strict=False) for row in batch]
+        rows = drawn(20, turns=9, echoes=echoes)
         return sum(len(row.segments) - len(set(row.segments)) for row in rows)
 
     assert repeats(1.0) > repeats(0.0) + 10

@@ -21,6 +21,16 @@ TOPICAL_CHAT = f"{_TASKS}/topical_chat/task.json"
 INTENTS = f"{_TASKS}/intent_recognition/task.json"
 QUESTION_TYPES = f"{_TASKS}/natural_instructions/subtask046_miscellaenous_question_typing/task.json"
 MULTIEMO = f"{_TASKS}/multiemo/{{domain}}_text_{{language}}/task.json"
+SQUAD_SHIFTS = {
+    domain: f"{_TASKS}/squad_shifts/{file}_v1.0.json"
+    for domain, file in (
+        ("wikipedia", "new_wiki"),
+        ("newspaper", "nyt"),
+        ("reddit", "reddit"),
+        ("amazon", "amazon_reviews"),
+    )
+}
+COQA = f"{_TASKS}/coqa_conversational_question_answering/coqa.test.json"
 
 BIGBENCH = Archive(
     "pypi",
@@ -32,6 +42,8 @@ BIGBENCH = Archive(
         QUESTION_TYPES,
         *(MULTIEMO.format(domain=domain, language="en") for domain in ("products", "hotels", "reviews")),
         *(MULTIEMO.format(domain="medicine", language=language) for language in LANGUAGES),
+        *SQUAD_SHIFTS.values(),
+        COQA,
     ),
     358,
 )

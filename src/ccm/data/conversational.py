@@ -15,7 +15,7 @@ from ..errors import DataError
 from .conversation import Conversation, Split, check_split
 from .planting import echo, plant_facts
 from .rows import ConversationRow, held_out_rows, render_turns, row
-from .sources import HeldOut, Source, numbers, share
+from .sources import HeldOut, Source, number, numbers, share
 
 log = logging.getLogger(__name__)
 
@@ -28,13 +28,20 @@ class ConversationSource(Source):
         turns: turns per training row, drawn from these; held-out rows have the first of them.
         facts: share of training rows with planted facts that are asked for later, one in five turns.
         echoes: share of training rows in which some turns, one in ten, repeat an earlier one word for word.
+        limit: most conversations to train on; None takes all.
     """
 
     def __init__(
-        self, tokenizer: Any, turns: int | Sequence[int] = (10, 24), facts: float = 0.0, echoes: float = 0.0
+        self,
+        tokenizer: Any,
+        turns: int | Sequence[int] = (10, 24),
+        facts: float = 0.0,
+        echoes: float = 0.0,
+        limit: int | None = None,
     ):
         super().__init__(tokenizer)
         self.turns = numbers("turns", turns, 4)
+        self.limit = None if limit is None else number("limit", limit, 1)
         self.facts, self.echoes = share("facts", facts), share("echoes", echoes)
 
     @abstractmethod
@@ -44,7 +51,7 @@ class ConversationSource(Source):
     @cached_property
     def _train(self) -> dict[int, tuple[list[Conversation], list[int]]]:
         """For every number of turns the conversations that are long enough, and their summed lengths."""
-        talks = self.conversations("train")
+        talks = self.conversations("train")[: self.limit]
         by_length = {}
         for length in self.turns:
             if long := [talk for talk in talks if len(talk.turns) >= length]:

@@ -50,8 +50,7 @@ class HubConversations(ConversationSource):
     field: ClassVar[str]
 
     def __init__(self, tokenizer: Any, turns: Any = (8,), limit: int | None = 100_000, **options: Any):
-        super().__init__(tokenizer, turns, **options)
-        self.limit = None if limit is None else number("limit", limit, 1)
+        super().__init__(tokenizer, turns, limit=limit, **options)
 
     def conversations(self, split: Split) -> Sequence[Conversation]:
         talks = []

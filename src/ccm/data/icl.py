@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import DataError
 from .conversation import check_split
-from .rows import ConversationRow
+from .rows import ConversationRow, answers
 from .sources import HeldOut, Source, numbers, register_source
 from .tasks import ARCHIVES, TEST_TASKS, TRAIN_TASKS, Task, load_task
 
@@ -56,7 +56,7 @@ def icl_row(task: Task, tokenizer: Any, demonstrations: int, rng: random.Random)
         ids, columns = demonstration(tokenizer, item[1], label)
         segments.append(ids)
         content.append(columns)
-    return ConversationRow(task.name, tuple(segments), tuple(content))
+    return ConversationRow(task.name, tuple(segments), tuple(content), answers(content))
 
 
 @register_source

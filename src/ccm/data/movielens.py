@@ -16,7 +16,7 @@ from typing import Any
 from ..errors import DataError
 from .archives import Archive
 from .conversation import SPLITS, Split, check_split, split_of
-from .rows import ConversationRow
+from .rows import ConversationRow, answers
 from .sources import HeldOut, Source, numbers, register_source
 
 _FILES = "recbole/dataset_example/ml-100k/ml-100k"
@@ -150,4 +150,4 @@ class MovieLens(Source):
             for k in range(start, start + count * each, each)
         ]
         ids, columns = zip(*parts, strict=True)
-        return ConversationRow(f"user {profile.user}", ids, columns)
+        return ConversationRow(f"user {profile.user}", ids, columns, answers(columns))
