@@ -15,6 +15,10 @@ import typer
 from . import __version__
 from .data.command import app as data_app
 from .errors import CCMError, ConfigError, MissingPackageError
+from .evaluation.command import EPILOG as _EVAL_EPILOG
+from .evaluation.command import evaluate
+from .evaluation.report.command import EPILOG as _REPORT_EPILOG
+from .evaluation.report.command import report
 from .training.command import EPILOG as _TRAIN_EPILOG
 from .training.command import train
 
@@ -171,6 +175,12 @@ def demo(
 # ---------------------------------------------------------------------- train
 
 app.command(epilog=_TRAIN_EPILOG)(train)
+
+
+# ---------------------------------------------------------------------- eval, report
+
+app.command("eval", epilog=_EVAL_EPILOG)(evaluate)
+app.command(epilog=_REPORT_EPILOG)(report)
 
 
 # ---------------------------------------------------------------------- memory, doctor

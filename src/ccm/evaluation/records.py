@@ -1,0 +1,255 @@
+"""What was measured, on disk: one line of JSON an item, and the item in hand, so that a killed run loses little.
+
+FOLDER/settings.json    what was asked; records under other settings are never mixed
+FOLDER/records.jsonl    one line per (task, method, item), written and synced when it is finished
+FOLDER/in-hand.pt       the state of a long item, saved every minute; gone when its record is there
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import pickle
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor, nn
+
+from ..errors import ConfigError, DataError, StorageError
+from ..memory import KV, Memory, Row
+from ..methods import Run
+from ..storage.atomic import write_atomically
+from .protocol import State
+
+log = logging.getLogger(__name__)
+
+SETTINGS, RECORDS, IN_HAND = "settings.json", "records.jsonl", "in-hand.pt"
+#: Seconds between two savings of the item in hand.
+SAVE_EVERY = 60.0
+#: Settings that grow when more tasks or methods are asked for; their entries must not change.
+_GROWING = ("tasks", "methods")
+
+#: (task, method, item)
+Key = tuple[str, str, str]
+
+
+class Records:
+    """The records of one evaluation in a folder; used as a context, which keeps other processes out.
+
+    Args:
+        folder: made if it is not there.
+        settings: plain JSON of all that the numbers depend on.
+
+    Raises:
+        ConfigError: the folder holds records of other settings (every difference is named), or is in use.
+        DataError: its files are damaged.
+        StorageError: it cannot be written.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]):
+        self.folder = folder
+        self._done: dict[Key, dict[str, Any]] = {}
+        self._in_hand: tuple[Key, State, Run] | None = None
+        self._saved = time.monotonic()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(folder / ".lock")
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise ConfigError(
+                f"{folder} is in use by another ccm eval; wait for it, or give --out another folder"
+            ) from error
+        except OSError as error:
+            raise StorageError(
+                f"cannot write {folder}: {error.strerror or error}; give --out another folder"
+            ) from error
+        try:
+            self.settings = self._agree(json.loads(json.dumps(settings)))
+            self._read()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Records:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let other processes at the folder."""
+        with suppress(OSError):  # some systems delete no open file
+            Path(self._lock.lock_file).unlink()
+        self._lock.release()
+
+    # ------------------------------------------------------------------ finished items
+
+    def __len__(self) -> int:
+        return len(self._done)
+
+    def all(self) -> list[dict[str, Any]]:
+        """Every record, in the order of writing."""
+        return list(self._done.values())
+
+    def get(self, key: Key) -> dict[str, Any] | None:
+        """The record of an item, None before it is finished."""
+        return self._done.get(key)
+
+    def add(self, key: Key, measured: Mapping[str, Any]) -> None:
+        """Append the record of a finished item; it is on the disk when this returns.
+
+        Raises:
+            StorageError: it cannot be written; what was there is intact.
+        """
+        record = {"task": key[0], "method": key[1], **measured}
+        path = self.folder / RECORDS
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            (self.folder / IN_HAND).unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageError(
+                f"cannot write {path}: {error.strerror or error}; what was measured before is intact"
+            ) from error
+        self._done[key] = record
+        self._in_hand = None
+
+    # ------------------------------------------------------------------ the item in hand
+
+    def hold(self, key: Key, state: State, opened: Run) -> None:
+        """Take note of the item in hand, and save it once a minute.
+
+        Args:
+            key: the item.
+            state: where it is.
+            opened: the run as it was at the beginning.
+        """
+        self._in_hand = key, state, opened
+        if time.monotonic() - self._saved >= SAVE_EVERY:
+            self.save()
+
+    def save(self) -> None:
+        """Save the item in hand, if there is one.
+
+        Raises:
+            StorageError: it cannot be written; the last save is intact.
+        """
+        self._saved = time.monotonic()
+        if self._in_hand is None:
+            return
+        key, state, opened = self._in_hand
+        run = _state_of(state.run, opened)
+        if run is None:
+            log.warning(
+                "%s holds what cannot be saved: an interrupted item starts anew", type(opened).__name__
+            )
+            return
+        buffer = io.BytesIO()
+        torch.save(
+            {"key": list(key), "step": state.step, "measured": json.dumps(state.measured), "run": run}, buffer
+        )
+        write_atomically(self.folder / IN_HAND, buffer.getvalue())
+
+    def held(self, key: Key, opened: Run) -> State | None:
+        """The saved state of an item, as a run that goes on from there; None if there is none.
+
+        Args:
+            key: the item.
+            opened: a new run of its method, which gives the model.
+        """
+        path = self.folder / IN_HAND
+        if not path.exists():
+            return None
+        try:
+            with torch.serialization.safe_globals([Memory, Row, KV]):
+                saved = torch.load(path, weights_only=True, map_location=opened.reader.model.device)
+            if tuple(saved["key"]) != key:
+                return None
+            run = opened.fork()
+            run.__dict__.update(saved["run"])
+            return State(saved["step"], run, json.loads(saved["measured"]))
+        except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+            log.warning("%s cannot be read (%s): the item starts anew", path, type(error).__name__)
+            return None
+
+    # ------------------------------------------------------------------ opening
+
+    def _agree(self, wanted: dict[str, Any]) -> dict[str, Any]:
+        """Settings of the folder and of this run together; refused if they contradict each other."""
+        path = self.folder / SETTINGS
+        known: dict[str, Any] = {}
+        if path.exists():
+            try:
+                known = json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise DataError(
+                    f"{path} is damaged ({error}); give --out another folder, or delete this one"
+                ) from error
+        if known and (different := list(_differences(known, wanted))):
+            raise ConfigError(
+                f"{self.folder} holds results of other settings ({'; '.join(different)}); give --out another "
+                "folder, or the settings of that run"
+            )
+        merged = wanted | {name: {**known.get(name, {}), **wanted.get(name, {})} for name in _GROWING}
+        if merged != known:
+            write_atomically(path, (json.dumps(merged, indent=1, ensure_ascii=False) + "\n").encode())
+        return merged
+
+    def _read(self) -> None:
+        path = self.folder / RECORDS
+        if not path.exists():
+            return
+        content = path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):  # a kill may leave half a line
+            os.truncate(path, whole)
+        for number, line in enumerate(content[:whole].splitlines(), 1):
+            try:
+                record = json.loads(line)
+                self._done[record["task"], record["method"], record["item"]] = record
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataError(
+                    f"{path}, line {number} is not a record ({error}); delete the line, and it is measured again"
+                ) from error
+
+
+def _differences(known: Any, wanted: Any, name: str = "") -> Iterator[str]:
+    """Every setting that is another one, in words; a task or method that only one side has is none."""
+    if not isinstance(known, dict) or not isinstance(wanted, dict):
+        if known != wanted:
+            yield f"{name}: it has {known}, got {wanted}"
+        return
+    for key in known | wanted:
+        if (key in known and key in wanted) or name not in _GROWING:
+            label = f"{name} {key}".strip()
+            yield from _differences(known.get(key, "nothing"), wanted.get(key, "nothing"), label)
+
+
+def _state_of(run: Run, opened: Run) -> dict[str, Any] | None:
+    """What a run holds beyond what opening it gives, for the disk; None if some of it cannot be saved."""
+    state = {}
+    for name, value in vars(run).items():
+        if _plain(value):
+            state[name] = value
+        elif value is not vars(opened).get(name) and not isinstance(value, nn.Module):
+            return None
+    return state
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, (Memory, Row)):
+        return True
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return all(map(_plain, value))
+    if isinstance(value, dict):
+        return all(map(_plain, value)) and all(map(_plain, value.values()))
+    return value is None or isinstance(value, (Tensor, str, int, float))

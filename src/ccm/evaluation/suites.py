@@ -1,0 +1,267 @@
+"""Which tasks and methods are measured together, and how methods are named.
+
+A method is written NAME, NAME:option=value,option=value, or NAME@OTHER: resized before each segment to as many keys
+and values as OTHER then holds on the same item, a window of equal bytes. NAME may be an adapter's folder or hub id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import ConfigError, UnknownNameError
+from ..methods import Method, get_method, list_methods
+from ..storage import adapter_folder
+from .own_data import own_task
+from .tasks import EvalTask, get_task
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """A method as it is written.
+
+    Attributes:
+        text: the whole of it; the method's name in results.
+        name: registered name, or an adapter.
+        options: of the method.
+        same_as: text of the method whose number of keys it gets; "" gives it its own sizes.
+    """
+
+    text: str
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    same_as: str = ""
+
+    def method(self) -> Method:
+        """The method with its options; an adapter's is the one of its kind.
+
+        Raises:
+            UnknownNameError: neither a method nor an adapter's folder or hub id.
+            ConfigError: an option that it does not have.
+        """
+        adapter = "/" in self.name or (Path(self.name) / "ccm_config.json").is_file()
+        if self.name in list_methods() or not adapter:
+            return get_method(self.name, **self.options)
+        kind = _kind(self.name)
+        return get_method("ccm-concat" if kind == "ccm" else kind, **{"adapter": self.name, **self.options})
+
+
+def _kind(adapter: str) -> str:
+    """What an adapter makes slots from, which is also the name of a method (of two for "ccm")."""
+    path = adapter_folder.find(adapter) / "ccm_config.json"
+    try:
+        return str(json.loads(path.read_text()).get("kind", "ccm"))
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"adapter {adapter}: {path} is missing or damaged ({error})") from error
+
+
+def parse_method(text: str) -> MethodSpec:
+    """Read a method as it is written on the command line; its name is not looked up yet.
+
+    Raises:
+        ConfigError: it is not NAME[:option=value,...][@OTHER].
+    """
+    own, at, same_as = text.strip().partition("@")
+    name, _, given = own.partition(":")
+    options: dict[str, Any] = {}
+    for pair in filter(None, given.split(",")):
+        key, _, value = (part.strip() for part in pair.partition("="))
+        *parents, last = key.split(".")
+        try:
+            place = options
+            for part in parents:
+                place = place.setdefault(part, {})
+            place[last] = yaml.safe_load(value)
+        except (TypeError, AttributeError, yaml.YAMLError):
+            last = ""
+        if not last or not value:
+            raise ConfigError(
+                f"method {text!r}: got {pair!r}, expected option=value, such as ccm-concat:slots=2,window=64"
+            )
+    if not name.strip() or bool(at) != bool(same_as.strip()):
+        raise ConfigError(f"method {text!r}: expected NAME, NAME:option=value or NAME@OTHER")
+    return MethodSpec(text.strip(), name.strip(), options, same_as.strip())
+
+
+def split_methods(text: str) -> list[str]:
+    """Methods that stand one after another with commas between; a part ``key=value`` belongs to the one before."""
+    found: list[str] = []
+    for part in text.split(","):
+        if found and "=" in part and ":" not in part.partition("=")[0]:
+            found[-1] += "," + part
+        elif part.strip():
+            found.append(part.strip())
+    return found
+
+
+def in_order(texts: Iterable[str]) -> list[MethodSpec]:
+    """Methods as written, each once; one whose sizes another gets comes before it, and is added if missing."""
+    specs: dict[str, MethodSpec] = {}
+
+    def put(text: str) -> None:
+        spec = parse_method(text)
+        if spec.text not in specs:
+            if spec.same_as:
+                put(spec.same_as)
+            specs[spec.text] = spec
+
+    for text in texts:
+        put(text)
+    return list(specs.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One task of a suite.
+
+    Attributes:
+        task: what is asked, with its options.
+        options: those that were set, for the record.
+        limit: at most so many items.
+        methods: as written.
+    """
+
+    task: EvalTask
+    options: Mapping[str, Any]
+    limit: int
+    methods: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Tasks and methods under a name.
+
+    Attributes:
+        name: of the results' file.
+        tasks: (name, options, limit, methods) of each task.
+        make: (name, options) -> task.
+    """
+
+    name: str
+    tasks: tuple[tuple[str, Mapping[str, Any], int, tuple[str, ...]], ...]
+    make: Callable[[str, Mapping[str, Any]], EvalTask] = lambda name, options: get_task(name, **options)
+
+    def plans(
+        self,
+        only: Sequence[str] = (),
+        methods: Sequence[str] = (),
+        limit: int | None = None,
+        more: Sequence[str] = (),
+    ) -> list[Plan]:
+        """The tasks, ready to be run.
+
+        Args:
+            only: names of some of the tasks; by default all.
+            methods: other methods than the suite's.
+            limit: other number of items than the suite's.
+            more: methods beside them.
+
+        Raises:
+            UnknownNameError: the suite has no such task.
+        """
+        known = [name for name, *_ in self.tasks]
+        for name in only:
+            if name not in known:
+                raise UnknownNameError(f"task of suite {self.name}", name, known)
+        return [
+            Plan(self.make(name, options), options, limit or own, (*(methods or theirs), *more))
+            for name, options, own, theirs in self.tasks
+            if not only or name in only
+        ]
+
+
+#: For a user's own data: what needs no adapter beyond those that are meant for use.
+OWN = (
+    "none",
+    "full",
+    "ccm-concat",
+    "ccm-merge",
+    "streaming-llm@ccm-concat",
+    "streaming-llm@ccm-merge",
+    "mean-pool",
+)
+#: And the trained baselines beside CCM of the same short training (recipes/baselines).
+MAIN = (*OWN, "ccm-concat-short", "ccm-merge-short", "gisting-online", "compressive")
+#: The same and variants: another rule, the chat setting, a window without sink, one more trained baseline.
+MORE = (
+    *MAIN,
+    "ccm-merge:rule=ema",
+    "ccm-merge:sink=4,window=64",
+    "streaming-llm:sink=0@ccm-concat",
+    "autocompressor",
+)
+#: And those that read the whole history again at every step, or write.
+ALL = (*MORE, "gisting", "summary")
+#: Of bounded size, for texts without end; the windows have as many keys as the first.
+_BOUNDED = "ccm-concat:sink=4,window=128,rule=bounded"
+STREAMS = (
+    _BOUNDED,
+    "ccm-merge:sink=4,window=128",
+    f"streaming-llm@{_BOUNDED}",
+    f"streaming-llm:sink=0@{_BOUNDED}",
+)
+#: For two cores and the embedded model: quick takes some ten minutes, paper half a day, streams two hours.
+SUITES: dict[str, Suite] = {
+    suite.name: suite
+    for suite in (
+        Suite(
+            "quick",
+            (
+                ("conversation", {"steps": (0, 1, 4, 8)}, 4, ALL),
+                ("icl", {"steps": (0, 8), "inputs": 1}, 8, MAIN),
+                ("personalization", {"steps": (0, 8), "films": 2}, 3, MAIN),
+                ("squad", {"distances": (0, 3), "asked": (1,)}, 2, MAIN),
+                ("coqa", {"questions": 2}, 2, MAIN),
+                ("needles", {"steps": (2, 8), "facts": 1}, 4, MAIN),
+                ("updates", {"steps": (2, 8)}, 4, MAIN),
+                ("stream", {"tokens": 4096}, 1, STREAMS),
+            ),
+        ),
+        Suite(
+            "paper",
+            (
+                ("conversation", {}, 32, ALL),
+                ("icl", {}, 32, MORE),
+                ("personalization", {}, 24, MORE),
+                ("topical-chat", {}, 16, MAIN),
+                ("squad", {}, 12, MAIN),
+                ("coqa", {}, 16, MAIN),
+                ("needles", {}, 24, MAIN),
+                ("updates", {}, 24, MAIN),
+                ("stream", {"tokens": 32_768}, 3, STREAMS),
+            ),
+        ),
+        Suite("streams", (("stream", {"tokens": 204_800}, 1, STREAMS),)),
+    )
+}
+
+
+def own_suite(path: Path) -> Suite:
+    """A user's file as a suite of one task; all its lines, unless a limit is given.
+
+    Raises:
+        DataError: it is not there, cannot be read, or is empty.
+    """
+    task = own_task(path)
+    content = path.read_bytes()
+    sha = hashlib.sha256(content).hexdigest()[:16]  # a changed file is another task
+    options = {"file": path.name, "sha256": sha}
+    lines = sum(1 for line in content.splitlines() if line.strip())
+    return Suite(path.stem, ((task.name, options, lines, OWN),), lambda name, options: task)
+
+
+def get_suite(name: str) -> Suite:
+    """The suite of a name.
+
+    Raises:
+        UnknownNameError: no such suite.
+    """
+    if name not in SUITES:
+        raise UnknownNameError("suite", name, [*SUITES, "a .jsonl file of your own"])
+    return SUITES[name]
