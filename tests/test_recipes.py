@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -140,3 +143,15 @@ def test_the_recipe_in_the_documentation_is_right(tmp_path: Path) -> None:
     ):
         overrides = [word for word in re.sub(r"--out \S+|--\w+", "", line).split()]
         assert load_recipe(path, overrides)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_cpu_minutes_learns_what_it_requires(tmp_path: Path) -> None:
+    path = Path(__file__).parent.parent / "recipes" / "cpu-minutes.yaml"
+    command = [sys.executable, "-m", "ccm", "train", str(path), "--out", str(tmp_path / "run"), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr  # 1 is a share below what the recipe requires
+    report = json.loads(done.stdout)
+    assert report["recovered_share"] >= load_recipe(path).require["recovered_share"] > 0.5
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()

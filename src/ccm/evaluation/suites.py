@@ -213,7 +213,7 @@ SUITES: dict[str, Suite] = {
         Suite(
             "quick",
             (
-                ("conversation", {"steps": (0, 1, 4, 8)}, 4, ALL),
+                ("conversation", {"steps": (0, 1, 4, 8)}, 8, MAIN),
                 ("icl", {"steps": (0, 8), "inputs": 1}, 8, MAIN),
                 ("personalization", {"steps": (0, 8), "films": 2}, 3, MAIN),
                 ("squad", {"distances": (0, 3), "asked": (1,)}, 2, MAIN),
