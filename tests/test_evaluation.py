@@ -33,6 +33,7 @@ from ccm.evaluation.runner import Evaluation
 from ccm.evaluation.suites import SUITES, Plan, get_suite, in_order, parse_method, split_methods
 from ccm.evaluation.tasks import EvalTask, list_tasks
 from ccm.methods import Run, get_method, list_methods
+from ccm.storage.adapter_folder import shipped_adapters
 
 ENTRY = 2 * 3 * 2 * 8 * 4  # keys and values, 3 layers, 2 KV heads of 8, fp32: bytes of one token
 LENGTHS = [6, 9, 5, 7, 8, 4]
@@ -674,7 +675,7 @@ def test_suites_name_tasks_and_methods_that_there_are(name: str) -> None:
     for entry in suite.plans():
         assert entry.limit > 0 and entry.task.name in list_tasks()
         for spec in in_order(entry.methods):
-            assert spec.name in list_methods()
+            assert spec.name in [*list_methods(), *shipped_adapters()]
             spec.method()
     with pytest.raises(UnknownNameError, match="expected one of"):
         suite.plans(only=["no-such-task"])

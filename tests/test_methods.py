@@ -10,9 +10,10 @@ import torch
 from tiny import random_rows, scramble, tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 
-from ccm import get_method, list_methods
+from ccm import get_method, list_methods, load_default_model, shipped_adapters
 from ccm.compressor import Compressor, CompressorConfig
 from ccm.errors import ConfigError, UnknownNameError
+from ccm.evaluation.suites import parse_method
 from ccm.methods import Method, Run, register
 from ccm.methods.base import METHODS
 from ccm.methods.compressed import Trained
@@ -217,13 +218,9 @@ def test_a_new_method_joins_by_registration(monkeypatch: pytest.MonkeyPatch) -> 
     assert get_method("mine").name == "ours"
 
 
-@pytest.mark.parametrize("name", ["ccm-concat", "ccm-merge"])
+@pytest.mark.parametrize("name", shipped_adapters())
 def test_shipped_adapters_open_by_name(name: str) -> None:
-    from ccm import load_default_model, shipped_adapters
-
-    if name not in shipped_adapters():
-        pytest.skip(f"the adapter {name} is not in this package yet")
     model, tokenizer = load_default_model()
-    run = get_method(name).open(model, tokenizer)
+    run = parse_method(name).method().open(model, tokenizer)
     run.append(tokenizer.encode("My cat is called Miso."))
     assert run.kv_bytes > 0

@@ -42,14 +42,18 @@ class MethodSpec:
         """The method with its options; an adapter's is the one of its kind.
 
         Raises:
-            UnknownNameError: neither a method nor an adapter's folder or hub id.
+            UnknownNameError: neither a method nor an adapter.
             ConfigError: an option that it does not have.
         """
-        adapter = "/" in self.name or (Path(self.name) / "ccm_config.json").is_file()
-        if self.name in list_methods() or not adapter:
+        if self.name in list_methods() or not self._is_adapter():
             return get_method(self.name, **self.options)
         kind = _kind(self.name)
         return get_method("ccm-concat" if kind == "ccm" else kind, **{"adapter": self.name, **self.options})
+
+    def _is_adapter(self) -> bool:
+        """Whether the name is that of a shipped adapter, a folder with one, or looks like a hub id."""
+        folder = Path(self.name) / "ccm_config.json"
+        return self.name in adapter_folder.shipped_adapters() or folder.is_file() or "/" in self.name
 
 
 def _kind(adapter: str) -> str:

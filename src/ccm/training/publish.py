@@ -42,6 +42,7 @@ def card(adapter: Path, repository: str) -> str:
         if record["config"]["stage"] == "memory"
         else f'compressor = ccm.Compressor(model, base_adapter="{repository}")'
     )
+    load = f'load_model("{record["base_model"]}")' if record["config"]["model"] else "load_default_model()"
     return f"""---
 base_model: {record["base_model"]}
 library_name: peft
@@ -55,7 +56,7 @@ An adapter for [{record["base_model"]}] made with compressed-context-memory. `tr
 ```python
 import ccm
 
-model, tokenizer = ccm.load_model("{record["base_model"]}")
+model, tokenizer = ccm.{load}
 {use}
 ```
 
