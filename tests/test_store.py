@@ -418,6 +418,30 @@ def test_health_and_threads(opener):
     assert len(store.transcript("alice", session)) == last
 
 
+def test_limits_hold_when_many_write_at_once(opener):
+    stores = [opener(sessions=4, nbytes=1000, keep=5) for _ in range(4)]
+    refused: list[QuotaError] = []
+    start = threading.Barrier(4)
+
+    def work(store: Store) -> None:
+        start.wait()
+        for _ in range(4):
+            try:
+                session = store.create("alice")
+                for n in range(3):
+                    store.commit("alice", session, n, Snapshot(b"x" * 98, {}))
+            except QuotaError as error:
+                refused.append(error)
+
+    threads = [threading.Thread(target=work, args=(store,)) for store in stores]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert stores[0].usage("alice") == Usage(4, 1000)  # full to the last byte, and not beyond
+    assert len(refused) >= 12
+
+
 # ---------------------------------------------------------------------- against a model
 
 
@@ -613,19 +637,19 @@ def test_of_two_processes_that_commit_one_version_one_wins(url, opener):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_open_a_new_store_at_once(kind, tmp_path, request):
+def test_many_processes_open_a_new_store_at_once(kind, tmp_path, request):
     code = "sys.stdin.readline()\nwith open_store(sys.argv[1]) as s: s.create('t', sys.argv[2])"
     url = empty_place(kind, tmp_path, request)
-    both = [run_code(code, url, name) for name in "ab"]
-    time.sleep(0.3)  # both have imported
-    for process in both:
+    openers = [run_code(code, url, name) for name in "abcde"]
+    time.sleep(0.5)  # they have imported
+    for process in openers:
         process.stdin.write("go\n")
         process.stdin.flush()
-    for process in both:
+    for process in openers:
         process.communicate()
         assert process.returncode == 0
     with open_store(url) as store:
-        assert [info.session for info in store.sessions("t")] == ["a", "b"]
+        assert [info.session for info in store.sessions("t")] == list("abcde")
 
 
 WRITER = """

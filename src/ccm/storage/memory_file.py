@@ -37,7 +37,7 @@ def save(memory: Memory, path: str | os.PathLike[str], extra: dict[str, str]) ->
         "rows": json.dumps(counters),
         **extra,
     }
-    metadata["digest"] = _digest(tensors, metadata)
+    metadata["digest"] = content_digest(tensors, metadata)
     write_atomically(Path(path), to_bytes(tensors, metadata))
 
 
@@ -56,7 +56,7 @@ def load(path: str | os.PathLike[str]) -> tuple[Memory, dict[str, str]]:
     if metadata.get("format") != FORMAT:
         raise MemoryFileError(f"{path}: got format {metadata.get('format')!r}, expected {FORMAT!r}")
     digest = metadata.pop("digest", None)
-    if digest != _digest(tensors, metadata):
+    if digest != content_digest(tensors, metadata):
         raise MemoryFileError(
             f"{path} was changed after it was written (digest differs); restore it from a copy"
         )
@@ -73,7 +73,7 @@ def load(path: str | os.PathLike[str]) -> tuple[Memory, dict[str, str]]:
     return memory, metadata
 
 
-def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+def content_digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
     sha = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()

@@ -1,0 +1,21 @@
+"""The path in a URL of a store that is a file or a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from urllib.parse import unquote
+
+from ...errors import ConfigError
+
+
+def path_of(url: str) -> Path:
+    """``scheme:///a/b`` is ``/a/b``, ``scheme:a/b`` is relative; percent signs are decoded.
+
+    Raises:
+        ConfigError: no path, or a host before it.
+    """
+    scheme, _, rest = url.partition(":")
+    path = unquote(rest[2:] if rest.startswith("///") else rest)
+    if not path or path.startswith("//") or "\0" in path:
+        raise ConfigError(f"store {url!r}: expected {scheme}:///absolute/path or {scheme}:relative/path")
+    return Path(path)
