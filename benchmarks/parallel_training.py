@@ -62,11 +62,14 @@ def rows_of(tokenizer: Any, length: int, batch: int) -> list[ConversationRow]:
 
 
 def step(compressor: Compressor, way: str, rows: list[ConversationRow]) -> list[Tensor]:
-    """Forward and backward; the gradient of each trained parameter."""
+    """Forward and backward; the gradient of each trained parameter, zero where nothing reads what it makes."""
     compressor.zero_grad(set_to_none=True)
     loss, tokens = WAYS[way](compressor, rows, "ce")
     (loss / tokens).backward()
-    return [parameter.grad for parameter in compressor.trainable_parameters()]
+    return [
+        torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        for parameter in compressor.trainable_parameters()
+    ]
 
 
 def gradient_difference(compressor: Compressor, rows: list[ConversationRow]) -> dict[str, float]:

@@ -186,6 +186,7 @@ OWN = (
     "full",
     "ccm-concat",
     "ccm-merge",
+    "ccm-general",
     "streaming-llm@ccm-concat",
     "streaming-llm@ccm-merge",
     "mean-pool",
@@ -206,6 +207,7 @@ ALL = (*MORE, "gisting", "summary")
 _BOUNDED = "ccm-concat:sink=4,window=128,rule=bounded"
 STREAMS = (
     _BOUNDED,
+    _BOUNDED.replace("ccm-concat", "ccm-general"),
     "ccm-merge:sink=4,window=128",
     f"streaming-llm@{_BOUNDED}",
     f"streaming-llm:sink=0@{_BOUNDED}",
