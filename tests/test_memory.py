@@ -260,6 +260,19 @@ def test_save_load_continue_equals_never_having_saved(compressor, tmp_path):
     assert os.listdir(tmp_path) == ["m"]
 
 
+def test_rows_that_share_storage_are_saved(compressor, tmp_path):
+    """A batch, and one conversation twice: safetensors refuses tensors of one storage."""
+    first = compressor.compress([[1, 2, 3, 4], [5, 6, 7, 8]])
+    batch = compressor.compress([[3, 2, 1], [8, 7, 6]], first, sink=2, window=5)
+    for memory in (first, batch, Memory.stack([batch, batch])):
+        memory.save(tmp_path / "m.ccm")
+        loaded, _ = Memory.load(tmp_path / "m.ccm")
+        assert len(loaded) == len(memory)
+        for one, other in zip(memory.rows, loaded.rows, strict=True):
+            assert torch.equal(one.slots.keys, other.slots.keys)
+            assert torch.equal(one.window.values, other.window.values)
+
+
 def test_save_and_load_keep_bf16_windows(tmp_path):
     model = tiny_model().bfloat16()
     memory = Reader(model).empty()

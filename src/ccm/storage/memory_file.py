@@ -23,7 +23,7 @@ def save(memory: Memory, path: str | os.PathLike[str], extra: dict[str, str]) ->
     """See :meth:`ccm.Memory.save`."""
     memory.check_finite()
     tensors = {
-        f"{r}.{name}.{part}": tensor.contiguous()
+        f"{r}.{name}.{part}": tensor.clone(memory_format=torch.contiguous_format)  # rows may share storage
         for r, row in enumerate(memory.rows)
         for name in ("sink", "slots", "window")
         for part, tensor in zip(("keys", "values"), getattr(row, name), strict=True)
