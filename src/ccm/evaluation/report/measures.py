@@ -9,6 +9,8 @@ from statistics import fmean, stdev
 
 from .load import Results, Row
 
+#: Resampling fewer items than this says nothing.
+FEW = 5
 #: A step as large as this is no number of segments: streams count the tokens that were read.
 STREAM_STEP = 1024
 
@@ -142,7 +144,9 @@ class Finding:
         gain: of the better side over the other, as the claim has it.
         kv: bytes of the two sides.
         n: items behind it, or blocks of a stream.
-        verdict: "held", "not held", or "open" where the interval has both signs, or there is no more than one item.
+        blocks: whether they are blocks.
+        verdict: "held", "not held", or "open" where the interval has both signs, is nothing but 0, or rests on fewer
+            than ``FEW`` items (of a stream: on one block).
     """
 
     claim: str
@@ -151,10 +155,11 @@ class Finding:
     gain: Estimate
     kv: tuple[float | None, float | None]
     n: int
+    blocks: bool = False
 
     @property
     def verdict(self) -> str:
-        if self.n < 2:
+        if self.n < (2 if self.blocks else FEW) or self.gain.low == self.gain.high == 0:
             return "open"
         return "held" if self.gain.low >= 0 else "not held" if self.gain.high <= 0 else "open"
 
@@ -197,7 +202,8 @@ def orderings(results: Results) -> list[Finding]:
                 if gained:
                     kv = kv_bytes(results, task, better), kv_bytes(results, task, worse)
                     claim = f"`{better}` {relation} `{worse}`"
-                    found.append(Finding(claim, task, metric, gained, kv, n))
+                    blocks = is_stream(results, task)
+                    found.append(Finding(claim, task, metric, gained, kv, n, blocks))
     return found
 
 
