@@ -45,9 +45,9 @@ no context, 1 is full context. `A@B` is method A cut, before every segment, to a
 _DIFFERENCES = """\
 A difference is how much better the left side is at the last step, or over all blocks of a stream, where perplexities
 are compared by the logarithm of their ratio. Open means that its interval has both signs or is nothing but 0, or that
-it rests on fewer than five items. The interval is by bootstrap over the items that both have answered; in streams it is that of the mean over
-blocks, which are taken to be independent, and for growth with t it is made of the two steps' intervals as if they
-were independent."""
+it rests on fewer than five items. The interval is by bootstrap over the items that both have answered; in streams it
+is that of the mean over blocks, which are taken to be independent, and for growth with t it is made of the two steps'
+intervals as if they were independent."""
 
 
 def build(results: Sequence[Results]) -> tuple[str, dict[str, bytes]]:
