@@ -212,7 +212,7 @@ STREAMS = (
     f"streaming-llm@{_BOUNDED}",
     f"streaming-llm:sink=0@{_BOUNDED}",
 )
-#: For two cores and the embedded model: quick takes some ten minutes, paper half a day, streams two hours.
+#: For two cores and the embedded model: quick takes some twelve minutes, paper five hours, streams two.
 SUITES: dict[str, Suite] = {
     suite.name: suite
     for suite in (
