@@ -282,7 +282,7 @@ def _quality(results: Results, metric: Metric, row: Row) -> Estimate | None:
 
 @dataclass(frozen=True)
 class Loss:
-    """What a method lacks against full context in one kind of query; positive is worse."""
+    """What a method lacks against full context in one kind of query, over n items; positive is worse."""
 
     task: str
     tag: str
@@ -290,6 +290,7 @@ class Loss:
     metric: Metric
     lost: Estimate
     full: float
+    n: int
 
     @property
     def kind(self) -> str:
@@ -309,7 +310,7 @@ def losses(results: Results) -> list[Loss]:
                     own = results.last(task, method, metric.name, tag)
                     if method not in ("none", "full") and own and full:
                         lost = _gap(results, own) or gain(metric, estimate(full), estimate(own))
-                        found.append(Loss(task, tag, method, metric, lost, full.value))
+                        found.append(Loss(task, tag, method, metric, lost, full.value, own.n))
     return sorted(found, key=lambda loss: -loss.lost.value)
 
 

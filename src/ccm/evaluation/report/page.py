@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from .figures import draw
 from .load import Results, all_methods
 from .measures import (
+    FEW,
     Finding,
     Loss,
     growth,
@@ -147,10 +148,13 @@ def _where_it_loses(results: Results) -> list[str]:
         return []
     worst: dict[tuple[str, str], Loss] = {}
     for loss in found:
-        if is_ccm(loss.method):
+        if is_ccm(loss.method) and loss.n >= FEW:
             worst.setdefault((loss.method, loss.metric.name), loss)
     sentences = [_sentence(worst[key]) for key in sorted(worst)]
-    lead = "The difference to full context for every kind of query, at its last step."
+    lead = (
+        "The difference to full context for every kind of query, at its last step; in words, for kinds with five "
+        "items or more."
+    )
     return ["### Where it loses", lead, "\n".join(sentences), losses_tables(results)]
 
 
