@@ -54,6 +54,12 @@ def closing(tokenizer: Any, role: str) -> list[int]:
     return tokenizer.encode(_frame(tokenizer, role)[1], add_special_tokens=False)
 
 
+def ends(tokenizer: Any) -> set[int]:
+    """Token ids that end an answer."""
+    special = set(closing(tokenizer, "assistant")) & set(tokenizer.all_special_ids)
+    return special | {t for t in (tokenizer.eos_token_id, tokenizer.pad_token_id) if t is not None}
+
+
 def render(tokenizer: Any, role: str, text: str) -> RenderedTurn:
     """A turn as tokens: template header, text, template closing.
 

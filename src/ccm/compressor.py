@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, set_peft_model_state_dict
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from . import attention, gate, soft_prompts
 from .config import CompressorConfig
@@ -268,19 +268,11 @@ class Compressor(Reader):
         comp = self.comp_embeddings[:n]
         return self._step(memory, ids, mask, comp, at, keep, gate=slice(ids.shape[1], None))
 
-    def _over(
-        self,
-        memory: Memory,
-        ids: Tensor,
-        mask: Tensor,
-        n: int = 0,
-        at: Tensor | None = None,
-        gate: slice | None = None,
-    ) -> tuple[DynamicCache, dict[str, Any]]:
-        return super()._over(memory, ids, mask, n, at, gate if self.config.conditional else slice(0, None))
-
     def _adapter(self) -> str:
         return self.adapter
+
+    def _gate(self, gate: slice | None) -> slice | None:
+        return gate if self.config.conditional else slice(0, None)
 
     def _fold(self, row: Row, block: KV, sink: int) -> Row:
         """Put the block of the oldest raw segment into the slots and let go of its raw tokens."""

@@ -150,6 +150,12 @@ def download(requirement: str, folder: Path, by_hand: str) -> Path:
             f"cannot download {requirement}: the package registry does not offer this version. Check the "
             f"registry that pip is set to use, or run {by_hand}"
         )
+    if "cannot declare direct url" in said:
+        raise DataError(
+            f"cannot download {requirement}: pip 26.3 and later refuse packages that name a dependency by its "
+            f"address, even without dependencies. Run `{Path(sys.executable).name} -m pip install 'pip<26.3'` and "
+            "try again"
+        )
     errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
     reason = errors[-1] if errors else f"pip exited with code {done.returncode}"
     raise DataError(f"cannot download {requirement} ({reason}): run {by_hand}")

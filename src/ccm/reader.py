@@ -209,7 +209,7 @@ class Reader(nn.Module):
         before = (held.long().cumsum(1) - 1).clamp(min=0)
         plan = attention.RecurrentPlan(
             adapter=self._adapter(),
-            gate=gate,
+            gate=self._gate(gate),
             key_position=torch.cat([before, position], dim=1),
             is_memory=torch.cat([folded, torch.zeros_like(position, dtype=torch.bool)], dim=1),
             valid=valid,
@@ -218,6 +218,9 @@ class Reader(nn.Module):
 
     def _adapter(self) -> str:
         return ""
+
+    def _gate(self, gate: slice | None) -> slice | None:
+        return gate
 
     def _prepare(
         self, input_ids: Ids, memory: Memory | None, attention_mask: Tensor | None

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .chat import closing, header, render
+from .chat import closing, ends, header, render
 from .compressor import Compressor
 from .errors import ConfigError, MemoryFileError
 from .memory import Memory
@@ -136,7 +136,8 @@ class Session:
                 [head], self.memory, streamer=streamer, **{**options, "return_dict_in_generate": False}
             )
             tail = closing(self.tokenizer, "assistant")
-            reply = [token for token in out[0, len(head) :].tolist() if token not in self._special_ends()]
+            stops = ends(self.tokenizer)
+            reply = [token for token in out[0, len(head) :].tolist() if token not in stops]
             if not reply:
                 reply = self.tokenizer.encode(" ", add_special_tokens=False)
             self._take_in((*head, *reply, *tail))
@@ -162,31 +163,14 @@ class Session:
         self.memory = memory
         self.turns += 1
 
-    def _special_ends(self) -> set[int]:
-        ends = set(closing(self.tokenizer, "assistant")) & set(self.tokenizer.all_special_ids)
-        return ends | {t for t in (self.tokenizer.eos_token_id, self.tokenizer.pad_token_id) if t is not None}
-
     def _stopping(self) -> dict[str, Any]:
-        return {"eos_token_id": sorted(self._special_ends()), "pad_token_id": self.tokenizer.pad_token_id}
+        return {"eos_token_id": sorted(ends(self.tokenizer)), "pad_token_id": self.tokenizer.pad_token_id}
 
     # ------------------------------------------------------------------ accounting
 
-    def stats(self) -> dict[str, Any]:
+    def stats(self) -> dict[str, int]:
         """What is held, what it stands for, and what full context would hold. Bytes are measured."""
-        row = self.memory.rows[0]
-        per_token = self.compressor.kv_bytes_per_token()
-        seen = row.tokens + row.window.length
-        return {
-            "turns": self.turns,
-            "sink": row.sink.length,
-            "slots": row.slots.length,
-            "window": row.window.length,
-            "tokens_seen": seen,
-            "tokens_folded": row.tokens,
-            "tokens_dropped": row.dropped,
-            "nbytes": self.memory.nbytes,
-            "full_context_nbytes": seen * per_token,
-        }
+        return {"turns": self.turns, **counters(self.memory, self.compressor.kv_bytes_per_token())}
 
     # ------------------------------------------------------------------ copies and files
 
@@ -232,6 +216,22 @@ class Session:
         ]
         session.memory = replace(memory, rows=tuple(rows))
         return session
+
+
+def counters(memory: Memory, bytes_per_token: int) -> dict[str, int]:
+    """What the memory of one conversation holds and stands for, and what full context would hold."""
+    row = memory.rows[0]
+    seen = row.tokens + row.window.length
+    return {
+        "sink": row.sink.length,
+        "slots": row.slots.length,
+        "window": row.window.length,
+        "tokens_seen": seen,
+        "tokens_folded": row.tokens,
+        "tokens_dropped": row.dropped,
+        "nbytes": memory.nbytes,
+        "full_context_nbytes": seen * bytes_per_token,
+    }
 
 
 class _CallbackStreamer:

@@ -21,6 +21,15 @@ FORMAT = "ccm-memory/1"
 
 def save(memory: Memory, path: str | os.PathLike[str], extra: dict[str, str]) -> None:
     """See :meth:`ccm.Memory.save`."""
+    write_atomically(Path(path), dumps(memory, extra))
+
+
+def dumps(memory: Memory, extra: dict[str, str]) -> bytes:
+    """What :func:`save` writes.
+
+    Raises:
+        MemoryFileError: the memory holds NaN.
+    """
     memory.check_finite()
     tensors = {
         f"{r}.{name}.{part}": tensor.clone(memory_format=torch.contiguous_format)  # rows may share storage
@@ -38,7 +47,7 @@ def save(memory: Memory, path: str | os.PathLike[str], extra: dict[str, str]) ->
         **extra,
     }
     metadata["digest"] = content_digest(tensors, metadata)
-    write_atomically(Path(path), to_bytes(tensors, metadata))
+    return to_bytes(tensors, metadata)
 
 
 def load(path: str | os.PathLike[str]) -> tuple[Memory, dict[str, str]]:

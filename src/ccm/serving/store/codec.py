@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...errors import ConfigError, MemoryFileError, UnknownNameError
 from ...memory import KV, Memory, Row
+from ...storage import memory_file
 from ...storage.memory_file import content_digest as digest_of
 
 FORMAT = "ccm-snapshot/1"
@@ -23,6 +24,7 @@ CONTIGUOUS = torch.contiguous_format
 PARTS = ("sink", "slots", "window")
 
 _FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_NAMES = {name: str(dtype).removeprefix("torch.") for name, dtype in _FLOATS.items()}
 _COUNTERS = {field.name for field in fields(Row)} - set(PARTS)
 _LONGEST_HEADER = 1 << 22
 # Layers, heads, tokens, channels: far above any model, far below what makes an empty tensor expensive.
@@ -96,23 +98,53 @@ def decode(data: bytes, most: int = 1 << 28) -> tuple[Memory, dict[str, Any]]:
     Raises:
         MemoryFileError: too large, not safetensors, of another format, damaged, or NaN inside.
     """
+    memory, metadata = _decode(data, most, FORMAT)
+    try:
+        lost = json.loads(metadata["error"])
+        numbers = all(type(lost[part]) is float and math.isfinite(lost[part]) for part in KV._fields)
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise _bad(f"{type(error).__name__}: {str(error)[:200]}") from error
+    if not numbers:
+        raise _bad("its error of quantization is not a number")
+    return memory, {
+        "fingerprint": memory.fingerprint,
+        "dtype": metadata["dtype"],
+        "error": lost,
+        "nbytes": len(data),
+    }
+
+
+def decode_file(data: bytes, most: int = 1 << 28) -> tuple[Memory, dict[str, str]]:
+    """The memory in the bytes of a memory or session file (``Memory.save``), trusted as little as by :func:`decode`.
+
+    Returns:
+        the memory and the file's metadata.
+
+    Raises:
+        MemoryFileError: as for :func:`decode`.
+    """
+    return _decode(data, most, memory_file.FORMAT)
+
+
+def _decode(data: bytes, most: int, form: str) -> tuple[Memory, dict[str, str]]:
     if len(data) > most:
         raise MemoryFileError(f"a stored memory of {len(data)} bytes, the limit is {most}")
-    metadata, specs = _header(data)
+    metadata, specs = _header(data, form)
     try:
-        rows, lost = json.loads(metadata["rows"]), json.loads(metadata["error"])
-        dtype, fingerprint, digest = metadata["dtype"], metadata["fingerprint"], metadata.pop("digest")
-        if not all(type(lost[part]) is float and math.isfinite(lost[part]) for part in KV._fields):
-            raise _bad("its error of quantization is not a number")
-        _check(rows, dtype, specs)
+        rows = json.loads(metadata["rows"])
+        if form == memory_file.FORMAT:  # as it is in memory; dtypes are those of the tensors
+            for r, row in enumerate(rows):
+                row["dtypes"] = {part: _NAMES[specs[f"{r}.{part}.keys"]["dtype"]] for part in PARTS}
+        fingerprint, digest = metadata["fingerprint"], metadata.pop("digest")
+        _check(rows, metadata.get("dtype", "float32"), specs)
         tensors = safetensors.load(data)
         if digest != digest_of(tensors, metadata):
             raise _bad("its digest differs")
         memory = Memory(tuple(_row(r, row, tensors) for r, row in enumerate(rows)), fingerprint)
-    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise _bad(f"{type(error).__name__}: {str(error)[:200]}") from error
     memory.check_finite()
-    return memory, {"fingerprint": fingerprint, "dtype": dtype, "error": lost, "nbytes": len(data)}
+    return memory, metadata
 
 
 def _tensors(memory: Memory) -> Iterator[tuple[str, str, Tensor]]:
@@ -156,7 +188,7 @@ def _row(r: int, row: dict[str, Any], tensors: dict[str, Tensor]) -> Row:
 # ------------------------------------------------------------------ checks before anything is allocated
 
 
-def _header(data: bytes) -> tuple[dict[str, str], dict[str, Any]]:
+def _header(data: bytes, form: str) -> tuple[dict[str, str], dict[str, Any]]:
     """Metadata and tensor descriptions, from the JSON that a safetensors file begins with."""
     size = int.from_bytes(data[:8], "little")
     if len(data) < 8 or size > min(_LONGEST_HEADER, len(data) - 8):
@@ -166,8 +198,8 @@ def _header(data: bytes) -> tuple[dict[str, str], dict[str, Any]]:
         metadata = header.pop("__metadata__")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _bad(f"its header is not one of safetensors ({type(error).__name__})") from error
-    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
-        raise _bad(f"its format is not {FORMAT!r}")
+    if not isinstance(metadata, dict) or metadata.get("format") != form:
+        raise _bad(f"its format is not {form!r}")
     return metadata, header
 
 
@@ -216,7 +248,7 @@ def _is_count(value: Any) -> bool:
 
 def _stored(original: str, dtype: str) -> str:
     """The safetensors name of the dtype in which a tensor lies there."""
-    names = {str(d).removeprefix("torch."): name for name, d in _FLOATS.items()}
+    names = {dtype: name for name, dtype in _NAMES.items()}
     return {"float32": names[original], "bfloat16": "BF16", "int8": "I8"}[dtype]
 
 

@@ -9,13 +9,13 @@ from ...errors import ConfigError
 
 
 def path_of(url: str) -> Path:
-    """``scheme:///a/b`` is ``/a/b``, ``scheme:a/b`` is relative; percent signs are decoded.
+    """``scheme:///a/b`` (or with one slash more) is ``/a/b``, ``scheme:a/b`` is relative; percent signs are decoded.
 
     Raises:
         ConfigError: no path, or a host before it.
     """
     scheme, _, rest = url.partition(":")
-    path = unquote(rest[2:] if rest.startswith("///") else rest)
-    if not path or path.startswith("//") or "\0" in path:
+    path = unquote("/" + rest.lstrip("/") if rest.startswith("///") else rest)
+    if path in ("", "/") or path.startswith("//") or "\0" in path:
         raise ConfigError(f"store {url!r}: expected {scheme}:///absolute/path or {scheme}:relative/path")
     return Path(path)

@@ -1,0 +1,27 @@
+"""Engines: who runs the model for many conversations at a time."""
+
+from .base import (
+    Engine,
+    EngineError,
+    Event,
+    Job,
+    OverloadedError,
+    Result,
+    Sampling,
+    Ticket,
+    segments_of,
+)
+from .padded import PaddedEngine
+
+__all__ = [
+    "Engine",
+    "EngineError",
+    "Event",
+    "Job",
+    "OverloadedError",
+    "PaddedEngine",
+    "Result",
+    "Sampling",
+    "Ticket",
+    "segments_of",
+]

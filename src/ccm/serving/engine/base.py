@@ -1,0 +1,168 @@
+"""What every engine has in common: jobs go in, pieces of text and new memories come out.
+
+    job     = memory + segments to take in + prompt to answer behind
+    ticket  = engine.submit(job, listener)        listener(event) is called on the engine's thread
+    events  = piece of text, ..., Result          or one exception; nothing after that
+
+An engine knows nothing of users, sessions and stores: it gets a memory and gives one back.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ...errors import CCMError, ConfigError
+from ...memory import Memory
+from ...session import Budget
+
+#: Most tokens that one answer may have, whatever the model's context.
+LONGEST_ANSWER = 1 << 15
+
+
+class EngineError(CCMError):
+    """The engine failed on this job, or has stopped; the memory that it began with is as it was."""
+
+
+class OverloadedError(CCMError):
+    """The queue is full.
+
+    Attributes:
+        retry_after: seconds after which it may be worth another try.
+    """
+
+    def __init__(self, message: str, retry_after: int):
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an answer is written.
+
+    Attributes:
+        max_tokens: at most so many.
+        temperature: 0 takes the likeliest token every time.
+        top_p: the smallest set of tokens with this probability is drawn from.
+        seed: the same one gives the same answer; None draws one.
+        stop: texts that end the answer; they are not part of it.
+        frequency_penalty, presence_penalty: taken off the logits of tokens of the answer so far, per occurrence and
+            once.
+        repetition_penalty: logits of tokens of prompt and answer are divided by it (multiplied where negative).
+    """
+
+    max_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, least, most in (
+            ("max_tokens", 1, LONGEST_ANSWER),
+            ("temperature", 0, 2),
+            ("top_p", 0, 1),
+            ("frequency_penalty", -2, 2),
+            ("presence_penalty", -2, 2),
+            ("repetition_penalty", 0.1, 10),
+        ):
+            value = getattr(self, name)
+            if not least <= value <= most:
+                raise ConfigError(f"{name}: got {value}, expected {least} to {most}")
+        if len(self.stop) > 16 or not all(self.stop):
+            raise ConfigError(f"stop: got {len(self.stop)} texts, expected up to 16, none of them empty")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One turn of one conversation.
+
+    Attributes:
+        memory: of one conversation; what the turn begins with.
+        budget: what the conversation may keep.
+        segments: token ids that are taken in before the answer, each at most ``budget.segment`` long.
+        prompt: token ids that the answer follows, read beside the memory; empty: nothing is written.
+        sampling: of the answer.
+        closing: token ids that end an answer in the memory.
+        remember: whether prompt, answer and closing are taken in as well.
+    """
+
+    memory: Memory
+    budget: Budget
+    segments: tuple[tuple[int, ...], ...] = ()
+    prompt: tuple[int, ...] = ()
+    sampling: Sampling = Sampling()
+    closing: tuple[int, ...] = ()
+    remember: bool = True
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished job.
+
+    Attributes:
+        memory: with everything taken in.
+        text: the answer, whole.
+        finish_reason: "stop" or "length".
+        tokens: of the answer.
+    """
+
+    memory: Memory
+    text: str = ""
+    finish_reason: str = "stop"
+    tokens: int = 0
+
+
+Event = str | Result | Exception
+Listener = Callable[[Event], None]
+
+
+class Ticket:
+    """A job from outside."""
+
+    def __init__(self) -> None:
+        self._cancelled = threading.Event()
+
+    def cancel(self) -> None:
+        """Stop the job soon; its listener hears nothing more."""
+        self._cancelled.set()
+
+    @property
+    def cancelled(self) -> bool:
+        return self._cancelled.is_set()
+
+
+class Engine(ABC):
+    """Runs many jobs at a time; :meth:`submit` may be called from any thread."""
+
+    @abstractmethod
+    def submit(self, job: Job, listener: Listener) -> Ticket:
+        """Take a job.
+
+        Args:
+            job: what to do.
+            listener: hears the events of the job, on the engine's thread: it must be quick and must not raise.
+
+        Raises:
+            OverloadedError: too many jobs are waiting.
+            EngineError: the engine has stopped.
+            ConfigError: the job can never fit into the model's context.
+        """
+
+    @abstractmethod
+    def idle_seconds(self) -> float:
+        """Seconds since the engine last showed that it is alive; large: it hangs or is dead."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop; jobs that are running end with an EngineError."""
+
+
+def segments_of(ids: tuple[int, ...], budget: Budget) -> tuple[tuple[int, ...], ...]:
+    """Token ids of a turn as segments of at most ``budget.segment``."""
+    return tuple(ids[start : start + budget.segment] for start in range(0, len(ids), budget.segment))

@@ -1,0 +1,755 @@
+"""Conversations over an engine and a store: the server without HTTP.
+
+    turn    = load memory -> render what is new -> engine -> commit memory and transcript -> outcome
+
+A turn happens as a whole or not at all: its commit is one compare-and-swap, made when the answer is complete and
+taken in, and nobody is told of the end before. One turn runs at a time in a conversation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+
+from ..chat import closing, header, render
+from ..compressor import Compressor
+from ..errors import ConfigError, MemoryFileError, MismatchError, UnknownNameError
+from ..memory import Memory
+from ..reader import base_name
+from ..session import Budget, counters
+from ..storage import memory_file
+from . import history
+from .engine import (
+    Engine,
+    Event,
+    Job,
+    OverloadedError,
+    PaddedEngine,
+    Result,
+    Sampling,
+    segments_of,
+)
+from .history import Entry, Message
+from .metrics import Metrics
+from .store import ConflictError, Info, NotFoundError, Snapshot, Store, codec
+
+__all__ = ["BusyError", "Entry", "Message", "Outcome", "Sampling", "Service", "Settings", "Turn", "View"]
+
+#: Seconds of silence after which the model's thread counts as hung; a step takes far less.
+SILENCE = 60.0
+
+
+class BusyError(ConflictError):
+    """Another turn of this conversation is running."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a service keeps conversations.
+
+    Attributes:
+        adapter: name of the adapter, as clients see it.
+        budget: what one conversation may keep.
+        texts: keep what was said beside the memory, so that it can be shown, and memories be rebuilt by another
+            adapter; otherwise digests alone.
+        resend: what to do with a history that is not the one that is known: "refuse" it, or "rebuild" the memory.
+        precision: how memories are stored: float32, bfloat16 or int8.
+        input_tokens: tokens that one request may bring at most.
+    """
+
+    adapter: str
+    budget: Budget
+    texts: bool = True
+    resend: str = "refuse"
+    precision: str = "float32"
+    input_tokens: int = 1 << 16
+
+    def __post_init__(self) -> None:
+        if self.resend not in ("refuse", "rebuild"):
+            raise UnknownNameError("resend", self.resend, ["refuse", "rebuild"])
+        if self.precision not in codec.DTYPES:
+            raise UnknownNameError("precision", self.precision, list(codec.DTYPES))
+
+
+@dataclass(frozen=True)
+class View:
+    """A conversation from outside.
+
+    Attributes:
+        session: its id.
+        version: the newest.
+        created, updated, expires: seconds since the epoch; None: it does not expire.
+        stored_nbytes: what it takes in the store.
+        metadata: the caller's own.
+        stats: turns, and what :func:`ccm.session.counters` gives.
+        adapter, fingerprint: of model and adapter that made the memory.
+    """
+
+    session: str
+    version: int
+    created: float
+    updated: float
+    expires: float | None
+    stored_nbytes: int
+    metadata: dict[str, str]
+    stats: dict[str, int]
+    adapter: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished turn.
+
+    Attributes:
+        text: the answer.
+        finish_reason: "stop" or "length".
+        prompt_tokens: all that the answer depends on.
+        known_tokens: of these, those that the memory held before the request.
+        completion_tokens: of the answer.
+        session, version, stats: of the conversation; None and 0 for a stateless answer.
+    """
+
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    known_tokens: int
+    completion_tokens: int
+    session: str | None = None
+    version: int = 0
+    stats: dict[str, int] | None = None
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A conversation as a turn begins with it.
+
+    Attributes:
+        session: its id; for a branch and a new one, of what the commit will create.
+        version: that the commit follows on; 0 creates the session.
+        memory: decoded, on the model's device.
+        turns: so far.
+        metadata: the caller's own.
+        entries: a transcript that the commit has to bring along.
+    """
+
+    session: str
+    version: int
+    memory: Memory
+    turns: int = 0
+    metadata: dict[str, str] = field(default_factory=dict)
+    entries: tuple[dict[str, Any], ...] = ()
+
+
+class Turn:
+    """An answer on its way: an async iterator of pieces of text. When it ends, the turn is committed.
+
+    Attributes:
+        outcome: set at the end.
+
+    Raises (while iterating):
+        EngineError, ConfigError: no answer; nothing was committed.
+        ConflictError, QuotaError, StorageError: the commit failed.
+    """
+
+    outcome: Outcome
+
+    def __init__(
+        self,
+        engine: Engine,
+        job: Job,
+        commit: Callable[[Result], Awaitable[Outcome]],
+        release: Callable[[], None],
+    ):
+        self._commit, self._release = commit, release
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._ended = False
+        loop = asyncio.get_running_loop()
+
+        def listener(event: Event) -> None:
+            with suppress(RuntimeError):  # the loop is closed: nobody listens any more
+                loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+        self._ticket = engine.submit(job, listener)
+
+    def __aiter__(self) -> AsyncIterator[str]:
+        return self
+
+    async def __anext__(self) -> str:
+        if self._ended:
+            raise StopAsyncIteration
+        event = await self._events.get()
+        if isinstance(event, str):
+            return event
+        self._ended = True
+        if isinstance(event, Exception):
+            self._release()
+            raise event
+        # a caller who goes away now does not stop the commit, and the conversation is busy until it is made
+        commit = asyncio.ensure_future(self._commit(event))
+        commit.add_done_callback(lambda _: self._release())
+        self.outcome = await asyncio.shield(commit)
+        raise StopAsyncIteration
+
+    async def finish(self) -> Outcome:
+        """Run to the end."""
+        try:
+            async for _ in self:
+                pass
+        finally:
+            await self.aclose()
+        return self.outcome
+
+    async def aclose(self) -> None:
+        """Stop; unless the turn has ended, nothing of it is kept."""
+        if not self._ended:
+            self._ended = True
+            self._ticket.cancel()
+            self._release()
+
+
+class Service:
+    """Many tenants' conversations on one model.
+
+    Every method raises what the store raises: NotFoundError, ConflictError, QuotaError, StorageError,
+    MemoryFileError; MismatchError for a memory of another model or adapter.
+
+    Args:
+        compressor, tokenizer: the model; the service's engine has them for itself.
+        store: where memories live.
+        settings: how.
+        engine: who runs the model; by default a :class:`~ccm.serving.engine.PaddedEngine`.
+        metrics: where it counts.
+    """
+
+    def __init__(
+        self,
+        compressor: Compressor,
+        tokenizer: Any,
+        store: Store,
+        settings: Settings,
+        engine: Engine | None = None,
+        metrics: Metrics | None = None,
+    ):
+        self.compressor, self.tokenizer, self.store, self.settings = compressor, tokenizer, store, settings
+        self.metrics = metrics or Metrics()
+        self.engine = engine or PaddedEngine(compressor, tokenizer, metrics=self.metrics)
+        self.name = f"{base_name(compressor.model)}+{settings.adapter}"
+        self.created = int(time.time())
+        self._busy: set[tuple[str, str]] = set()
+        self._turns = 0
+        self._draining = False
+        self._head = tuple(header(tokenizer, "assistant"))
+        self._tail = tuple(closing(tokenizer, "assistant"))
+
+    # ------------------------------------------------------------------ conversations
+
+    async def create(
+        self,
+        tenant: str,
+        session: str | None = None,
+        *,
+        metadata: dict[str, str] | None = None,
+        messages: Sequence[Message] = (),
+    ) -> View:
+        """Begin a conversation, with messages that are taken in if there are any."""
+        new = await self._make(tenant, session, metadata or {}, self.compressor.empty(), 0, ())
+        return await self.append(tenant, new, messages) if messages else await self.view(tenant, new)
+
+    async def view(self, tenant: str, session: str) -> View:
+        """A conversation's memory, times and sizes."""
+        info, newest = await asyncio.gather(
+            asyncio.to_thread(self.store.info, tenant, session),
+            asyncio.to_thread(self.store.latest, tenant, session),
+        )
+        kept = newest.metadata if newest else {}
+        return View(
+            session=session,
+            version=newest.version if newest else 0,
+            created=info.created,
+            updated=info.updated,
+            expires=info.expires,
+            stored_nbytes=info.nbytes,
+            metadata=dict(kept.get("user", {})),
+            stats=dict(kept.get("stats") or self._stats(self.compressor.empty(), 0)),
+            adapter=kept.get("adapter", self.settings.adapter),
+            fingerprint=kept.get("fingerprint", self.compressor.fingerprint()),
+        )
+
+    async def timeline(self, tenant: str, session: str) -> list[Entry]:
+        """The turns of a conversation, oldest first."""
+        view = await self.view(tenant, session)
+        entries = await asyncio.to_thread(self.store.transcript, tenant, session, view.version)
+        return history.timeline(entries, view.stats["tokens_folded"])
+
+    async def sessions(self, tenant: str, after: str | None = None, limit: int = 100) -> list[Info]:
+        """One page of a tenant's conversations, ordered by id."""
+        return await asyncio.to_thread(self.store.sessions, tenant, after, limit)
+
+    async def update(self, tenant: str, session: str, metadata: dict[str, str]) -> View:
+        """Put the caller's metadata in place of the old."""
+        with self._alone(tenant, session):
+            newest = await asyncio.to_thread(self.store.latest, tenant, session)
+            if newest is None:  # made by another program; it has no memory to keep it with
+                raise NotFoundError(f"session {session!r} has no memory yet: append something first")
+            changed = replace(newest, metadata={**newest.metadata, "user": metadata})
+            await asyncio.to_thread(self.store.commit, tenant, session, newest.version, changed)
+        return await self.view(tenant, session)
+
+    async def delete(self, tenant: str, session: str) -> None:
+        """Forget a conversation, for good."""
+        with self._alone(tenant, session):
+            await asyncio.to_thread(self.store.delete, tenant, session)
+
+    async def append(self, tenant: str, session: str, messages: Sequence[Message]) -> View:
+        """Take in messages without an answer.
+
+        Raises:
+            BusyError: a turn of this conversation is running.
+        """
+        self._open()
+        with self._alone(tenant, session):
+            held = await self._load(tenant, session)
+            await self._take_in(tenant, held, messages)
+        return await self.view(tenant, session)
+
+    async def fork(
+        self, tenant: str, session: str, new: str | None = None, version: int | None = None
+    ) -> View:
+        """A copy that goes its own way, of the newest version or of another one that is still kept."""
+        made = await asyncio.to_thread(self.store.fork, tenant, session, new, version)
+        return await self.view(tenant, made)
+
+    async def export(self, tenant: str, session: str) -> bytes:
+        """The conversation as a session file (``Session.load``)."""
+        held = await self._load(tenant, session)
+        state = {"budget": asdict(self.settings.budget), "turns": held.turns}
+        return await asyncio.to_thread(memory_file.dumps, held.memory, {"session": json.dumps(state)})
+
+    async def load(self, tenant: str, data: bytes, session: str | None = None) -> View:
+        """A new conversation from a session file; what was said is not in it.
+
+        Raises:
+            MemoryFileError: damaged, of another format, or a memory that cannot be.
+            MismatchError: made by another model or adapter.
+        """
+        memory, metadata = await asyncio.to_thread(codec.decode_file, data)
+        try:
+            turns = json.loads(metadata.get("session", "{}")).get("turns", 0)
+        except (ValueError, AttributeError) as error:
+            raise MemoryFileError(f"the file's session is not readable ({error})") from error
+        if not isinstance(turns, int) or not 0 <= turns < 1 << 53:
+            raise MemoryFileError(f"the file claims {str(turns)[:20]!r} turns, expected a count")
+        made = await self._make(tenant, session, {}, self._checked(memory), turns, ())
+        return await self.view(tenant, made)
+
+    async def rebuild(self, tenant: str, session: str) -> View:
+        """Make the memory anew from the texts that were kept, with the model and adapter at hand.
+
+        Raises:
+            ConfigError: texts were not kept, or nothing was said.
+        """
+        self._open()
+        with self._alone(tenant, session):
+            held = await self._load(tenant, session, anew=True)
+            entries = await asyncio.to_thread(self.store.transcript, tenant, session)
+            messages = self._texts(history.current(entries))
+            await self._take_in(tenant, replace(held, entries=(history.RESET,)), messages)
+        return await self.view(tenant, session)
+
+    async def compact(
+        self, tenant: str, messages: Sequence[Message], session: str | None = None, version: int | None = None
+    ) -> tuple[View, int]:
+        """A new conversation that has taken in these messages, behind a version of another one if given.
+
+        Returns:
+            the new conversation, and the number of tokens taken in.
+        """
+        self._open()
+        if session is None:
+            held = _Held("", 0, self.compressor.empty())
+        else:
+            held = await self._load(tenant, session, version=version)
+            entries = await asyncio.to_thread(self.store.transcript, tenant, session, held.version)
+            held = replace(held, version=0, entries=tuple(entries))
+        made = await self._take_in(tenant, replace(held, session=""), messages)
+        view = await self.view(tenant, made)
+        return view, view.stats["tokens_seen"] - self._stats(held.memory, 0)["tokens_seen"]
+
+    # ------------------------------------------------------------------ answers
+
+    async def answer(
+        self,
+        tenant: str,
+        session: str | None,
+        messages: Sequence[Message],
+        sampling: Sampling,
+        *,
+        create: bool = False,
+        resent: bool = False,
+        version: int | None = None,
+    ) -> Turn:
+        """Begin to answer.
+
+        Args:
+            tenant: who asks.
+            session: which conversation; None answers from the messages alone and keeps nothing.
+            messages: what is new; the answer follows the last one.
+            sampling: of the answer.
+            create: begin the conversation if it is not there, or, with session "", one with a new id.
+            resent: the messages may repeat what the conversation knows.
+            version: go on from this version; if it is not the newest, in a branch with a new id.
+
+        Raises:
+            ConfigError: nothing to answer, or more than the model's context can hold.
+            ConflictError: the messages tell another history than the conversation's.
+            BusyError: a turn of this conversation is running.
+            OverloadedError: too many turns are waiting, or the server is about to stop.
+        """
+        self._open()
+        if not messages:
+            raise ConfigError("messages: got none, expected at least one to answer")
+        if session is None:
+            return self._stateless(messages, sampling)
+        alone = self._alone(tenant, session) if session and version is None else _Nothing()
+        try:
+            alone.__enter__()
+            held = await self._begin(tenant, session, create, version)
+            if version is not None and held.version:
+                alone = self._alone(tenant, session)
+                alone.__enter__()
+            if resent and held.version and len(messages) > 1:
+                held, messages = await self._compare(tenant, held, messages)
+            return self._turn(tenant, held, messages, sampling, alone.release)
+        except BaseException:
+            alone.release()
+            raise
+
+    def _stateless(self, messages: Sequence[Message], sampling: Sampling) -> Turn:
+        try:
+            ids = self.tokenizer.apply_chat_template(
+                [asdict(message) for message in messages], add_generation_prompt=True, return_dict=False
+            )
+        except Exception as error:  # templates are programs and refuse what they like
+            raise ConfigError(f"the model's chat template refuses these messages: {error}") from error
+        self._check_tokens(len(ids))
+
+        async def outcome(result: Result) -> Outcome:
+            return Outcome(result.text, result.finish_reason, len(ids), 0, result.tokens)
+
+        job = Job(
+            self.compressor.empty(),
+            self.settings.budget,
+            prompt=tuple(ids),
+            sampling=sampling,
+            remember=False,
+        )
+        return Turn(self.engine, job, outcome, self._count())
+
+    def _turn(
+        self,
+        tenant: str,
+        held: _Held,
+        messages: Sequence[Message],
+        sampling: Sampling,
+        release: Callable[[], None],
+    ) -> Turn:
+        segments, lengths = self._rendered(messages)
+        known = self._stats(held.memory, 0)["tokens_seen"]
+        prompt = known + sum(lengths) + len(self._head)
+
+        async def commit(result: Result) -> Outcome:
+            taken = self._stats(result.memory, 0)["tokens_seen"] - known - sum(lengths)
+            said = [*messages, Message("assistant", result.text)]
+            session, version, stats = await self._commit(tenant, held, result.memory, said, [*lengths, taken])
+            return Outcome(
+                result.text, result.finish_reason, prompt, known, result.tokens, session, version, stats
+            )
+
+        job = Job(
+            held.memory,
+            self.settings.budget,
+            segments=segments,
+            prompt=self._head,
+            sampling=sampling,
+            closing=self._tail,
+        )
+        done = self._count()
+
+        def both() -> None:
+            done()
+            release()
+
+        try:
+            return Turn(self.engine, job, commit, both)
+        except BaseException:
+            done()
+            raise
+
+    async def _compare(
+        self, tenant: str, held: _Held, messages: Sequence[Message]
+    ) -> tuple[_Held, Sequence[Message]]:
+        """What is new in messages that may repeat the conversation, and the memory that they go on from."""
+        entries = await asyncio.to_thread(self.store.transcript, tenant, held.session, held.version)
+        new = history.unknown(entries, messages)
+        if new is None and self.settings.resend == "rebuild":
+            empty = replace(held, memory=self.compressor.empty(), turns=0, entries=(history.RESET,))
+            return empty, messages
+        if new is None:
+            raise ConflictError(
+                f"these {len(messages)} messages tell another history than the {len(history.current(entries))} that "
+                "the conversation knows: send what is new alone, fork an earlier version, or name a new conversation",
+                held.version,
+            )
+        if not new:
+            raise ConfigError("the conversation knows all of these messages: add one to answer")
+        return held, new
+
+    # ------------------------------------------------------------------ life
+
+    async def ready(self) -> list[str]:
+        """Why no turn should be sent here; empty if there is no reason."""
+        reasons = ["the server is about to stop"] if self._draining else []
+        if (silent := self.engine.idle_seconds()) > SILENCE:
+            reasons.append(f"the model's thread has been silent for {silent:.0f} s")
+        try:
+            await asyncio.to_thread(self.store.check_health)
+        except Exception as error:
+            reasons.append(f"the store cannot be written: {error}")
+        return reasons
+
+    async def tend(self, every: float = 600) -> None:
+        """Remove expired conversations from time to time, until cancelled."""
+        while True:
+            with suppress(OSError):  # an unreachable store shows in ready(); the next round tries again
+                self.metrics.expired.inc(await asyncio.to_thread(self.store.purge))
+            await asyncio.sleep(every)
+
+    async def drain(self) -> None:
+        """Take no new turns, and wait for those that run."""
+        self._draining = True
+        while self._turns:
+            await asyncio.sleep(0.02)
+
+    def close(self) -> None:
+        """Stop the engine and close the store."""
+        self.engine.close()
+        self.store.close()
+
+    # ------------------------------------------------------------------ steps
+
+    def _open(self) -> None:
+        if self._draining:
+            raise OverloadedError("the server is about to stop: send this to another one, or later", 10)
+
+    def _alone(self, tenant: str, session: str) -> _Alone:
+        return _Alone(self._busy, (tenant, session))
+
+    def _count(self) -> Callable[[], None]:
+        """One more turn runs; the returned function ends it, once."""
+        self._turns += 1
+        running = [True]
+
+        def done() -> None:
+            if running:
+                running.clear()
+                self._turns -= 1
+
+        return done
+
+    async def _begin(self, tenant: str, session: str, create: bool, version: int | None) -> _Held:
+        new = _Held(session, 0, self.compressor.empty())
+        if not session:
+            return new
+        try:
+            held = await self._load(tenant, session, version=version)
+        except NotFoundError:
+            if create and version is None:
+                return new
+            raise
+        if version is None:
+            return held
+        newest = await asyncio.to_thread(self.store.info, tenant, session)
+        if newest.version == version:
+            return held
+        entries = await asyncio.to_thread(self.store.transcript, tenant, session, version)
+        return replace(held, session="", version=0, entries=tuple(entries))
+
+    async def _load(self, tenant: str, session: str, version: int | None = None, anew: bool = False) -> _Held:
+        """A conversation as it is stored; ``anew`` with an empty memory in place of its own."""
+        if version is None:
+            snapshot = await asyncio.to_thread(self.store.latest, tenant, session)
+        else:
+            snapshot = await asyncio.to_thread(self.store.get, tenant, session, version)
+        if snapshot is None:
+            return _Held(session, 0, self.compressor.empty())
+        kept = snapshot.metadata
+        user = dict(kept.get("user", {}))
+        if anew:
+            return _Held(session, snapshot.version, self.compressor.empty(), 0, user)
+        memory, _ = await asyncio.to_thread(codec.decode, snapshot.payload)
+        return _Held(session, snapshot.version, self._checked(memory), kept["stats"]["turns"], user)
+
+    def _checked(self, memory: Memory) -> Memory:
+        """The memory on the model's device, if this model and adapter made it and it can be what it says."""
+        try:
+            self.compressor.check(memory, 1)
+        except MismatchError as error:
+            raise MismatchError(
+                f"{error}; or rebuild it from its texts (POST /v1/memories/ID/rebuild)"
+            ) from error
+        (row,) = memory.rows
+        layers, heads, size = self.compressor._kv_shape()
+        parts = {"sink": self.compressor.model.dtype, "slots": torch.float32}
+        for name in ("sink", "slots", "window"):
+            kv, dtype = getattr(row, name), parts.get(name, self.compressor.model.dtype)
+            shape = kv.keys.shape[0], kv.keys.shape[1], kv.keys.shape[3]
+            if shape != (layers, heads, size) or kv.keys.dtype != dtype:
+                raise MemoryFileError(
+                    f"the memory's {name} is {shape} of {kv.keys.dtype}, expected {(layers, heads, size)} of {dtype}"
+                )
+        self.compressor._check_length(memory.length + 1)
+        device = self.compressor.model.device
+        row = replace(row, sink=row.sink.to(device), slots=row.slots.to(device), window=row.window.to(device))
+        return replace(memory, rows=(row,))
+
+    def _rendered(self, messages: Sequence[Message]) -> tuple[tuple[tuple[int, ...], ...], list[int]]:
+        """Segments of all messages one after another, and the tokens of each message."""
+        turns = [render(self.tokenizer, message.role, message.content).ids for message in messages]
+        self._check_tokens(sum(map(len, turns)))
+        segments = [segment for ids in turns for segment in segments_of(ids, self.settings.budget)]
+        return tuple(segments), [len(ids) for ids in turns]
+
+    def _check_tokens(self, count: int) -> None:
+        if count > self.settings.input_tokens:
+            raise ConfigError(
+                f"the request brings {count} tokens, the limit is {self.settings.input_tokens}: send it in parts"
+            )
+
+    async def _take_in(self, tenant: str, held: _Held, messages: Sequence[Message]) -> str:
+        """Fold messages and commit; returns the session."""
+        segments, lengths = self._rendered(messages)
+        made: list[str] = []
+
+        async def commit(result: Result) -> Outcome:
+            session, *_ = await self._commit(tenant, held, result.memory, messages, lengths)
+            made.append(session)
+            return Outcome("", "stop", 0, 0, 0)
+
+        done = self._count()
+        try:
+            await Turn(self.engine, Job(held.memory, self.settings.budget, segments), commit, done).finish()
+        finally:
+            done()
+        return made[0]
+
+    async def _commit(
+        self,
+        tenant: str,
+        held: _Held,
+        memory: Memory,
+        messages: Sequence[Message],
+        lengths: Sequence[int],
+    ) -> tuple[str, int, dict[str, int]]:
+        """Make a turn durable: session, version and counters."""
+        turns = held.turns + len(messages)
+        entries = [
+            *held.entries,
+            *(history.note(m, n, self.settings.texts) for m, n in zip(messages, lengths, strict=True)),
+        ]
+        if not held.version:
+            session = await self._make(tenant, held.session or None, held.metadata, memory, turns, entries)
+            return session, 1, self._stats(memory, turns)
+        snapshot = await asyncio.to_thread(self._snapshot, memory, turns, held.metadata)
+        stored = await self._store(tenant, held.session, held.version, snapshot, entries)
+        return held.session, stored.version, self._stats(memory, turns)
+
+    async def _make(
+        self,
+        tenant: str,
+        session: str | None,
+        metadata: dict[str, str],
+        memory: Memory,
+        turns: int,
+        entries: Sequence[dict[str, Any]],
+    ) -> str:
+        """A new session with a first version."""
+        snapshot = await asyncio.to_thread(self._snapshot, memory, turns, metadata)
+        try:
+            session = await asyncio.to_thread(self.store.create, tenant, session)
+        except ConflictError:
+            # one without a version is what a killed server left between the two steps
+            if session is None or (await asyncio.to_thread(self.store.info, tenant, session)).version:
+                raise
+        await self._store(tenant, session, 0, snapshot, entries)
+        return session
+
+    async def _store(
+        self, tenant: str, session: str, expected: int, snapshot: Snapshot, entries: Sequence[dict[str, Any]]
+    ) -> Snapshot:
+        began = time.monotonic()
+        try:
+            stored = await asyncio.to_thread(self.store.commit, tenant, session, expected, snapshot, entries)
+        except ConflictError:
+            self.metrics.conflicts.inc()
+            raise
+        self.metrics.commits.observe(time.monotonic() - began)
+        self.metrics.stored.inc(len(snapshot.payload))
+        return stored
+
+    def _snapshot(self, memory: Memory, turns: int, metadata: dict[str, str]) -> Snapshot:
+        payload, encoded = codec.encode(memory, self.settings.precision)
+        stats = self._stats(memory, turns)
+        kept = {**encoded, "adapter": self.settings.adapter, "user": metadata, "stats": stats}
+        return Snapshot(payload, kept)
+
+    def _stats(self, memory: Memory, turns: int) -> dict[str, int]:
+        return {"turns": turns, **counters(memory, self.compressor.kv_bytes_per_token())}
+
+    @staticmethod
+    def _texts(entries: Sequence[dict[str, Any]]) -> list[Message]:
+        if not entries:
+            raise ConfigError("nothing was said in this conversation: there is nothing to rebuild")
+        if any("content" not in entry for entry in entries):
+            raise ConfigError("the texts of this conversation were not kept: it cannot be rebuilt")
+        return [Message(entry["role"], entry["content"]) for entry in entries if entry["content"].strip()]
+
+
+class _Nothing:
+    """In place of :class:`_Alone` where nobody else can know the conversation."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def release(self) -> None:
+        return None
+
+
+class _Alone:
+    """One turn at a time in a conversation; a second one is refused rather than kept waiting."""
+
+    def __init__(self, busy: set[tuple[str, str]], key: tuple[str, str]):
+        self._busy, self._key, self._held = busy, key, False
+
+    def __enter__(self) -> None:
+        if self._key in self._busy:
+            raise BusyError(
+                "another turn of this conversation is running: wait for its end, or fork the conversation", 0
+            )
+        self._busy.add(self._key)
+        self._held = True
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        if self._held:
+            self._held = False
+            self._busy.discard(self._key)

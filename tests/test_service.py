@@ -1,0 +1,529 @@
+"""Conversations over engine and store: whole turns, one at a time, and nobody else's."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import tiny_compressor, tiny_tokenizer
+
+from ccm import Session
+from ccm.errors import ConfigError, MemoryFileError, MismatchError, StorageError
+from ccm.memory import KV
+from ccm.serving.engine import EngineError, OverloadedError, PaddedEngine
+from ccm.serving.history import RESET, Message, current, note, unknown
+from ccm.serving.service import BusyError, Sampling, Service, Settings
+from ccm.serving.store import ConflictError, Limits, NotFoundError, QuotaError, open_store
+from ccm.session import Budget
+from ccm.storage import memory_file
+
+BUDGET = Budget(slots=2, sink=2, window=16, segment=8)
+GREEDY = Sampling(max_tokens=10, temperature=0)
+WORDS = ["red", "green", "blue", "seven", "eight", "nine", "cats", "dogs", "birds", "sun", "moon", "rain"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def compressor(tokenizer):
+    return tiny_compressor(model={"vocab_size": len(tokenizer), "max_position_embeddings": 512})
+
+
+@pytest.fixture
+def make(compressor, tokenizer, tmp_path):
+    """Services on one store file."""
+    made = []
+
+    def service(limits=None, compressor=compressor, rows=4, **settings):
+        store = open_store(f"sqlite://{tmp_path}/memories.db", limits)
+        engine = PaddedEngine(compressor, tokenizer, rows=rows)
+        made.append(Service(compressor, tokenizer, store, Settings("tiny", BUDGET, **settings), engine))
+        return made[-1]
+
+    yield service
+    for service in made:
+        service.close()
+
+
+@pytest.fixture
+def service(make):
+    return make()
+
+
+def user(text):
+    return [Message("user", text)]
+
+
+async def say(service, session, text, tenant="t", sampling=GREEDY, **options):
+    turn = await service.answer(tenant, session, user(text), sampling, **{"create": True, **options})
+    return await turn.finish()
+
+
+def test_turns_equal_a_session(service, compressor, tokenizer):
+    session = Session(compressor, tokenizer, slots=2, sink=2, window=16, segment=8)
+
+    async def run():
+        seen, answers = 0, []
+        for i, text in enumerate(["my cat is Miso", "and my dog is Rex", "who is who?"]):
+            outcome = await say(service, "s", text)
+            assert outcome.text == session.generate(text, max_new_tokens=10, do_sample=False)
+            assert outcome.version == i + 1
+            assert outcome.stats == {**session.stats(), "turns": 2 * i + 2}
+            assert outcome.prompt_tokens > outcome.known_tokens == seen
+            seen = outcome.stats["tokens_seen"]
+            answers.append(outcome)
+        view = await service.view("t", "s")
+        assert view.stats == answers[-1].stats
+        turns = await service.timeline("t", "s")
+        assert [turn.role for turn in turns] == ["user", "assistant"] * 3
+        assert sum(turn.tokens for turn in turns) == seen
+        assert turns[0].folded and not turns[-1].folded
+        assert turns[0].content == "my cat is Miso" and turns[1].content == answers[0].text
+
+    asyncio.run(run())
+
+
+def test_sixteen_at_a_time_equal_each_alone(make):
+    """Greedy answers of 16 conversations under two tenants: batched and interleaved, as alone."""
+
+    async def talk(service, session, tenant):
+        return [(await say(service, session, f"{word} {session}", tenant)).text for word in WORDS[:3]]
+
+    async def together(service):
+        names = [(f"s{i % 8}", f"tenant-{i // 8}") for i in range(16)]
+        return await asyncio.gather(*(talk(service, *name) for name in names))
+
+    async def one_by_one(service):
+        return [await talk(service, f"s{i}", "alone") for i in range(8)]
+
+    service = make(rows=8)
+    both = asyncio.run(together(service))
+    alone = asyncio.run(one_by_one(service))
+    assert both == alone * 2
+    assert len({tuple(answers) for answers in alone}) > 4
+
+
+def test_twins_with_other_memories_never_mix(service):
+    """Two users say the same at the same time, on different pasts: each gets the answer of the own past."""
+
+    async def run():
+        for tenant, word in (("a", "apples and pears"), ("b", "ships and the sea")):
+            await service.create(tenant, "s", messages=user(word))
+            await service.fork(tenant, "s", "control")
+        alone = [(await say(service, "control", "go on", tenant)).text for tenant in "ab"]
+        twins = await asyncio.gather(*(say(service, "s", "go on", tenant) for tenant in "ab"))
+        assert [twin.text for twin in twins] == alone and alone[0] != alone[1]
+
+    asyncio.run(run())
+
+
+def test_a_tenant_sees_nothing_of_another(service):
+    async def run():
+        await say(service, "s", "mine", tenant="a")
+        for call in (
+            service.view("b", "s"),
+            service.timeline("b", "s"),
+            service.export("b", "s"),
+            service.fork("b", "s"),
+            service.append("b", "s", user("x")),
+            service.update("b", "s", {}),
+            service.rebuild("b", "s"),
+            service.delete("b", "s"),
+            service.answer("b", "s", user("x"), GREEDY),
+            service.answer("b", "s", user("x"), GREEDY, create=True, version=1),
+            service.compact("b", user("x"), "s"),
+        ):
+            with pytest.raises(NotFoundError):
+                await call
+        assert await service.sessions("b") == []
+        assert (await service.view("a", "s")).version == 1
+
+    asyncio.run(run())
+
+
+def test_one_turn_at_a_time(service):
+    async def run():
+        turn = await service.answer("t", "s", user("a"), Sampling(max_tokens=60, temperature=0), create=True)
+        for call in (
+            service.answer("t", "s", user("b"), GREEDY, create=True),
+            service.append("t", "s", user("b")),
+            service.delete("t", "s"),
+        ):
+            with pytest.raises(BusyError):
+                await call
+        other = await say(service, "s", "b", tenant="other")
+        assert other.version == 1
+        assert (await turn.finish()).version == 1
+        assert (await say(service, "s", "b")).version == 2
+
+    asyncio.run(run())
+
+
+def test_a_turn_that_is_closed_commits_nothing(service):
+    async def run():
+        first = await say(service, "s", "a")
+        turn = await service.answer("t", "s", user("b"), Sampling(max_tokens=200, temperature=0))
+        async for _ in turn:
+            break
+        await turn.aclose()
+        new = await service.answer(
+            "t", "new", user("b"), Sampling(max_tokens=200, temperature=0), create=True
+        )
+        await new.aclose()
+        again = await say(service, "s", "b")  # not busy any more
+        assert again.version == first.version + 1
+        assert [turn.role for turn in await service.timeline("t", "s")] == ["user", "assistant"] * 2
+        with pytest.raises(NotFoundError):
+            await service.view("t", "new")
+
+    asyncio.run(run())
+
+
+def test_a_caller_who_leaves_during_the_commit_does_not_stop_it(service, monkeypatch):
+    async def run():
+        began = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        real = service.store.commit
+
+        def commit(*args):
+            loop.call_soon_threadsafe(began.set)
+            import time
+
+            time.sleep(0.3)
+            return real(*args)
+
+        monkeypatch.setattr(service.store, "commit", commit)
+        turn = await service.answer("t", "s", user("a"), GREEDY, create=True)
+        task = asyncio.create_task(turn.finish())
+        await began.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        with pytest.raises(BusyError):
+            await say(service, "s", "b")
+        await service.drain()
+        assert (await service.view("t", "s")).version == 1
+
+    asyncio.run(run())
+
+
+def test_two_servers_on_one_store(make):
+    """The slower of two writers gets a conflict, and its turn leaves no trace."""
+    one, two = make(), make()
+
+    async def run():
+        await say(one, "s", "a")
+        slow = await one.answer("t", "s", user("slow"), Sampling(max_tokens=80, temperature=0))
+        quick = await say(two, "s", "quick")
+        assert quick.version == 2
+        with pytest.raises(ConflictError) as caught:
+            await slow.finish()
+        assert caught.value.version == 2
+        assert [t.content for t in await one.timeline("t", "s") if t.role == "user"] == ["a", "quick"]
+        assert (await say(one, "s", "b")).version == 3  # and goes on from the other's version
+
+    asyncio.run(run())
+
+
+def test_a_restart_changes_nothing(make):
+    async def run():
+        service = make()
+        await say(service, "s", "my cat is Miso")
+        await service.fork("t", "s", "control")
+        expected = await say(service, "control", "what is my cat?")
+        assert (await say(make(), "s", "what is my cat?")).text == expected.text
+
+    asyncio.run(run())
+
+
+def test_versions_branch(service):
+    async def run():
+        first = await say(service, "", "a")
+        second = await say(service, first.session, "b", version=1)
+        assert (second.session, second.version) == (first.session, 2)
+        branch = await say(service, first.session, "c", version=1)
+        assert branch.session != first.session and branch.version == 1
+        texts = [t.content for t in await service.timeline("t", branch.session) if t.role == "user"]
+        assert texts == ["a", "c"]
+        assert [t.content for t in await service.timeline("t", first.session)][2] == "b"
+        with pytest.raises(NotFoundError):
+            await say(service, first.session, "d", version=9)
+
+    asyncio.run(run())
+
+
+def test_histories_that_are_sent_again(make):
+    async def run():
+        service = make()
+        first = await say(service, "s", "a")
+        await service.fork("t", "s", "control")
+        known = [*user("a"), Message("assistant", f" {first.text}\n")]  # clients trim, or do not
+        turn = await service.answer("t", "s", [*known, *user("b")], GREEDY, resent=True)
+        second = await turn.finish()
+        assert second.text == (await say(service, "control", "b")).text
+        assert second.known_tokens == first.stats["tokens_seen"]
+        other = [*user("x"), Message("assistant", "y"), *user("b")]
+        with pytest.raises(ConflictError, match="another history"):
+            await service.answer("t", "s", other, GREEDY, resent=True)
+        with pytest.raises(ConfigError, match="knows all"):
+            await service.answer(
+                "t", "s", [*known, *user("b"), Message("assistant", second.text)], GREEDY, resent=True
+            )
+        assert (await service.view("t", "s")).version == 2
+
+        service = make(resend="rebuild")
+        turn = await service.answer("t", "s", other, GREEDY, resent=True)
+        rebuilt = await turn.finish()
+        fresh = await (await service.answer("t", "fresh", other, GREEDY, create=True)).finish()
+        assert rebuilt.text == fresh.text and rebuilt.version == 3
+        assert rebuilt.stats == fresh.stats
+        assert [t.content for t in await service.timeline("t", "s")][:3] == ["x", "y", "b"]
+
+    asyncio.run(run())
+
+
+def notes(*pairs):
+    return [note(Message(*pair), 1, True) for pair in pairs]
+
+
+@pytest.mark.parametrize(
+    ("sent", "new"),
+    [
+        ("Ss Uu Aa Uv", "Uv"),
+        ("Uv", "Uv"),
+        ("Ss Uv", "Uv"),
+        ("Ss Uu", "Uu"),
+        ("Ss Uu Aa", ""),
+        ("Ss Uu Ab Uv", None),
+        ("St Uv", None),
+        ("Uu Aa Uv", None),
+        ("Av", None),
+        ("Ss Uu Aa Uv Aw Ux", "Uv Aw Ux"),
+    ],
+)
+def test_what_is_new(sent, new):
+    roles = {"S": "system", "U": "user", "A": "assistant"}
+
+    def messages(text):
+        return [Message(roles[word[0]], word[1:]) for word in text.split()]
+
+    entries = notes(("system", "s"), ("user", "u"), ("assistant", "a"))
+    expected = None if new is None else messages(new)
+    assert unknown(entries, messages(sent)) == expected
+    assert unknown([*notes(("user", "old")), RESET, *entries], messages(sent)) == expected
+    assert current([*entries, RESET]) == []
+
+
+def test_rebuild_with_another_adapter(make, tokenizer):
+    other = tiny_compressor(model={"vocab_size": len(tokenizer), "max_position_embeddings": 512}, rule="mean")
+
+    async def run():
+        service = make()
+        answer = await say(service, "s", "my cat is Miso")
+        changed = make(compressor=other)
+        for call in (say(changed, "s", "b"), changed.export("t", "s"), changed.append("t", "s", user("b"))):
+            with pytest.raises(MismatchError, match="rebuild"):
+                await call
+        assert (await changed.view("t", "s")).version == 1  # it can still be looked at
+        view = await changed.rebuild("t", "s")
+        assert view.version == 2 and view.fingerprint == other.fingerprint()
+        fresh = await changed.create(
+            "t", "fresh", messages=[*user("my cat is Miso"), Message("assistant", answer.text)]
+        )
+        assert view.stats == fresh.stats
+        assert (await say(changed, "s", "b")).text == (await say(changed, "fresh", "b")).text
+
+    asyncio.run(run())
+
+
+def test_without_texts(make):
+    async def run():
+        service = make(texts=False)
+        first = await say(service, "s", "a secret")
+        assert [turn.content for turn in await service.timeline("t", "s")] == [None, None]
+        assert "secret" not in str(service.store.transcript("t", "s"))
+        history = [*user("a secret"), Message("assistant", first.text), *user("b")]
+        assert (await (await service.answer("t", "s", history, GREEDY, resent=True)).finish()).version == 2
+        with pytest.raises(ConfigError, match="not kept"):
+            await service.rebuild("t", "s")
+
+    asyncio.run(run())
+
+
+def test_export_and_import(service, compressor, tokenizer, tmp_path):
+    async def run():
+        await say(service, "s", "my cat is Miso")
+        data = await service.export("t", "s")
+        (tmp_path / "s.ccm").write_bytes(data)
+        session = Session.load(tmp_path / "s.ccm", compressor, tokenizer)
+        view = await service.load("other", data, "mine")
+        assert view.stats == session.stats() == (await service.view("t", "s")).stats
+        expected = session.generate("and?", max_new_tokens=10, do_sample=False)
+        assert (await say(service, "mine", "and?", tenant="other")).text == expected
+        with pytest.raises(ConflictError):
+            await service.load("other", data, "mine")
+        session.save(tmp_path / "back.ccm")  # from the library to the server
+        back = await service.load("t", (tmp_path / "back.ccm").read_bytes())
+        assert back.stats["tokens_seen"] == session.stats()["tokens_seen"]
+
+    asyncio.run(run())
+
+
+def test_forged_files_are_refused(service, compressor):
+    """A file that claims this model's fingerprint and is not of its shape never reaches the engine."""
+    good = compressor.compress([[5] * 20], window=16, sink=2)
+
+    def forged(change):
+        row = good.rows[0]
+        return memory_file.dumps(replace(good, rows=(replace(row, **change(row)),)), {})
+
+    def narrow(kv):
+        return KV(kv.keys[..., :4], kv.values[..., :4])
+
+    parts = ("sink", "slots", "window")
+    bad = [
+        forged(lambda row: {name: narrow(getattr(row, name)) for name in parts}),
+        forged(lambda row: {"slots": row.slots.to(torch.bfloat16)}),
+        forged(lambda row: {"slots": KV(*(t.repeat(1, 1, 300, 1) for t in row.slots))}),
+        memory_file.dumps(replace(good, rows=good.rows * 2), {}),
+        memory_file.dumps(good, {"session": '{"turns": -1}'}),
+        memory_file.dumps(good, {"session": "[]"}),
+        b"not a file",
+        memory_file.dumps(good, {})[:-3],
+    ]
+
+    async def run():
+        for i, data in enumerate(bad):
+            with pytest.raises((MemoryFileError, ConfigError)):
+                await service.load("t", data)
+                pytest.fail(f"{i} was taken")
+        other = replace(good, fingerprint="another")
+        with pytest.raises(MismatchError):
+            await service.load("t", memory_file.dumps(other, {}))
+        assert await service.sessions("t") == []
+        assert (await service.load("t", memory_file.dumps(good, {}))).version == 1
+
+    asyncio.run(run())
+
+
+def test_compact(service):
+    async def run():
+        view, tokens = await service.compact("t", [*user("a b c"), Message("assistant", "d")])
+        assert tokens == view.stats["tokens_seen"] > 0
+        await service.fork("t", view.session, "control")
+        more, _ = await service.compact("t", user("e"), view.session, 1)
+        assert more.session != view.session and (await service.view("t", view.session)).version == 1
+        await service.append("t", "control", user("e"))
+        assert more.stats == (await service.view("t", "control")).stats
+
+    asyncio.run(run())
+
+
+def test_stateless_answers_leave_nothing(service, compressor, tokenizer):
+    async def run():
+        turn = await service.answer("t", None, user("hello"), GREEDY)
+        outcome = await turn.finish()
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": "hello"}], add_generation_prompt=True, return_dict=False
+        )
+        assert outcome.prompt_tokens == len(ids) and outcome.session is None
+        assert await service.sessions("t") == []
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "int8"])
+def test_stored_at_lower_precision(make, precision):
+    async def run():
+        service = make(precision=precision)
+        await say(service, "s", "a")
+        await say(service, "s", "b")
+        stored = service.store.latest("t", "s")
+        assert stored.metadata["dtype"] == precision and 0 < stored.metadata["error"]["keys"] < 0.05
+
+    asyncio.run(run())
+
+
+def test_limits_and_failures_commit_nothing(make, monkeypatch):
+    async def run():
+        service = make(Limits(sessions=1), input_tokens=60)
+        await say(service, "s", "a")
+        with pytest.raises(QuotaError):
+            await say(service, "second", "a")
+        assert [info.session for info in await service.sessions("t")] == ["s"]
+        with pytest.raises(ConfigError, match="limit is 60"):
+            await say(service, "s", "x" * 80)
+        with pytest.raises(ConfigError, match="none"):
+            await service.answer("t", "s", [], GREEDY)
+
+        def broken(*args):
+            raise StorageError("the disk is full")
+
+        monkeypatch.setattr(service.store, "commit", broken)
+        with pytest.raises(StorageError):
+            await say(service, "s", "b")
+        monkeypatch.undo()
+        assert (await say(service, "s", "b")).version == 2
+
+    asyncio.run(run())
+
+
+def test_metadata_is_kept_across_turns(service):
+    async def run():
+        await service.create("t", "s", metadata={"a": "1"})
+        await say(service, "s", "x")
+        assert (await service.view("t", "s")).metadata == {"a": "1"}
+        view = await service.update("t", "s", {"b": "2"})
+        assert view.metadata == {"b": "2"} and view.stats["turns"] == 2
+
+    asyncio.run(run())
+
+
+def test_what_a_crash_leaves_can_be_used(service):
+    """Between the two steps of a first commit there is a session without a version."""
+
+    async def run():
+        service.store.create("t", "s")
+        assert (await say(service, "s", "a")).version == 1
+
+    asyncio.run(run())
+
+
+def test_draining(service):
+    async def run():
+        turn = await service.answer("t", "s", user("a"), Sampling(max_tokens=40, temperature=0), create=True)
+        drained = asyncio.create_task(service.drain())
+        await asyncio.sleep(0)
+        with pytest.raises(OverloadedError):
+            await say(service, "other", "b")
+        assert await service.ready() == ["the server is about to stop"]
+        assert not drained.done()
+        assert (await turn.finish()).version == 1
+        await drained
+
+    asyncio.run(run())
+
+
+def test_ready(service, monkeypatch):
+    async def run():
+        assert await service.ready() == []
+        monkeypatch.setattr(service.engine, "idle_seconds", lambda: 100.0)
+        assert "silent for 100 s" in (await service.ready())[0]
+
+    asyncio.run(run())
+
+
+def test_a_dead_engine_refuses(service):
+    async def run():
+        service.engine.close()
+        with pytest.raises(EngineError):
+            await say(service, "s", "a")
+        with pytest.raises(EngineError):  # and the conversation is not busy for ever
+            await say(service, "s", "a")
+
+    asyncio.run(run())
