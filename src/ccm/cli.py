@@ -19,6 +19,9 @@ from .evaluation.command import EPILOG as _EVAL_EPILOG
 from .evaluation.command import evaluate
 from .evaluation.report.command import EPILOG as _REPORT_EPILOG
 from .evaluation.report.command import report
+from .serving.command import EPILOG as _SERVE_EPILOG
+from .serving.command import KEY_EPILOG as _KEY_EPILOG
+from .serving.command import key, serve
 from .training.command import EPILOG as _TRAIN_EPILOG
 from .training.command import train
 
@@ -181,6 +184,8 @@ app.command(epilog=_TRAIN_EPILOG)(train)
 
 app.command("eval", epilog=_EVAL_EPILOG)(evaluate)
 app.command(epilog=_REPORT_EPILOG)(report)
+app.command(epilog=_SERVE_EPILOG)(serve)
+app.command(epilog=_KEY_EPILOG)(key)
 
 
 # ---------------------------------------------------------------------- memory, doctor

@@ -87,6 +87,12 @@ def unknown(entries: Sequence[dict[str, Any]], messages: Sequence[Message]) -> l
     return None
 
 
+def instructed(entries: Sequence[dict[str, Any]], instructions: Message) -> bool:
+    """Whether the last instructions that the conversation knows are these."""
+    known = [entry["sha256"] for entry in current(entries) if entry["role"] == "system"]
+    return known[-1:] == [_digest(instructions)]
+
+
 def _digest(message: Message) -> str:
     """Clients trim what they show, hence without the blanks around it."""
     return hashlib.sha256(f"{message.role}\0{message.content.strip()}".encode()).hexdigest()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
@@ -30,10 +31,10 @@ from .engine import (
     Engine,
     Event,
     Job,
-    OverloadedError,
     PaddedEngine,
     Result,
     Sampling,
+    StoppingError,
     segments_of,
 )
 from .history import Entry, Message
@@ -44,6 +45,11 @@ __all__ = ["BusyError", "Entry", "Message", "Outcome", "Sampling", "Service", "S
 
 #: Seconds of silence after which the model's thread counts as hung; a step takes far less.
 SILENCE = 60.0
+
+
+def new_id(kind: str) -> str:
+    """An id that cannot be guessed."""
+    return f"{kind}_{secrets.token_urlsafe(24)}"
 
 
 class BusyError(ConflictError):
@@ -152,6 +158,7 @@ class Turn:
     """An answer on its way: an async iterator of pieces of text. When it ends, the turn is committed.
 
     Attributes:
+        session, version: of the conversation once the turn is committed; None and 0 for a stateless answer.
         outcome: set at the end.
 
     Raises (while iterating):
@@ -167,7 +174,10 @@ class Turn:
         job: Job,
         commit: Callable[[Result], Awaitable[Outcome]],
         release: Callable[[], None],
+        session: str | None = None,
+        version: int = 0,
     ):
+        self.session, self.version = session, version
         self._commit, self._release = commit, release
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._ended = False
@@ -177,7 +187,11 @@ class Turn:
             with suppress(RuntimeError):  # the loop is closed: nobody listens any more
                 loop.call_soon_threadsafe(self._events.put_nowait, event)
 
-        self._ticket = engine.submit(job, listener)
+        try:
+            self._ticket = engine.submit(job, listener)
+        except BaseException:
+            release()
+            raise
 
     def __aiter__(self) -> AsyncIterator[str]:
         return self
@@ -374,12 +388,12 @@ class Service:
         """
         self._open()
         if session is None:
-            held = _Held("", 0, self.compressor.empty())
+            held = self._new()
         else:
             held = await self._load(tenant, session, version=version)
             entries = await asyncio.to_thread(self.store.transcript, tenant, session, held.version)
-            held = replace(held, version=0, entries=tuple(entries))
-        made = await self._take_in(tenant, replace(held, session=""), messages)
+            held = replace(held, session=new_id("mem"), version=0, entries=tuple(entries))
+        made = await self._take_in(tenant, held, messages)
         view = await self.view(tenant, made)
         return view, view.stats["tokens_seen"] - self._stats(held.memory, 0)["tokens_seen"]
 
@@ -395,6 +409,8 @@ class Service:
         create: bool = False,
         resent: bool = False,
         version: int | None = None,
+        branch: bool = False,
+        instructions: str | None = None,
     ) -> Turn:
         """Begin to answer.
 
@@ -406,27 +422,33 @@ class Service:
             create: begin the conversation if it is not there, or, with session "", one with a new id.
             resent: the messages may repeat what the conversation knows.
             version: go on from this version; if it is not the newest, in a branch with a new id.
+            branch: go on from that version in a branch in any case.
+            instructions: a system message that is taken in first, unless it is the last one that is known.
 
         Raises:
             ConfigError: nothing to answer, or more than the model's context can hold.
             ConflictError: the messages tell another history than the conversation's.
             BusyError: a turn of this conversation is running.
-            OverloadedError: too many turns are waiting, or the server is about to stop.
+            OverloadedError: too many turns are waiting.
+            StoppingError: the server is about to stop.
         """
         self._open()
         if not messages:
             raise ConfigError("messages: got none, expected at least one to answer")
         if session is None:
-            return self._stateless(messages, sampling)
+            system = [] if instructions is None else [Message("system", instructions)]
+            return self._stateless([*system, *messages], sampling)
         alone = self._alone(tenant, session) if session and version is None else _Nothing()
         try:
             alone.__enter__()
-            held = await self._begin(tenant, session, create, version)
+            held = await self._begin(tenant, session, create, version, branch)
             if version is not None and held.version:
                 alone = self._alone(tenant, session)
                 alone.__enter__()
             if resent and held.version and len(messages) > 1:
                 held, messages = await self._compare(tenant, held, messages)
+            if instructions is not None:
+                messages = [*await self._instructions(tenant, held, instructions), *messages]
             return self._turn(tenant, held, messages, sampling, alone.release)
         except BaseException:
             alone.release()
@@ -487,11 +509,7 @@ class Service:
             done()
             release()
 
-        try:
-            return Turn(self.engine, job, commit, both)
-        except BaseException:
-            done()
-            raise
+        return Turn(self.engine, job, commit, both, held.session, held.version + 1)
 
     async def _compare(
         self, tenant: str, held: _Held, messages: Sequence[Message]
@@ -511,6 +529,14 @@ class Service:
         if not new:
             raise ConfigError("the conversation knows all of these messages: add one to answer")
         return held, new
+
+    async def _instructions(self, tenant: str, held: _Held, instructions: str) -> list[Message]:
+        message = Message("system", instructions)
+        entries = list(held.entries)
+        if held.version:
+            known = await asyncio.to_thread(self.store.transcript, tenant, held.session, held.version)
+            entries = [*known, *entries]
+        return [] if history.instructed(entries, message) else [message]
 
     # ------------------------------------------------------------------ life
 
@@ -532,9 +558,13 @@ class Service:
                 self.metrics.expired.inc(await asyncio.to_thread(self.store.purge))
             await asyncio.sleep(every)
 
+    def stop_taking(self) -> None:
+        """Take no new turns."""
+        self._draining = True
+
     async def drain(self) -> None:
         """Take no new turns, and wait for those that run."""
-        self._draining = True
+        self.stop_taking()
         while self._turns:
             await asyncio.sleep(0.02)
 
@@ -547,7 +577,7 @@ class Service:
 
     def _open(self) -> None:
         if self._draining:
-            raise OverloadedError("the server is about to stop: send this to another one, or later", 10)
+            raise StoppingError("the server is about to stop: send this to another one, or later", 10)
 
     def _alone(self, tenant: str, session: str) -> _Alone:
         return _Alone(self._busy, (tenant, session))
@@ -564,23 +594,27 @@ class Service:
 
         return done
 
-    async def _begin(self, tenant: str, session: str, create: bool, version: int | None) -> _Held:
-        new = _Held(session, 0, self.compressor.empty())
+    async def _begin(
+        self, tenant: str, session: str, create: bool, version: int | None, branch: bool
+    ) -> _Held:
         if not session:
-            return new
+            return self._new()
         try:
             held = await self._load(tenant, session, version=version)
         except NotFoundError:
             if create and version is None:
-                return new
+                return _Held(session, 0, self.compressor.empty())
             raise
         if version is None:
             return held
         newest = await asyncio.to_thread(self.store.info, tenant, session)
-        if newest.version == version:
+        if newest.version == version and not branch:
             return held
         entries = await asyncio.to_thread(self.store.transcript, tenant, session, version)
-        return replace(held, session="", version=0, entries=tuple(entries))
+        return replace(held, session=new_id("mem"), version=0, entries=tuple(entries))
+
+    def _new(self) -> _Held:
+        return _Held(new_id("mem"), 0, self.compressor.empty())
 
     async def _load(self, tenant: str, session: str, version: int | None = None, anew: bool = False) -> _Held:
         """A conversation as it is stored; ``anew`` with an empty memory in place of its own."""
@@ -643,11 +677,8 @@ class Service:
             made.append(session)
             return Outcome("", "stop", 0, 0, 0)
 
-        done = self._count()
-        try:
-            await Turn(self.engine, Job(held.memory, self.settings.budget, segments), commit, done).finish()
-        finally:
-            done()
+        job = Job(held.memory, self.settings.budget, segments)
+        await Turn(self.engine, job, commit, self._count()).finish()
         return made[0]
 
     async def _commit(
@@ -665,7 +696,7 @@ class Service:
             *(history.note(m, n, self.settings.texts) for m, n in zip(messages, lengths, strict=True)),
         ]
         if not held.version:
-            session = await self._make(tenant, held.session or None, held.metadata, memory, turns, entries)
+            session = await self._make(tenant, held.session, held.metadata, memory, turns, entries)
             return session, 1, self._stats(memory, turns)
         snapshot = await asyncio.to_thread(self._snapshot, memory, turns, held.metadata)
         stored = await self._store(tenant, held.session, held.version, snapshot, entries)
@@ -680,13 +711,14 @@ class Service:
         turns: int,
         entries: Sequence[dict[str, Any]],
     ) -> str:
-        """A new session with a first version."""
+        """A new session with a first version; without an id it gets one that cannot be guessed."""
+        session = session or new_id("conv")
         snapshot = await asyncio.to_thread(self._snapshot, memory, turns, metadata)
         try:
-            session = await asyncio.to_thread(self.store.create, tenant, session)
+            await asyncio.to_thread(self.store.create, tenant, session)
         except ConflictError:
             # one without a version is what a killed server left between the two steps
-            if session is None or (await asyncio.to_thread(self.store.info, tenant, session)).version:
+            if (await asyncio.to_thread(self.store.info, tenant, session)).version:
                 raise
         await self._store(tenant, session, 0, snapshot, entries)
         return session

@@ -8,6 +8,7 @@ from .base import (
     OverloadedError,
     Result,
     Sampling,
+    StoppingError,
     Ticket,
     segments_of,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "PaddedEngine",
     "Result",
     "Sampling",
+    "StoppingError",
     "Ticket",
     "segments_of",
 ]

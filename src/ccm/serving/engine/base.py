@@ -38,6 +38,10 @@ class OverloadedError(CCMError):
         self.retry_after = retry_after
 
 
+class StoppingError(OverloadedError):
+    """The server is about to stop and takes no new turns."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How an answer is written.

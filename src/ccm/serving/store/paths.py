@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 from ...errors import ConfigError
 
@@ -19,3 +19,8 @@ def path_of(url: str) -> Path:
     if path in ("", "/") or path.startswith("//") or "\0" in path:
         raise ConfigError(f"store {url!r}: expected {scheme}:///absolute/path or {scheme}:relative/path")
     return Path(path)
+
+
+def url_of(scheme: str, path: Path) -> str:
+    """The URL that :func:`path_of` reads as ``path``, which is absolute."""
+    return f"{scheme}://{quote(str(path))}"

@@ -1,0 +1,94 @@
+"""POST /v1/chat/completions: the header X-Session-Id names the conversation; without it nothing is remembered."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ..service import Outcome, Turn
+from .common import ServiceDep, Tenant, check_model
+from .schemas import ChatBody, SessionId
+from .stream import EventStream, event, unless_gone
+
+router = APIRouter(prefix="/v1", tags=["chat"])
+
+
+@router.post("/chat/completions", response_model=None)
+async def complete(
+    body: ChatBody,
+    request: Request,
+    service: ServiceDep,
+    tenant: Tenant,
+    x_session_id: Annotated[
+        SessionId | None, Header(description="Which conversation; it begins with its first turn.")
+    ] = None,
+) -> Response | dict[str, Any]:
+    """Answer the last message. A history that is sent again is recognised; only what is new is read."""
+    check_model(service, body.model)
+    turn = await service.answer(
+        tenant,
+        x_session_id,
+        [message.message() for message in body.messages],
+        body.sampled(),
+        create=True,
+        resent=True,
+    )
+    frame = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": service.name}
+    if body.stream:
+        usage = bool(body.stream_options and body.stream_options.include_usage)
+        return EventStream(_events(turn, frame, usage))
+    outcome = await unless_gone(request, turn.finish())
+    choice = {
+        "index": 0,
+        "message": {"role": "assistant", "content": outcome.text, "refusal": None},
+        "logprobs": None,
+        "finish_reason": outcome.finish_reason,
+    }
+    return {
+        **frame,
+        "object": "chat.completion",
+        "choices": [choice],
+        "usage": _usage(outcome),
+        **memory(outcome),
+    }
+
+
+async def _events(turn: Turn, frame: dict[str, Any], usage: bool) -> AsyncGenerator[str, None]:
+    frame = {**frame, "object": "chat.completion.chunk"}
+
+    def chunk(delta: dict[str, Any], finish: str | None = None, **more: Any) -> str:
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
+        return event({**frame, "choices": [choice], **more})
+
+    async with aclosing(turn):
+        yield chunk({"role": "assistant", "content": ""})
+        async for piece in turn:
+            yield chunk({"content": piece})
+        outcome = turn.outcome
+        yield chunk({}, outcome.finish_reason, **memory(outcome))
+        if usage:
+            yield event({**frame, "choices": [], "usage": _usage(outcome)})
+        yield event("[DONE]")
+
+
+def _usage(outcome: Outcome) -> dict[str, Any]:
+    return {
+        "prompt_tokens": outcome.prompt_tokens,
+        "completion_tokens": outcome.completion_tokens,
+        "total_tokens": outcome.prompt_tokens + outcome.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": outcome.known_tokens},
+    }
+
+
+def memory(outcome: Outcome) -> dict[str, Any]:
+    """What the conversation's memory holds after the turn, as a field of its own; none without a conversation."""
+    if outcome.session is None:
+        return {}
+    return {"memory": {"session": outcome.session, "version": outcome.version, **(outcome.stats or {})}}

@@ -1,0 +1,110 @@
+"""Conversations and their items, as OpenAI's clients know them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query
+
+from ..history import Entry
+from ..service import View
+from .common import ServiceDep, Session, Tenant
+from .errors import ApiError
+from .schemas import ConversationBody, ItemsBody, MetadataBody
+
+router = APIRouter(prefix="/v1/conversations", tags=["conversations"])
+
+
+@router.post("")
+async def create(service: ServiceDep, tenant: Tenant, body: ConversationBody | None = None) -> dict[str, Any]:
+    """Begin a conversation, with items that are taken in."""
+    body = body or ConversationBody()
+    messages = [item.message() for item in body.items or []]
+    return _shown(await service.create(tenant, metadata=body.metadata, messages=messages))
+
+
+@router.get("/{session}")
+async def retrieve(session: Session, service: ServiceDep, tenant: Tenant) -> dict[str, Any]:
+    return _shown(await service.view(tenant, session))
+
+
+@router.post("/{session}")
+async def update(session: Session, body: MetadataBody, service: ServiceDep, tenant: Tenant) -> dict[str, Any]:
+    """Put other metadata in place."""
+    return _shown(await service.update(tenant, session, body.metadata))
+
+
+@router.delete("/{session}")
+async def delete(session: Session, service: ServiceDep, tenant: Tenant) -> dict[str, Any]:
+    """Forget it: memory, versions and texts."""
+    await service.delete(tenant, session)
+    return {"id": session, "object": "conversation.deleted", "deleted": True}
+
+
+@router.post("/{session}/items")
+async def append(session: Session, body: ItemsBody, service: ServiceDep, tenant: Tenant) -> dict[str, Any]:
+    """Take items in without an answer."""
+    before = await service.timeline(tenant, session)
+    await service.append(tenant, session, [item.message() for item in body.items])
+    after = await service.timeline(tenant, session)
+    return _page(after[len(before) :], len(before), False)
+
+
+@router.get("/{session}/items")
+async def items(
+    session: Session,
+    service: ServiceDep,
+    tenant: Tenant,
+    after: str | None = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    order: Literal["asc", "desc"] = "desc",
+) -> dict[str, Any]:
+    """What was said, if texts are kept."""
+    turns = list(enumerate(await service.timeline(tenant, session)))
+    if any(turn.content is None for _, turn in turns):
+        raise ApiError(400, "the texts of this conversation were not kept")
+    turns = turns if order == "asc" else turns[::-1]
+    if after is not None:
+        places = [i for i, (n, _) in enumerate(turns) if _item_id(n) == after]
+        if not places:
+            raise ApiError(404, f"after: there is no item {after[:80]!r}", "after")
+        turns = turns[places[0] + 1 :]
+    data = [_item(turn, n) for n, turn in turns[:limit]]
+    return _list(data, len(turns) > limit)
+
+
+def _shown(view: View) -> dict[str, Any]:
+    return {
+        "id": view.session,
+        "object": "conversation",
+        "created_at": int(view.created),
+        "metadata": view.metadata,
+    }
+
+
+def _page(turns: Sequence[Entry], first: int, more: bool) -> dict[str, Any]:
+    return _list([_item(turn, n) for n, turn in enumerate(turns, first)], more)
+
+
+def _list(data: list[dict[str, Any]], more: bool) -> dict[str, Any]:
+    ends = (data[0]["id"], data[-1]["id"]) if data else ("", "")
+    return {"object": "list", "data": data, "first_id": ends[0], "last_id": ends[1], "has_more": more}
+
+
+def _item_id(place: int) -> str:
+    return f"msg_{place}"
+
+
+def _item(turn: Entry, place: int) -> dict[str, Any]:
+    kind = "output_text" if turn.role == "assistant" else "input_text"
+    part: dict[str, Any] = {"type": kind, "text": turn.content or ""}
+    if kind == "output_text":
+        part |= {"annotations": [], "logprobs": []}
+    return {
+        "type": "message",
+        "id": _item_id(place),
+        "role": turn.role,
+        "status": "completed",
+        "content": [part],
+    }

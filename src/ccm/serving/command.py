@@ -1,0 +1,208 @@
+"""``ccm serve`` and ``ccm key``. Heavy imports wait until they run, so that help is quick."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import ConfigError, MissingPackageError
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from .service import Service
+
+EPILOG = "Example: ccm serve --port 8000 --api-keys keys.txt --store postgresql://localhost/ccm"
+KEY_EPILOG = "Example: ccm key alice --api-keys keys.txt"
+DAY = 86400
+
+
+def serve(
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; other than loopback needs --api-keys.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    store: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="sqlite:///FILE, dir:///FOLDER, redis://… or postgresql://…",
+            show_default="a file in your state folder",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Folder or hub id of a causal language model.", show_default="embedded"),
+    ] = None,
+    adapter: Annotated[str, typer.Option(help="Shipped adapter, folder or hub id.")] = "ccm-merge",
+    api_keys: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Who may come in (ccm key); without it this machine alone."),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads.", show_default="torch's choice")
+    ] = None,
+    slots: Annotated[
+        int | None, typer.Option(min=1, help="Slots per segment.", show_default="the adapter's")
+    ] = None,
+    sink: Annotated[int, typer.Option(min=0, help="First raw tokens that stay.")] = 4,
+    window: Annotated[int, typer.Option(min=0, help="Newest raw tokens that stay.")] = 64,
+    resend: Annotated[
+        str, typer.Option(help="A history that differs from the known one: refuse, or rebuild the memory.")
+    ] = "refuse",
+    texts: Annotated[bool, typer.Option(help="Keep what was said beside the memories.")] = True,
+    precision: Annotated[str, typer.Option(help="Of stored memories: float32, bfloat16, int8.")] = "float32",
+    ttl: Annotated[
+        float | None,
+        typer.Option(min=0, metavar="DAYS", help="Forget conversations so long after their end."),
+    ] = None,
+    keep: Annotated[int, typer.Option(min=1, help="Versions kept of each conversation.")] = 4,
+    sessions: Annotated[
+        int | None, typer.Option(min=1, help="Conversations per tenant.", show_default="any number")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Turns that run at once.")] = 16,
+    queue: Annotated[int, typer.Option(min=0, help="Turns that may wait; more are told to come back.")] = 64,
+    drain: Annotated[int, typer.Option(min=0, metavar="SECONDS", help="For running turns at the end.")] = 30,
+) -> None:
+    """Serve OpenAI's clients: one persistent compressed memory for every conversation, and a web page."""
+    from .keys import Keys
+
+    try:
+        from .api.guard import is_loopback
+    except ImportError as error:
+        raise MissingPackageError(
+            "the server needs more packages: pip install 'compressed-context-memory[serve]'"
+        ) from error
+    if api_keys is None and not is_loopback(host):
+        raise ConfigError(
+            f"--host {host} is open to other machines: give --api-keys FILE (make one with: ccm key NAME "
+            "--api-keys FILE), or listen on 127.0.0.1"
+        )
+    keys = None if api_keys is None else Keys.read(api_keys)
+    listener = _listen(host, port)
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with console.status("Loading the model"):
+        service = _service(
+            store=store or default_store(),
+            limits={"keep": keep, "ttl": None if ttl is None else ttl * DAY, "sessions": sessions},
+            model=model,
+            adapter=adapter,
+            threads=threads,
+            sizes={"slots": slots, "sink": sink, "window": window},
+            settings={"texts": texts, "resend": resend, "precision": precision},
+            rows=batch,
+            waiting=queue,
+        )
+    from .api import create_app
+
+    _run(create_app(service, keys=keys), service, listener, drain)
+
+
+def key(
+    tenant: Annotated[str, typer.Argument(help="Whose key.")],
+    api_keys: Annotated[Path, typer.Option(metavar="FILE", help="File of keys; made if it is not there.")],
+) -> None:
+    """Make an API key for ccm serve. It is shown once; the file holds its digest."""
+    from .keys import Keys
+
+    typer.echo(Keys.add(api_keys, tenant))
+
+
+def default_store() -> str:
+    """A SQLite file in the user's state folder."""
+    from .store.paths import url_of
+
+    folder = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "ccm"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return url_of("sqlite", folder / "memories.db")
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """The socket, before anything slow is done."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {host}:{port}: {error.strerror or error}; give another --port"
+        ) from error
+    return listener
+
+
+def _service(
+    *,
+    store: str,
+    limits: dict[str, Any],
+    model: str | None,
+    adapter: str,
+    threads: int | None,
+    sizes: dict[str, int | None],
+    settings: dict[str, Any],
+    rows: int,
+    waiting: int,
+) -> Service:
+    import torch
+
+    from ..compressor import Compressor
+    from ..models import load_model
+    from ..session import Session
+    from .engine import PaddedEngine
+    from .metrics import Metrics
+    from .service import Service, Settings
+    from .store import Limits, open_store
+
+    opened = open_store(store, Limits(**limits))
+    if threads:
+        torch.set_num_threads(threads)
+    language_model, tokenizer = load_model(model)
+    compressor = Compressor.from_pretrained(language_model, adapter)
+    budget = Session(compressor, tokenizer, **sizes).budget
+    chosen = Settings(Path(adapter).name, budget, **settings)
+    metrics = Metrics()
+    engine = PaddedEngine(compressor, tokenizer, rows=rows, waiting=waiting, metrics=metrics)
+    return Service(compressor, tokenizer, opened, chosen, engine, metrics)
+
+
+def _run(app: FastAPI, service: Service, listener: socket.socket, drain: int) -> None:
+    """Until SIGTERM or Ctrl-C; then running turns end first."""
+    import logging
+    import sys
+
+    import uvicorn
+
+    access = logging.getLogger("ccm.access")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))  # lines of JSON
+    access.addHandler(handler)
+    access.setLevel(logging.INFO)
+    access.propagate = False
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets=sockets)
+            address = listener.getsockname()
+            host = f"[{address[0]}]" if ":" in address[0] else address[0]
+            typer.echo(f"{service.name} on http://{host}:{address[1]} (the page), /v1 (OpenAI's clients)")
+
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            service.stop_taking()
+            super().handle_exit(sig, frame)
+
+    config = uvicorn.Config(
+        app, log_config=None, access_log=False, timeout_graceful_shutdown=drain, server_header=False
+    )
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        Server(config).run(sockets=[listener])  # raises its signals again at the end, hence ignored
+    finally:
+        for number, known in before.items():
+            signal.signal(number, known)

@@ -1,0 +1,573 @@
+"""The server over HTTP: what OpenAI's own client does with it, and what it refuses."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import socket
+import time
+
+import httpx
+import openai
+import pytest
+from serving import BUDGET, MODEL, serving, tiny_service
+from tiny import tiny_compressor, tiny_tokenizer
+
+from ccm import Session
+from ccm.errors import ConfigError, StorageError
+from ccm.serving.api import HttpLimits
+from ccm.serving.keys import Keys
+from ccm.serving.store import Limits
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with serving(tiny_service(tmp_path_factory.mktemp("store"))) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def http(server):
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture
+def alone():
+    """A session of the library on the same weights: what the server must say."""
+    tokenizer = tiny_tokenizer()
+    compressor = tiny_compressor(model={"vocab_size": len(tokenizer), "max_position_embeddings": 512})
+    return Session(
+        compressor,
+        tokenizer,
+        slots=BUDGET.slots,
+        sink=BUDGET.sink,
+        window=BUDGET.window,
+        segment=BUDGET.segment,
+    )
+
+
+def user(text):
+    return [{"role": "user", "content": text}]
+
+
+def ask(client, text, session=None, messages=None, **options):
+    headers = {"X-Session-Id": session} if session else {}
+    options = {"model": MODEL, "temperature": 0, "max_tokens": 10, **options}
+    return client.chat.completions.create(messages=messages or user(text), extra_headers=headers, **options)
+
+
+# ------------------------------------------------------------------ chat completions
+
+
+def test_a_chat_remembers_by_its_header(client, alone):
+    for text in ("my cat is Miso", "what is it?"):
+        answer = ask(client, text, "chat-1")
+        assert answer.choices[0].message.content == alone.generate(text, max_new_tokens=10, do_sample=False)
+    assert answer.model == MODEL and answer.object == "chat.completion"
+    assert answer.memory["tokens_seen"] == alone.stats()["tokens_seen"]
+    assert answer.memory["version"] == 2
+    assert answer.usage.prompt_tokens_details.cached_tokens > 20
+    other = ask(client, "what is it?", "chat-2")  # negative control: another conversation knows nothing of it
+    assert other.choices[0].message.content != answer.choices[0].message.content
+    assert other.usage.prompt_tokens_details.cached_tokens == 0
+
+
+def test_without_a_session_nothing_is_kept(client, http):
+    before = http.get("/v1/memories").json()["data"]
+    first = ask(client, "hello")
+    assert ask(client, "hello").choices[0].message.content == first.choices[0].message.content
+    assert not hasattr(first, "memory") or first.memory is None
+    assert ask(client, "hello", user="somebody").model == MODEL  # `user` never names a conversation
+    assert http.get("/v1/memories").json()["data"] == before
+
+
+def test_streaming(client):
+    whole = ask(client, "go on", "stream-1")
+    chunks = list(ask(client, "go on", "stream-2", stream=True, stream_options={"include_usage": True}))
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert text == whole.choices[0].message.content
+    *_, last, usage = chunks
+    assert last.choices[0].finish_reason == whole.choices[0].finish_reason
+    assert last.memory["version"] == 1 and usage.usage == whole.usage
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_a_history_that_is_sent_again(client):
+    first = ask(client, "my dog is Rex", "resent").choices[0].message
+    history = [*user("my dog is Rex"), first, *user("who?")]
+    second = ask(client, "", "resent", history)
+    assert second.memory["version"] == 2
+    assert second.usage.prompt_tokens_details.cached_tokens > 0
+    with pytest.raises(openai.ConflictError, match="another history"):
+        ask(client, "", "resent", [*user("something else"), first, *user("who?")])
+
+
+def test_settings_of_an_answer(client):
+    long = ask(client, "go on", max_completion_tokens=30).choices[0]
+    text = long.message.content
+    assert len(ask(client, "go on", max_tokens=5).choices[0].message.content) < len(text)
+    stop = text[3]
+    cut = ask(client, "go on", max_tokens=30, stop=[stop]).choices[0]
+    assert cut.message.content == text[: text.index(stop)].rstrip() and cut.finish_reason == "stop"
+    seeds = [ask(client, "go on", temperature=1.5, seed=s).choices[0].message.content for s in (1, 1, 2)]
+    assert seeds[0] == seeds[1] != seeds[2]
+    assert ask(client, "go on", extra_body={"repetition_penalty": 2.0}).choices[0].message.content
+    parts = [
+        {"role": "developer", "content": [{"type": "text", "text": "be"}, {"type": "text", "text": " kind"}]}
+    ]
+    assert ask(client, "", messages=[*parts, *user("hi")]).choices
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "code"),
+    [
+        ({"n": 2}, "n", "invalid_value"),
+        ({"logprobs": True}, "logprobs", "invalid_value"),
+        ({"tools": [{"type": "function"}]}, "tools", "invalid_value"),
+        ({"response_format": {"type": "json_object"}}, "response_format.type", "invalid_value"),
+        ({"temperature": 3}, "temperature", "invalid_value"),
+        ({"max_tokens": 0}, "max_tokens", "invalid_value"),
+        ({"max_tokens": "many"}, "max_tokens", "invalid_value"),
+        ({"logit_bias": {"5": 1}}, "logit_bias", "unsupported_parameter"),
+        ({"no_such": 1}, "no_such", "unsupported_parameter"),
+        ({"messages": []}, "messages", "invalid_value"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "invalid_value"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, None, "invalid_value"),
+        ({"messages": [{"role": "user", "content": "  "}]}, None, "invalid_value"),
+        ({"stop": [""]}, None, "invalid_value"),
+        ({"model": "gpt-4"}, "model", "model_not_found"),
+    ],
+)
+def test_what_is_not_supported_is_refused(http, change, param, code):
+    body = {"model": MODEL, "messages": user("hi"), **change}
+    answer = http.post("/v1/chat/completions", json=body)
+    error = answer.json()["error"]
+    assert answer.status_code == (404 if code == "model_not_found" else 400)
+    assert error["code"] == code and error["message"] and error["type"] == "invalid_request_error"
+    assert param is None or error["param"] == param
+
+
+# ------------------------------------------------------------------ responses
+
+
+def respond(client, text, **options):
+    return client.responses.create(
+        **{"model": MODEL, "input": text, "temperature": 0, "max_output_tokens": 10, **options}
+    )
+
+
+def test_responses_in_a_chain_and_in_branches(client, alone):
+    first = respond(client, "my cat is Miso")
+    assert first.output_text == alone.generate("my cat is Miso", max_new_tokens=10, do_sample=False)
+    second = respond(client, "what is it?", previous_response_id=first.id)
+    assert second.output_text == alone.generate("what is it?", max_new_tokens=10, do_sample=False)
+    assert second.usage.input_tokens_details.cached_tokens > 0
+    branch = respond(client, "what is it?", previous_response_id=first.id)
+    assert branch.output_text == second.output_text
+    assert branch.memory["session"] != second.memory["session"] == first.memory["session"]
+    with pytest.raises(openai.NotFoundError):
+        respond(client, "x", previous_response_id="resp_none.1")
+    with pytest.raises(openai.NotFoundError):
+        respond(client, "x", previous_response_id="rubbish")
+
+
+def test_conversations(client):
+    made = client.conversations.create(
+        metadata={"topic": "cats"}, items=[{"role": "user", "content": "my cat is Miso"}]
+    )
+    assert made.metadata == {"topic": "cats"}
+    answer = respond(client, "what is it?", conversation=made.id)
+    assert answer.conversation.id == made.id and answer.memory["turns"] == 3
+    again = respond(client, "and?", conversation={"id": made.id})
+    assert again.memory["version"] == answer.memory["version"] + 1
+    added = client.conversations.items.create(made.id, items=[{"role": "user", "content": "by the way"}])
+    assert [item.content[0].text for item in added.data] == ["by the way"]
+    items = list(client.conversations.items.list(made.id, order="asc", limit=2))
+    assert [item.role for item in items] == ["user", "user", "assistant", "user", "assistant", "user"]
+    assert client.conversations.update(made.id, metadata={"topic": "dogs"}).metadata == {"topic": "dogs"}
+    assert client.conversations.retrieve(made.id).metadata == {"topic": "dogs"}
+    assert client.conversations.delete(made.id).deleted
+    for call in (client.conversations.retrieve, client.conversations.delete):
+        with pytest.raises(openai.NotFoundError):
+            call(made.id)
+    with pytest.raises(openai.NotFoundError):  # an unknown one is not made on the way
+        respond(client, "x", conversation=made.id)
+
+
+def test_response_events(client):
+    said = next(
+        text for text in "abcdefgh" if respond(client, text, max_output_tokens=200).status == "completed"
+    )
+    whole = respond(client, said, max_output_tokens=200)
+    events = list(respond(client, said, max_output_tokens=200, stream=True))
+    kinds = [event.type for event in events]
+    assert kinds[:4] == [
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.content_part.added",
+    ]
+    assert kinds[-4:-1] == [
+        "response.output_text.done",
+        "response.content_part.done",
+        "response.output_item.done",
+    ]
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    text = "".join(event.delta for event in events if event.type == "response.output_text.delta")
+    final = events[-1].response
+    assert text == final.output_text == whole.output_text and kinds[-1] == "response.completed"
+    assert final.id == events[0].response.id
+    assert respond(client, "more", previous_response_id=final.id).memory["version"] == 2
+    with client.responses.stream(model=MODEL, input=said, temperature=0, max_output_tokens=200) as stream:
+        assert stream.get_final_response().output_text == text  # the client's own bookkeeping agrees
+    cut = list(respond(client, "go on", max_output_tokens=2, stream=True))[-1]
+    assert cut.type == "response.incomplete"
+    assert cut.response.incomplete_details.reason == "max_output_tokens"
+
+
+def test_instructions_are_taken_in_once(client):
+    first = respond(client, "hi", instructions="be kind")
+    second = respond(client, "hi", instructions="be kind", previous_response_id=first.id)
+    third = respond(client, "hi", instructions="be brief", previous_response_id=second.id)
+    assert [r.memory["turns"] for r in (first, second, third)] == [3, 5, 8]
+
+
+def test_not_stored(client, http):
+    before = len(http.get("/v1/memories").json()["data"])
+    answer = respond(client, "hi", store=False)
+    assert answer.output_text and len(http.get("/v1/memories").json()["data"]) == before
+    with pytest.raises(openai.NotFoundError):
+        respond(client, "x", previous_response_id=answer.id)
+    with pytest.raises(openai.BadRequestError, match="store"):
+        respond(client, "x", store=False, previous_response_id=respond(client, "hi").id)
+
+
+def test_compaction(client, alone):
+    said = [*user("my cat is Miso"), {"role": "assistant", "content": "nice"}]
+    compacted = client.responses.compact(model=MODEL, input=said)
+    assert compacted.object == "response.compaction" and compacted.output[-1].type == "compaction"
+    assert compacted.usage.input_tokens > 0
+    output = [item.model_dump(exclude_none=True) for item in compacted.output]
+    answers = [respond(client, [*output, *user("what is it?")]) for _ in range(2)]
+    for message in said:
+        alone.append(message["content"], role=message["role"])
+    expected = alone.generate("what is it?", max_new_tokens=10, do_sample=False)
+    assert [answer.output_text for answer in answers] == [expected] * 2  # it can be used again
+    more = client.responses.compact(model=MODEL, input=[*output, *user("and a dog")])
+    assert respond(client, [more.output[-1].model_dump(exclude_none=True), *user("hm")]).output_text
+    output[-1]["encrypted_content"] = "forged.1"
+    with pytest.raises(openai.NotFoundError):
+        respond(client, [*output, *user("x")])
+
+
+def test_the_async_client_many_at_a_time(server, client):
+    async def run():
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="-", timeout=60) as many:
+            return await asyncio.gather(*(ask(many, f"number {i}", f"many-{i}") for i in range(12)))
+
+    answers = asyncio.run(run())
+    for i, answer in enumerate(answers):
+        assert (
+            answer.choices[0].message.content
+            == ask(client, f"number {i}", f"few-{i}").choices[0].message.content
+        )
+
+
+# ------------------------------------------------------------------ memories
+
+
+def test_memories(client, http):
+    ask(client, "my cat is Miso, and my dog is Rex", "mine")
+    seen = http.get("/v1/memories/mine").json()
+    assert seen["stats"]["slots"] > 0 and seen["version"] == 1
+    assert [turn["role"] for turn in seen["turns"]] == ["user", "assistant"]
+    assert "mine" in [m["id"] for m in http.get("/v1/memories").json()["data"]]
+    fork = http.post("/v1/memories/mine/fork", json={"id": "twin"}).json()
+    assert fork["stats"] == seen["stats"]
+    assert http.post("/v1/memories/mine/fork", json={"id": "twin"}).status_code == 409
+    same = [ask(client, "and?", name).choices[0].message.content for name in ("mine", "twin")]
+    assert same[0] == same[1]
+    data = http.get("/v1/memories/mine/export").content
+    assert http.post("/v1/memories/import", params={"id": "back"}, content=data).json()["stats"]["turns"] == 4
+    assert http.post("/v1/memories/mine/rebuild").json()["stats"]["turns"] == 4
+    assert http.delete("/v1/memories/mine").json()["deleted"]
+    assert http.get("/v1/memories/mine").status_code == 404
+    error = http.post("/v1/memories/import", content=data[:-5]).json()["error"]
+    assert error["code"] == "invalid_memory" and error["type"] == "invalid_request_error"
+
+
+def test_pages_of_memories(client, http):
+    for name in ("page-a", "page-b", "page-c"):
+        ask(client, "x", name)
+    first = http.get("/v1/memories", params={"after": "page-", "limit": 2}).json()
+    assert [m["id"] for m in first["data"]] == ["page-a", "page-b"] and first["has_more"]
+    rest = http.get("/v1/memories", params={"after": "page-b", "limit": 1}).json()
+    assert rest["data"][0]["id"] == "page-c"
+
+
+# ------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "code"),
+    [
+        (b"{", 400, "invalid_json"),
+        (b"\xff\xfe{}", 400, None),
+        (b'{"model": "\xff"}', 400, None),
+        (b"[]", 400, "invalid_value"),
+        (b"", 400, "invalid_value"),
+        (b"[" * 100_000, 400, None),
+    ],
+)
+def test_bodies_that_are_no_json(http, content, status, code):
+    answer = http.post("/v1/chat/completions", content=content, headers={"Content-Type": "application/json"})
+    assert answer.status_code == status
+    assert code is None or answer.json()["error"]["code"] == code
+    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_addresses_that_are_not_there(http):
+    for method, path, status in (
+        ("GET", "/v1/none", 404),
+        ("GET", "/v1/chat/completions", 405),
+        ("GET", "/v1/models/none", 404),
+        ("GET", "/page/../../secret", 404),
+        ("GET", "/page/none.js", 404),
+        ("GET", "/v1/memories/none", 404),
+        ("POST", "/v1/memories/none/fork", 404),
+        ("GET", "/v1/memories/" + "x" * 201, 400),
+        ("GET", "/v1/memories?limit=0", 400),
+    ):
+        answer = http.request(method, path)
+        assert (answer.status_code, bool(answer.json()["error"]["message"])) == (status, True), path
+
+
+@pytest.mark.parametrize("name", ["a b", "a/b", "a?b", "x" * 201, "a%2fb"])
+def test_session_headers_that_are_no_ids(http, name):
+    body = {"model": MODEL, "messages": user("hi")}
+    answer = http.post("/v1/chat/completions", json=body, headers={"X-Session-Id": name})
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "x-session-id"
+
+
+def test_two_writers_on_one_conversation(server, client):
+    stream = ask(client, "go on", "locked", stream=True, max_tokens=200)
+    next(iter(stream))
+    with pytest.raises(openai.ConflictError) as caught:
+        ask(client, "me too", "locked")
+    assert caught.value.code == "conversation_locked"
+    stream.close()
+
+
+def test_a_client_that_goes_away_commits_nothing(server, client, http, monkeypatch):
+    monkeypatch.setattr(server.service.engine, "_ends", set())  # answers of known length
+    stream = ask(client, "go on", "left", stream=True, max_tokens=400)
+    next(iter(stream))
+    stream.close()
+    cancelled = server.service.metrics.cancelled
+    before = cancelled._value.get()
+    body = {"model": MODEL, "messages": user("go on"), "max_tokens": 400}
+    with pytest.raises(httpx.ReadTimeout):  # and one that waits for a whole answer
+        http.post("/v1/chat/completions", json=body, headers={"X-Session-Id": "left-2"}, timeout=0.1)
+    deadline = time.monotonic() + 20
+    while cancelled._value.get() < before + 1 or server.service._turns:
+        assert time.monotonic() < deadline, "the turns are still running"
+        time.sleep(0.02)
+    assert http.get("/v1/memories/left").status_code == 404
+    assert http.get("/v1/memories/left-2").status_code == 404
+    assert ask(client, "hi", "left").memory["version"] == 1
+
+
+def test_an_error_in_mid_stream_is_told(server, client, monkeypatch):
+    def broken(*args):
+        raise StorageError("the disk is full")
+
+    monkeypatch.setattr(server.service.store, "commit", broken)
+    with pytest.raises(openai.APIError, match="disk is full"):
+        list(ask(client, "x", "unlucky", stream=True))
+    with pytest.raises(openai.InternalServerError) as caught:
+        ask(client, "x", "unlucky-2")
+    assert caught.value.status_code == 503 and "Retry-After" in caught.value.response.headers
+
+
+def test_overload_and_limits(tmp_path):
+    service = tiny_service(tmp_path, waiting=0, limits=Limits(sessions=1))
+    with serving(service, limits=HttpLimits(body=2000, seconds=0.5)) as running:
+        client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="-", max_retries=0)
+        streams = [ask(client, "go on", stream=True, max_tokens=400, temperature=1.9) for _ in range(4)]
+        with pytest.raises(openai.RateLimitError) as caught:
+            ask(client, "x")
+        assert int(caught.value.response.headers["Retry-After"]) >= 1
+        for stream in streams:
+            stream.close()
+        with pytest.raises(openai.APIStatusError) as caught:
+            ask(client, "x" * 3000)
+        assert caught.value.status_code == 413
+        chunked = httpx.post(f"{running.url}/v1/responses", content=iter([b"x" * 1500] * 2))
+        assert chunked.status_code == 413
+        deadline = time.monotonic() + 20
+        while service._turns:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        ask(client, "x", "one")
+        with pytest.raises(openai.PermissionDeniedError) as caught:
+            ask(client, "x", "two")
+        assert caught.value.code == "insufficient_quota"
+        host, port = running.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as slow:  # a body that never comes
+            slow.sendall(b"POST /v1/responses HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\nx")
+            assert b"408" in slow.recv(1000)
+
+
+# ------------------------------------------------------------------ who may come in
+
+
+@pytest.fixture(scope="module")
+def locked(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("keys")
+    keys = {name: Keys.add(folder / "keys.txt", name) for name in ("alice", "bob")}
+    with serving(tiny_service(folder), Keys.read(folder / "keys.txt")) as running:
+        yield running, keys
+
+
+def test_tenants_come_from_keys_alone(locked):
+    running, keys = locked
+    alice, bob = (openai.OpenAI(base_url=f"{running.url}/v1", api_key=keys[n], max_retries=0) for n in keys)
+    assert ask(alice, "mine", "same-name").memory["version"] == 1
+    with httpx.Client(base_url=running.url, headers={"Authorization": f"Bearer {keys['bob']}"}) as http:
+        for method, path in (
+            ("GET", "/v1/memories/same-name"),
+            ("DELETE", "/v1/memories/same-name"),
+            ("GET", "/v1/memories/same-name/export"),
+            ("POST", "/v1/memories/same-name/fork"),
+            ("GET", "/v1/conversations/same-name/items"),
+        ):
+            foreign = http.request(method, path)
+            unknown = http.request(method, path.replace("same-name", "no-such"))
+            assert foreign.status_code == unknown.status_code == 404
+            assert foreign.text.replace("same-name", "no-such") == unknown.text  # not to be told apart
+        assert http.get("/v1/memories").json()["data"] == []
+    with pytest.raises(openai.NotFoundError):
+        respond(bob, "x", previous_response_id="resp_same-name.1")
+    assert ask(bob, "mine", "same-name").memory["version"] == 1
+    assert ask(alice, "and", "same-name").memory["version"] == 2
+
+
+@pytest.mark.parametrize("header", [None, "Bearer wrong", "Bearer", "Basic abc", "ccm-x"])
+def test_no_key_no_entry(locked, header):
+    running, _ = locked
+    headers = {"Authorization": header} if header else {}
+    with httpx.Client(base_url=running.url, headers=headers) as http:
+        for path in ("/v1/models", "/v1/memories", "/metrics"):
+            answer = http.get(path)
+            assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
+        assert http.get("/healthz").status_code == 200 and http.get("/readyz").status_code == 200
+
+
+def test_pages_of_other_sites_are_kept_out(http, locked):
+    for headers in ({"Host": "evil.example"}, {"Origin": "https://evil.example"}, {"Origin": "null"}):
+        assert http.get("/v1/memories", headers=headers).status_code == 403
+    assert http.get("/v1/memories", headers={"Origin": str(http.base_url).rstrip("/")}).status_code == 200
+    running, keys = locked  # with keys there is nothing that a page could do without one
+    headers = {"Host": "ccm.example", "Authorization": f"Bearer {keys['bob']}"}
+    assert httpx.get(f"{running.url}/v1/models", headers=headers).status_code == 200
+
+
+def test_key_files(tmp_path):
+    path = tmp_path / "keys.txt"
+    key = Keys.add(path, "alice")
+    assert path.stat().st_mode & 0o777 == 0o600 and key not in path.read_text()
+    assert Keys.read(path).tenant(key) == "alice" and Keys.read(path).tenant(key + "x") is None
+    second = Keys.add(path, "alice")
+    assert {Keys.read(path).tenant(k) for k in (key, second)} == {"alice"}
+    with pytest.raises(ConfigError, match="tenant"):
+        Keys.add(path, "a b")
+    path.chmod(0o644)
+    with pytest.raises(ConfigError, match="chmod 600"):
+        Keys.read(path)
+    path.chmod(0o600)
+    path.write_text("alice:123\n")
+    with pytest.raises(ConfigError, match="line 1"):
+        Keys.read(path)
+    path.write_text("# nothing\n")
+    with pytest.raises(ConfigError, match="no key"):
+        Keys.read(path)
+    with pytest.raises(ConfigError, match="ccm key"):
+        Keys.read(tmp_path / "none")
+
+
+# ------------------------------------------------------------------ state, logs and the description
+
+
+def test_state(http, client):
+    ask(client, "x", "counted")
+    assert http.get("/healthz").json() == {"status": "ok"}
+    assert http.get("/readyz").json() == {"ready": True, "reasons": []}
+    text = http.get("/metrics").text
+    for name in ("ccm_first_token_seconds_count", "ccm_commit_seconds_count", "ccm_batch_rows_sum"):
+        assert float(next(line for line in text.splitlines() if line.startswith(name)).split()[-1]) > 0
+    assert 'ccm_requests_total{method="POST",route="/v1/chat/completions",status="200"}' in text
+    assert [model["id"] for model in http.get("/v1/models").json()["data"]] == [MODEL]
+    assert http.get(f"/v1/models/{MODEL}").json()["id"] == MODEL
+
+
+def test_requests_have_ids_and_logs_no_secrets(locked, caplog):
+    running, keys = locked
+    caplog.set_level(logging.INFO, "ccm.access")
+    headers = {
+        "Authorization": f"Bearer {keys['alice']}",
+        "X-Request-Id": "mine-1",
+        "X-Session-Id": "secret-session",
+    }
+    body = {"model": MODEL, "messages": user("a secret text"), "max_tokens": 3}
+    answer = httpx.post(f"{running.url}/v1/chat/completions", json=body, headers=headers)
+    assert answer.headers["X-Request-Id"] == "mine-1"
+    forged = httpx.get(f"{running.url}/healthz", headers={"X-Request-Id": "two words"})
+    assert forged.headers["X-Request-Id"].startswith("req_")
+    lines = [json.loads(record.message) for record in caplog.records if record.name == "ccm.access"]
+    line = next(line for line in lines if line["request"] == "mine-1")
+    assert (line["tenant"], line["status"], line["route"]) == ("alice", 200, "/v1/chat/completions")
+    for secret in (keys["alice"], "secret-session", "a secret text"):
+        assert secret not in caplog.text
+
+
+def test_security_headers(http):
+    headers = http.get("/").headers
+    assert "default-src 'self'" in headers["Content-Security-Policy"] and headers["X-Frame-Options"] == "DENY"
+    assert http.get("/v1/none").headers["X-Content-Type-Options"] == "nosniff"
+
+
+def test_the_server_keeps_its_description(server):
+    """Schemathesis: no answer that the OpenAPI description does not have, and no 5xx, for inputs that it makes up."""
+    import schemathesis
+    from hypothesis import HealthCheck, Phase, given, settings
+
+    schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+    checks = [
+        schemathesis.checks.not_a_server_error,
+        schemathesis.checks.CHECKS.get_one("status_code_conformance"),
+        schemathesis.checks.CHECKS.get_one("content_type_conformance"),
+        schemathesis.checks.CHECKS.get_one("response_schema_conformance"),
+    ]
+    for result in schema.get_all_operations():
+        operation = result.ok()
+
+        @given(case=operation.as_strategy())
+        @settings(
+            max_examples=15,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            phases=[Phase.explicit, Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
+        def holds(case):
+            case.call_and_validate(checks=checks, timeout=60)
+
+        holds()
