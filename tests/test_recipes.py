@@ -87,7 +87,6 @@ def test_overrides_reach_inside_and_win(tmp_path: Path) -> None:
         ("stage: middle", [], ["stage", "middle"]),
         ("parallel: magic", [], ["parallel", "magic"]),
         ("stage: base\nbase_adapter: x", [], ["stage", "base_adapter"]),
-        ("init_from: x\nbase_adapter: x", [], ["init_from", "base_adapter"]),
         ("resegment: 2", [], ["resegment", "share"]),
         ("- 1", [], ["expected keys"]),
         ("a: [", [], ["no YAML"]),

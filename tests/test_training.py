@@ -453,6 +453,34 @@ def test_the_base_path_is_pefts_own_first_stage(first_stage: Path, logs: Path, t
     assert folded.fingerprint != loaded.fingerprint()
 
 
+def test_a_compressor_begins_where_another_ended_on_a_first_stage_of_its_own(
+    first_stage: Path, logs: Path, tmp_path: Path
+) -> None:
+    start = trainer(tmp_path / "start", logs)
+    start.run()
+    compressor = trainer(
+        tmp_path, logs, init_from=str(start.adapter), base_adapter=str(first_stage)
+    ).stage.compressor
+    known = Compressor.from_pretrained(runs.model(), start.adapter)
+    assert compressor.base_parameters and not known.base_parameters
+    assert torch.equal(compressor.comp_embeddings, known.comp_embeddings)
+    for own, old in zip(compressor.lora_parameters, known.lora_parameters, strict=True):
+        assert torch.equal(own, old)
+
+
+def test_labels_weigh_more_in_a_first_stage(logs: Path, tmp_path: Path) -> None:
+    losses = {}
+    for weight in (1.0, 3.0):
+        run = trainer(
+            tmp_path / str(weight), logs, stage="base", recall_weight=weight, data=runs.data(logs, facts=1.0)
+        )
+        batch = [marked(row) for row in next(iter(run.rows))]
+        losses[weight] = run.stage.losses(batch, random.Random(0))
+    assert losses[1.0].recall == losses[3.0].recall > 0
+    more = float((losses[3.0].loss - losses[1.0].loss).detach())
+    assert more == pytest.approx(2 * losses[1.0].recall, rel=1e-4)
+
+
 def test_parallel_equals_recurrent_on_a_first_stage(first_stage: Path) -> None:
     config = CompressorConfig(slots=2, rule="concat")
     compressor = scramble(Compressor(runs.model(), config, base_adapter=first_stage))

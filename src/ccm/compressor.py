@@ -321,13 +321,18 @@ class Compressor(Reader):
 
     @classmethod
     def from_pretrained(
-        cls, model: PreTrainedModel, name: str | os.PathLike[str], **changes: Any
+        cls,
+        model: PreTrainedModel,
+        name: str | os.PathLike[str],
+        base_adapter: str | os.PathLike[str] | None = None,
+        **changes: Any,
     ) -> Compressor:
         """Load a shipped adapter by name, or one from a folder or a hub id.
 
         Args:
             model: the base model it was trained for.
             name: "ccm-concat", "ccm-merge", a folder, or a hub id.
+            base_adapter: a first stage in place of the adapter's own; where training on top of another one begins.
             changes: of slots, rule, rule_options, sink and window, for instance ``window=64``.
 
         Raises:
@@ -335,7 +340,7 @@ class Compressor(Reader):
             MismatchError: it was trained for another model.
         """
         found = adapter_folder.read(name, model, changes)
-        compressor = cls(model, found.config, base_adapter=found.base)
+        compressor = cls(model, found.config, base_adapter=base_adapter or found.base)
         compressor.load_weights(found.lora, found.slots)
         return compressor
 

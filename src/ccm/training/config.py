@@ -28,7 +28,8 @@ class TrainConfig:
             the paper's first stage.
         compressor: what is trained; stage "base" takes rank, alpha, target_modules and seed from it.
         base_adapter: folder of a first stage that stays active, frozen, under the compressor.
-        init_from: an adapter (name or folder) whose weights are the start.
+        init_from: an adapter (name or folder) whose weights are the start; its own first stage stays, unless
+            ``base_adapter`` names another.
         data: source -> its options, and its ``weight`` in the mixture (1 by default).
         objective: "distill" (KL to the base model with the whole context), "ce" (the text itself) or "target-ce"
             (the text of the last segment of each row, as in the paper).
@@ -135,10 +136,6 @@ class TrainConfig:
         if self.stage == "base" and (self.base_adapter or self.init_from):
             raise ConfigError(
                 "TrainConfig.stage: 'base' starts from the plain model; leave base_adapter, init_from out"
-            )
-        if self.init_from and self.base_adapter:
-            raise ConfigError(
-                "TrainConfig.init_from: an adapter brings its own first stage; leave base_adapter out"
             )
         if self.compressor.kind != "ccm" and any(self.window_choices):
             raise ConfigError(

@@ -87,7 +87,9 @@ class MemoryStage(Stage):
         self.config = config
         if config.init_from:
             changes = {name: getattr(config.compressor, name) for name in CHANGEABLE}
-            self.compressor = Compressor.from_pretrained(model, config.init_from, **changes)
+            self.compressor = Compressor.from_pretrained(
+                model, config.init_from, base_adapter=config.base_adapter, **changes
+            )
             if (kind := self.compressor.config.kind) != config.compressor.kind:
                 raise ConfigError(
                     f"TrainConfig.init_from: adapter {config.init_from} is of kind {kind!r}, compressor.kind is "
@@ -173,16 +175,19 @@ class BaseStage(Stage):
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.held_out = {name: [row.flat() for row in rows] for name, rows in held_out.items()}
         self.weights = config.weights
+        self.recall_weight = config.recall_weight
 
     def losses(self, rows: Sequence[Row], draw: random.Random) -> Losses:
         flat = [row.flat() for row in rows]
         hidden, spans = self._run(flat)
-        loss, tokens = hidden.sum() * 0.0, 0
-        for targets in find_targets(flat, spans).values():
-            if len(targets):
-                loss = loss + targets.loss(hidden, None, self._head, cross_entropy)
-                tokens += len(targets)
-        return Losses(loss, tokens)
+        found = find_targets(flat, spans)
+        loss, recall = hidden.sum() * 0.0, 0.0
+        for role, weight in ((TEXT, 1.0), (RECALL, self.recall_weight)):
+            if len(targets := found[role]):
+                part = targets.loss(hidden, None, self._head, cross_entropy)
+                loss = loss + weight * part
+                recall += float(part.detach()) if role == RECALL else 0.0
+        return Losses(loss, len(found[TEXT]) + len(found[RECALL]), recall, len(found[RECALL]))
 
     def _run(self, rows: Sequence[Row]) -> tuple[Tensor, list[list[tuple[int, int]]]]:
         lengths = [row.tokens for row in rows]
