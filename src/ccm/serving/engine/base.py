@@ -127,14 +127,20 @@ Listener = Callable[[Event], None]
 
 
 class Ticket:
-    """A job from outside."""
+    """A job from outside.
 
-    def __init__(self) -> None:
+    Args:
+        wake: tells the engine to look at its jobs.
+    """
+
+    def __init__(self, wake: Callable[[], None]) -> None:
         self._cancelled = threading.Event()
+        self._wake = wake
 
     def cancel(self) -> None:
         """Stop the job soon; its listener hears nothing more."""
         self._cancelled.set()
+        self._wake()
 
     @property
     def cancelled(self) -> bool:

@@ -1,0 +1,331 @@
+"""What engines share that fold with our compressor: one thread takes in segments and keeps track of every job.
+
+How answers are written is left to a subclass: on the same model (``padded``), or elsewhere (``ccm.serving.vllm``).
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from abc import abstractmethod
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from ... import chat
+from ...compressor import Compressor
+from ...errors import ConfigError
+from ...memory import Memory
+from ..metrics import Metrics
+from .base import Engine, EngineError, Job, Listener, OverloadedError, Result, Ticket, segments_of
+from .sampling import Writer
+
+log = logging.getLogger(__name__)
+
+#: Seconds that the thread sleeps at most while answers are written elsewhere, so that it shows that it is alive.
+_PULSE = 1.0
+
+
+@dataclass(eq=False)
+class Running:
+    """A job that the engine works on; ``prompt`` empties when its answer begins."""
+
+    job: Job
+    ticket: Ticket
+    listener: Listener
+    writer: Writer
+    submitted: float
+    memory: Memory
+    segments: list[tuple[int, ...]]
+    prompt: list[int]
+    token: int = -1
+    finish_reason: str = ""
+    last: float = field(default=0.0)
+
+
+R = TypeVar("R", bound=Running)
+
+
+class FoldingEngine(Engine, Generic[R]):
+    """Many conversations on one compressor.
+
+    Args:
+        compressor: model and adapter; nobody else may use it while the engine runs.
+        tokenizer: of the model.
+        rows: conversations that are worked on at once.
+        waiting: jobs that may wait for a place beside them.
+        context: most positions of memory, prompt and answer.
+        metrics: where it counts.
+    """
+
+    def __init__(
+        self,
+        compressor: Compressor,
+        tokenizer: Any,
+        *,
+        rows: int,
+        waiting: int,
+        context: int,
+        metrics: Metrics | None,
+    ):
+        if rows < 1 or waiting < 0:
+            raise ConfigError(f"engine: got rows={rows} and waiting={waiting}, expected at least 1 and 0")
+        self.compressor, self.tokenizer, self.context = compressor, tokenizer, context
+        self.rows, self.most = rows, rows + waiting
+        self.metrics = metrics or Metrics()
+        self._ends = chat.ends(tokenizer)
+        self._inbox: queue.SimpleQueue[R | Callable[[], None] | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._jobs = 0  # submitted and not finished
+        self._closed = False
+        self._beat = time.monotonic()
+        self._waiting: deque[R] = deque()
+        self._active: list[R] = []
+        self._writing: list[R] = []  # their answers have begun
+        self._threads = torch.get_num_threads()
+        self._thread = threading.Thread(target=self._loop, name="ccm-engine", daemon=True)
+        self._thread.start()
+
+    # ------------------------------------------------------------------ what a subclass does
+
+    @abstractmethod
+    def _accept(self, **common: Any) -> R:
+        """A job's state, from the fields of :class:`Running`."""
+
+    @abstractmethod
+    def _answer(self) -> None:
+        """One round of answers: begin those of jobs in ``_active`` with a prompt and no segments left."""
+
+    @abstractmethod
+    def _stop(self, gone: Sequence[R]) -> None:
+        """Let go of answers that are in ``_writing`` and will not go on."""
+
+    def _lost(self, rows: list[R]) -> list[R]:
+        """The jobs that cannot go on after a step has failed for some."""
+        return rows
+
+    def _can_wait(self) -> bool:
+        """Whether there is nothing to do on this thread until something comes in."""
+        return not self._active
+
+    # ------------------------------------------------------------------ from other threads
+
+    def submit(self, job: Job, listener: Listener) -> Ticket:
+        reader = self.compressor
+        reader.check(job.memory, 1)
+        least = len(job.prompt) + (1 if job.prompt else 0)
+        if least > self.context:
+            raise ConfigError(
+                f"the prompt has {len(job.prompt)} tokens, the model's context is {self.context}: shorten it, or "
+                "name a conversation, whose past is folded"
+            )
+        for ids in (*job.segments, job.prompt):
+            if ids:
+                reader._check_ids(torch.tensor(ids))
+        running = self._accept(
+            job=job,
+            ticket=Ticket(lambda: self._inbox.put(lambda: None)),
+            listener=listener,
+            writer=Writer(self.tokenizer, job.sampling.stop),
+            submitted=time.monotonic(),
+            memory=job.memory,
+            segments=list(job.segments),
+            prompt=list(job.prompt),
+        )
+        with self._lock:
+            if self._closed:
+                raise EngineError("the engine has stopped")
+            if self._jobs >= self.most:
+                self.metrics.refused.inc()
+                raise OverloadedError(
+                    f"{self._jobs} turns are running or waiting, the limit is {self.most}: try again later",
+                    retry_after=1 + self._jobs // self.rows,
+                )
+            self._jobs += 1
+            self.metrics.jobs.set(self._jobs)
+            self._inbox.put(running)
+        return running.ticket
+
+    def idle_seconds(self) -> float:
+        return 0.0 if not self._jobs and self._thread.is_alive() else time.monotonic() - self._beat
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            self._inbox.put(None)
+        self._thread.join()
+
+    # ------------------------------------------------------------------ the loop
+
+    def _loop(self) -> None:
+        torch.set_num_threads(self._threads)  # the setting is one of each thread
+        try:
+            self._rounds()
+        finally:
+            with self._lock:
+                self._closed = True
+            while not self._inbox.empty():
+                if isinstance(item := self._inbox.get(), Running):
+                    self._waiting.append(item)
+            for running in [*self._active, *self._waiting]:
+                self._leave(
+                    running, EngineError("the engine stopped during this turn; nothing of it is kept")
+                )
+
+    def _rounds(self) -> None:
+        with torch.inference_mode():
+            while self._admit():
+                self._beat = time.monotonic()
+                for running in [r for r in (*self._active, *self._waiting) if r.ticket.cancelled]:
+                    self._leave(running)
+                self._do(self._take_in, [r for r in self._active if r.segments])
+                self._answer()
+                for running in [
+                    r for r in self._active if not (r.segments or r.prompt or r in self._writing)
+                ]:
+                    self._finish(running)
+
+    def _admit(self) -> bool:
+        """Hear other threads, wait for them if there is nothing to do, and let jobs in; false at the end."""
+        while True:
+            try:
+                item = self._inbox.get(self._can_wait() and not self._waiting_fits(), _PULSE)
+            except queue.Empty:
+                break
+            if item is None:
+                return False
+            if isinstance(item, Running):
+                self._waiting.append(item)
+            else:
+                item()
+        while self._waiting_fits():
+            running = self._waiting.popleft()
+            self.metrics.waited.observe(time.monotonic() - running.submitted)
+            self._active.append(running)
+        return not self._closed
+
+    def _waiting_fits(self) -> bool:
+        return bool(self._waiting) and len(self._active) < self.rows
+
+    def _do(self, step: Callable[[list[R]], None], rows: list[R]) -> None:
+        """One step for some jobs; if it fails, they have failed, and the others go on."""
+        if not rows:
+            return
+        try:
+            step(rows)
+        except Exception as error:  # whatever it is, the engine must live
+            log.exception("a step failed for %d turns", len(rows))
+            for running in self._lost(rows):
+                self._leave(running, EngineError(f"the model failed on this turn ({type(error).__name__})"))
+
+    def _leave(self, running: R, event: Result | Exception | None = None) -> None:
+        """Let go of a job and tell it how it ended; None: it was cancelled."""
+        (self._active if running in self._active else self._waiting).remove(running)
+        if running in self._writing:
+            self._stop([running])
+        with self._lock:
+            self._jobs -= 1
+            self.metrics.jobs.set(self._jobs)
+        if running.ticket.cancelled:
+            self.metrics.cancelled.inc()
+        elif event is not None:
+            running.listener(event)
+
+    # ------------------------------------------------------------------ steps
+
+    def _take_in(self, rows: list[R]) -> None:
+        """One segment of every job that has some, for those with one budget."""
+        budget = rows[0].job.budget
+        rows = [running for running in rows if running.job.budget == budget]
+        began = time.monotonic()
+        ids, mask = left_padded([running.segments[0] for running in rows], self.compressor.model.device)
+        before = [running.memory for running in rows]
+        memory = self.compressor.compress(
+            ids, Memory.stack(before), mask, slots=budget.slots, sink=budget.sink, window=budget.window
+        )
+        for i, running in enumerate(rows):
+            running.segments.pop(0)
+            running.memory = memory[i]
+        self.metrics.folding.observe(time.monotonic() - began)
+        self.metrics.folded.inc(memory.tokens - sum(m.tokens for m in before))
+
+    def _ready(self) -> list[R]:
+        """Jobs whose answers can begin; those that have no room for one have left."""
+        ready = [running for running in self._active if running.prompt and not running.segments]
+        for running in ready:
+            if self._most(running) < 1:
+                room = self.context - running.memory.length
+                self._leave(
+                    running, ConfigError(f"memory and prompt fill the model's context of {room} tokens")
+                )
+        return [running for running in ready if running in self._active]
+
+    def _most(self, running: R) -> int:
+        """Tokens that the answer may have."""
+        left = self.context - running.memory.length - len(running.job.prompt)
+        return min(running.job.sampling.max_tokens, left)
+
+    def _put(self, running: R, token: int) -> bool:
+        """Pass on the text of one more token of an answer; whether it is the last one."""
+        now = time.monotonic()
+        if running.last:
+            self.metrics.between.observe(now - running.last)
+        else:
+            self.metrics.first.observe(now - running.submitted)
+        running.token, running.last = token, now
+        if token in self._ends:
+            running.finish_reason = "stop"
+        else:
+            self._tell(running, running.writer.put(token))
+            if running.writer.stopped:
+                running.finish_reason = "stop"
+            elif len(running.writer.ids) >= self._most(running):
+                running.finish_reason = "length"
+        return bool(running.finish_reason)
+
+    def _end(self, ended: Sequence[R]) -> None:
+        """Answers that are complete are taken in."""
+        self._stop(ended)
+        for running in ended:
+            self._tell(running, running.writer.end())
+            self.metrics.written.inc(len(running.writer.ids))
+            if running.job.remember:
+                reply = self._reply(running.writer)
+                whole = (*running.job.prompt, *reply, *running.job.closing)
+                running.segments = list(segments_of(whole, running.job.budget))
+
+    def _reply(self, writer: Writer) -> list[int]:
+        """Token ids of the answer, at least one."""
+        text = writer.text or " "
+        if writer.stopped or not writer.ids:  # what came behind the stop text was never said
+            return list(self.tokenizer.encode(text, add_special_tokens=False))
+        return writer.ids
+
+    @staticmethod
+    def _tell(running: R, piece: str) -> None:
+        if piece and not running.ticket.cancelled:
+            running.listener(piece)
+
+    def _finish(self, running: R) -> None:
+        writer = running.writer
+        result = Result(
+            running.memory,
+            writer.text,
+            running.finish_reason or "stop",
+            len(writer.ids) + (running.token in self._ends),
+        )
+        self._leave(running, result)
+
+
+def left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and mask (B, T), padding at the left."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device)
+    mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows], device=device)
+    return ids, mask
