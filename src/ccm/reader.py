@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -123,10 +123,7 @@ class Reader(nn.Module):
 
     def _kv_shape(self) -> tuple[int, int, int]:
         """Layers, KV heads and their size."""
-        config = self.model.config
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return config.num_hidden_layers, heads, size
+        return kv_shape(self.model.config)
 
     def fingerprint(self) -> str:
         """What a memory carries so that it is never read by another model."""
@@ -265,6 +262,13 @@ class Reader(nn.Module):
             )
 
 
+def kv_shape(config: Any) -> tuple[int, int, int]:
+    """Layers, KV heads and their size, from a model's config."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return config.num_hidden_layers, heads, size
+
+
 def base_name(model: PreTrainedModel) -> str:
     """The model's name without any folder of this machine."""
     return Path(model.config._name_or_path).name or type(model).__name__
@@ -282,11 +286,24 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     """Shape and a sample of the weights, hashed once; the same in fp32 and bf16."""
     known = model.__dict__.get("_ccm_fingerprint")
     if known is None:
-        sha = hashlib.sha256()
         with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "lora_" not in name and parameter.ndim == 2:
-                    sample = parameter[:: max(1, parameter.shape[0] // 4), :16].to(torch.bfloat16)
-                    sha.update(sample.float().cpu().numpy().tobytes())
-        known = model.__dict__["_ccm_fingerprint"] = f"{shape_fingerprint(model)}.{sha.hexdigest()[:16]}"
+            samples = (
+                parameter[sampled_rows(len(parameter)), :16]
+                for name, parameter in model.named_parameters()
+                if "lora_" not in name and parameter.ndim == 2
+            )
+            known = model.__dict__["_ccm_fingerprint"] = fingerprint_of(model, samples)
     return known
+
+
+def sampled_rows(rows: int) -> slice:
+    """The rows of a weight matrix whose first 16 columns are hashed."""
+    return slice(None, None, max(1, rows // 4))
+
+
+def fingerprint_of(model: PreTrainedModel, samples: Iterable[Tensor]) -> str:
+    """The fingerprint of a model of this shape with these samples of its matrices, in its order."""
+    sha = hashlib.sha256()
+    for sample in samples:
+        sha.update(sample.to(torch.bfloat16).float().cpu().numpy().tobytes())
+    return f"{shape_fingerprint(model)}.{sha.hexdigest()[:16]}"

@@ -51,6 +51,11 @@ class Budget:
                 raise ConfigError(f"budget {name}: got {getattr(self, name)}, expected at least {least}")
 
 
+def segment_for(window: int) -> int:
+    """Longest segment by default: a long turn must not push the whole window out at once."""
+    return min(LONGEST, max(16, window // 2)) if window else LONGEST
+
+
 class Session:
     """One conversation with a compressed memory.
 
@@ -78,8 +83,7 @@ class Session:
     ):
         config = compressor.config
         window = config.window if window is None else window
-        if segment is None:  # a long turn must not push the whole window out at once
-            segment = min(LONGEST, max(16, window // 2)) if window else LONGEST
+        segment = segment_for(window) if segment is None else segment
         self.compressor, self.tokenizer = compressor, tokenizer
         self.budget = Budget(
             config.slots if slots is None else slots,

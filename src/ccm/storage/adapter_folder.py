@@ -85,12 +85,8 @@ def read(name: str | os.PathLike[str], model: PreTrainedModel, changes: dict[str
     """
     folder = find(name)
     try:
-        settings = json.loads((folder / "ccm_config.json").read_text())
-        base = settings.pop("base_model")
-        tuned = folder / base_stage.FOLDER if settings.pop("base_adapter", False) else None
-        if isinstance(settings["target_modules"], list):
-            settings["target_modules"] = tuple(settings["target_modules"])
-        config = CompressorConfig(**settings)
+        config, base, two_stages = _settings(folder)
+        tuned = folder / base_stage.FOLDER if two_stages else None
         lora = load_file(folder / "adapter_model.safetensors")
         part = "pooling" if KINDS[config.kind].pooled else "comp_embeddings"
         slots = {part: load_file(folder / f"{part}.safetensors")[part]}
@@ -114,6 +110,28 @@ def read(name: str | os.PathLike[str], model: PreTrainedModel, changes: dict[str
     if fingerprint != model_fingerprint(model):
         log.warning("adapter %s was trained on other weights of %s; quality may differ", name, trained_on)
     return AdapterFiles(config, lora, slots, tuned)
+
+
+def read_config(name: str | os.PathLike[str]) -> CompressorConfig:
+    """The settings of an adapter, whatever model it is for.
+
+    Raises:
+        ConfigError: there is no such adapter, or it is damaged.
+    """
+    folder = find(name)
+    try:
+        return _settings(folder)[0]
+    except (OSError, TypeError, ValueError, KeyError) as error:
+        raise ConfigError(f"adapter {name}: {folder} is incomplete or damaged ({error})") from error
+
+
+def _settings(folder: Path) -> tuple[CompressorConfig, dict[str, str], bool]:
+    """Settings, name and fingerprint of the base model, and whether there is a first stage."""
+    settings = json.loads((folder / "ccm_config.json").read_text())
+    base, two_stages = settings.pop("base_model"), settings.pop("base_adapter", False)
+    if isinstance(settings["target_modules"], list):
+        settings["target_modules"] = tuple(settings["target_modules"])
+    return CompressorConfig(**settings), base, two_stages
 
 
 def shipped_adapters() -> list[str]:

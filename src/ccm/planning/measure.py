@@ -1,0 +1,165 @@
+"""Short measurements on this machine: reading and folding a token, and committing a memory to a store."""
+
+from __future__ import annotations
+
+import secrets
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import DynamicCache
+
+from ..compressor import Compressor
+from ..config import CompressorConfig
+from ..errors import ConfigError
+from ..memory import KV, Memory, Row
+from ..models import random_model
+from ..serving.store import Snapshot, open_store
+from ..serving.store.paths import url_of
+from ..session import Budget
+from .sizes import Held, Shape
+
+#: Tokens that are prefilled at once.
+PREFILL = 256
+_REPEATS = 5
+_TENANT = "ccm-plan"
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Median seconds per token, and where they were measured.
+
+    Attributes:
+        prefill: the plain model reads :data:`PREFILL` tokens (or as many as its context has) at once.
+        fold: segments are taken in by a memory and folded.
+        where: device and threads.
+    """
+
+    prefill: float
+    fold: float
+    where: str
+
+
+@torch.inference_mode()
+def speed(model_config: Any, shape: Shape, config: CompressorConfig, budget: Budget, held: Held) -> Speed:
+    """Time a model of this shape with random weights, which is as fast as one with trained ones.
+
+    Args:
+        model_config: of transformers.
+        shape: of the same model.
+        config: of the adapter.
+        budget: segments are as long as its longest.
+        held: the memory that they are folded into.
+
+    Raises:
+        ConfigError: the model does not fit into the free memory.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    free = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
+    needed = int(1.2 * (shape.weight_bytes + 4 * held.nbytes(shape)))
+    if needed > free:
+        raise ConfigError(
+            f"measuring needs {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} are free: plan with --no-measure"
+        )
+    model = random_model(model_config, device)
+    words, longest = model_config.vocab_size, min(PREFILL, shape.context)
+    ids = torch.randint(words, (1, longest), device=device)
+
+    def prefill() -> None:
+        model.base_model(input_ids=ids, past_key_values=DynamicCache(), use_cache=True)
+
+    seconds = _median(prefill, device) / longest
+    compressor = Compressor(model, config)
+    memory = _memory(compressor, shape, held)
+    segment = torch.randint(words, (1, budget.segment), device=device)
+
+    def fold() -> None:
+        nonlocal memory
+        memory = compressor.compress(
+            segment, memory, slots=budget.slots, sink=budget.sink, window=budget.window
+        )
+
+    for _ in range(budget.window // budget.segment):  # from here on every segment pushes one out
+        fold()
+    start = memory
+
+    def two() -> None:
+        nonlocal memory
+        memory = start
+        fold()
+        fold()
+
+    folding = _median(two, device) / (2 * budget.segment)
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    return Speed(seconds, folding, name)
+
+
+@dataclass(frozen=True)
+class Writing:
+    """Median seconds of a commit, and the store."""
+
+    seconds: float
+    where: str
+
+
+def writing(url: str | None, nbytes: int) -> Writing:
+    """Commit memories of so many bytes, one after the other, to a session made for this and deleted again.
+
+    Args:
+        url: of the store; None takes a SQLite file in the folder for temporary files.
+        nbytes: of each.
+
+    Raises:
+        ConfigError, StorageError, UnknownNameError, MissingPackageError: as for :func:`open_store`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        # the URL may hold a password, its scheme does not
+        where = "a temporary SQLite file" if url is None else f"the {url.partition(':')[0]} store"
+        with open_store(url or url_of("sqlite", Path(folder) / "plan.db")) as store:
+            session = store.create(_TENANT)
+            try:
+                payload, times = secrets.token_bytes(nbytes), []
+                for version in range(1 + _REPEATS):
+                    began = time.perf_counter()
+                    store.commit(_TENANT, session, version, Snapshot(payload, {}))
+                    times.append(time.perf_counter() - began)
+            finally:
+                store.delete(_TENANT, session)
+    return Writing(statistics.median(times[1:]), where)
+
+
+def _median(call: Callable[[], None], device: str) -> float:
+    times = []
+    for _ in range(1 + _REPEATS):
+        began = time.perf_counter()
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[1:])
+
+
+def _memory(compressor: Compressor, shape: Shape, held: Held) -> Memory:
+    """A memory of this size with random content."""
+    device = compressor.model.device
+
+    def random(tokens: int, dtype: torch.dtype) -> KV:
+        size = (shape.layers, shape.heads, tokens, shape.size)
+        return KV(
+            torch.randn(size, device=device, dtype=dtype), torch.randn(size, device=device, dtype=dtype)
+        )
+
+    row = Row(
+        sink=random(held.sink, shape.dtype),
+        slots=random(held.slots, torch.float32),
+        window=random(held.window, shape.dtype),
+        segments=held.segments,
+        steps=held.folds,
+    )
+    return Memory((row,), compressor.fingerprint())
