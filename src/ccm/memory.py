@@ -69,6 +69,12 @@ class Row:
     def length(self) -> int:
         return self.sink.length + self.slots.length + self.window.length
 
+    def placed(self, rotary: Rotary, dtype: torch.dtype) -> KV:
+        """Sink, slots and window as past keys and values, (L, H, m, D), keys at positions 0..m-1."""
+        kv = KV.cat(kv.to(dtype) for kv in (self.sink, self.slots, self.window))
+        positions = torch.arange(kv.length, device=kv.keys.device)
+        return KV(rotate(kv.keys, *rotary.stacked(positions)), kv.values)
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -135,7 +141,7 @@ class Memory:
             the entries that are sink or slots.
         """
         width = self.length
-        parts = [KV.cat(kv.to(dtype) for kv in (row.sink, row.slots, row.window)) for row in self.rows]
+        parts = [row.placed(rotary, dtype) for row in self.rows]
         device = parts[0].keys.device
         valid = torch.zeros(len(self), width, dtype=torch.bool, device=device)
         folded = torch.zeros_like(valid)
@@ -144,8 +150,7 @@ class Memory:
             pad = width - kv.length
             valid[r, pad:] = True
             folded[r, pad : width - row.window.length] = True
-            placed = rotate(kv.keys, *rotary.stacked(torch.arange(kv.length, device=device)))
-            keys.append(torch.nn.functional.pad(placed, (0, 0, pad, 0)))
+            keys.append(torch.nn.functional.pad(kv.keys, (0, 0, pad, 0)))
             values.append(torch.nn.functional.pad(kv.values, (0, 0, pad, 0)))
         cache = DynamicCache()
         if width:

@@ -1,0 +1,75 @@
+"""The fingerprint and the rotary embedding of a model that lies in files, without loading it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ...errors import UnsupportedModelError
+from ...families import get_family
+from ...models import random_model
+from ...reader import fingerprint_of, sampled_rows
+from ...rotary import Rotary
+
+
+class Checkpoint:
+    """A model's shape and files.
+
+    Args:
+        name: folder or hub id; of a hub id what was downloaded before is used.
+        config: its transformers config.
+
+    Raises:
+        UnsupportedModelError: the family cannot carry a memory.
+    """
+
+    def __init__(self, name: str, config: PretrainedConfig):
+        self.name = name
+        self.model: PreTrainedModel = random_model(config, "meta")
+        get_family(self.model)
+
+    def rotary(self, dtype: torch.dtype) -> Rotary:
+        """Its rotary embedding on the CPU, as a model in ``dtype`` has it."""
+        rotary = Rotary(self.model)
+        rotary.module = type(rotary.module)(config=self.model.config)
+        rotary.dtype = dtype
+        return rotary
+
+    def fingerprint(self) -> str:
+        """What :func:`ccm.reader.model_fingerprint` gives for the loaded model.
+
+        Raises:
+            UnsupportedModelError: its weights are not the plain safetensors of this model.
+        """
+        return fingerprint_of(self.model, self._samples())
+
+    def _samples(self) -> Iterator[Tensor]:
+        """A few rows of every matrix, in the order of the model."""
+        with ExitStack() as stack:
+            places: dict[str, Any] = {}
+            for path in sorted(self._folder().glob("*.safetensors")):
+                file = stack.enter_context(safe_open(path, framework="pt"))
+                places |= dict.fromkeys(file.keys(), file)
+            for name, parameter in self.model.named_parameters():
+                if parameter.ndim != 2:
+                    continue
+                if name not in places:
+                    raise UnsupportedModelError(
+                        f"{self.name} has no {name} among its safetensors: memories belong to the plain model; serve "
+                        "that one, not a quantized or converted copy"
+                    )
+                matrix = places[name].get_slice(name)
+                rows = range(*sampled_rows(len(parameter)).indices(len(parameter)))
+                yield torch.cat([matrix[row : row + 1, :16] for row in rows])
+
+    def _folder(self) -> Path:
+        folder = Path(self.name)
+        return folder if folder.is_dir() else Path(snapshot_download(self.name, local_files_only=True))
