@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 EPILOG = "Example: ccm serve --port 8000 --api-keys keys.txt --store postgresql://localhost/ccm"
 KEY_EPILOG = "Example: ccm key alice --api-keys keys.txt"
-DAY = 86400
 
 
 def serve(
@@ -65,11 +64,23 @@ def serve(
     sessions: Annotated[
         int | None, typer.Option(min=1, help="Conversations per tenant.", show_default="any number")
     ] = None,
+    quota: Annotated[
+        float | None,
+        typer.Option(min=0, metavar="MB", help="Megabytes stored per tenant.", show_default="any number"),
+    ] = None,
+    input_tokens: Annotated[int, typer.Option(min=1, help="Tokens that one request may bring.")] = 1 << 16,
     batch: Annotated[int, typer.Option(min=1, help="Turns that run at once.")] = 16,
     queue: Annotated[int, typer.Option(min=0, help="Turns that may wait; more are told to come back.")] = 64,
     drain: Annotated[int, typer.Option(min=0, metavar="SECONDS", help="For running turns at the end.")] = 30,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Replicas on Ray Serve, here or where RAY_ADDRESS says.")
+    ] = False,
+    replicas: Annotated[
+        str, typer.Option(metavar="N or MIN-MAX", help="With --ray: so many, or as many as the load needs.")
+    ] = "1",
 ) -> None:
     """Serve OpenAI's clients: one persistent compressed memory for every conversation, and a web page."""
+    from .build import Options, build_service
     from .keys import Keys
 
     try:
@@ -83,23 +94,40 @@ def serve(
             f"--host {host} is open to other machines: give --api-keys FILE (make one with: ccm key NAME "
             "--api-keys FILE), or listen on 127.0.0.1"
         )
+    if not ray and replicas != "1":
+        raise ConfigError("--replicas: only Ray Serve has several; give --ray")
     keys = None if api_keys is None else Keys.read(api_keys)
     listener = _listen(host, port)
+    options = Options(
+        store=store or default_store(),
+        model=model,
+        adapter=adapter,
+        threads=threads,
+        slots=slots,
+        sink=sink,
+        window=window,
+        resend=resend,
+        texts=texts,
+        precision=precision,
+        ttl=ttl,
+        keep=keep,
+        sessions=sessions,
+        quota=quota,
+        input_tokens=input_tokens,
+        batch=batch,
+        queue=queue,
+    )
+    if ray:
+        from .ray import run
+
+        address = listener.getsockname()[:2]
+        listener.close()  # it was free a moment ago
+        run.run(options, keys, address, replicas, drain)
+        return
     from rich.console import Console
 
-    console = Console(stderr=True)
-    with console.status("Loading the model"):
-        service = _service(
-            store=store or default_store(),
-            limits={"keep": keep, "ttl": None if ttl is None else ttl * DAY, "sessions": sessions},
-            model=model,
-            adapter=adapter,
-            threads=threads,
-            sizes={"slots": slots, "sink": sink, "window": window},
-            settings={"texts": texts, "resend": resend, "precision": precision},
-            rows=batch,
-            waiting=queue,
-        )
+    with Console(stderr=True).status("Loading the model"):
+        service = build_service(options)
     from .api import create_app
 
     _run(create_app(service, keys=keys), service, listener, drain)
@@ -138,53 +166,13 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _service(
-    *,
-    store: str,
-    limits: dict[str, Any],
-    model: str | None,
-    adapter: str,
-    threads: int | None,
-    sizes: dict[str, int | None],
-    settings: dict[str, Any],
-    rows: int,
-    waiting: int,
-) -> Service:
-    import torch
-
-    from ..compressor import Compressor
-    from ..models import load_model
-    from ..session import Session
-    from .engine import PaddedEngine
-    from .metrics import Metrics
-    from .service import Service, Settings
-    from .store import Limits, open_store
-
-    opened = open_store(store, Limits(**limits))
-    if threads:
-        torch.set_num_threads(threads)
-    language_model, tokenizer = load_model(model)
-    compressor = Compressor.from_pretrained(language_model, adapter)
-    budget = Session(compressor, tokenizer, **sizes).budget
-    chosen = Settings(Path(adapter).name, budget, **settings)
-    metrics = Metrics()
-    engine = PaddedEngine(compressor, tokenizer, rows=rows, waiting=waiting, metrics=metrics)
-    return Service(compressor, tokenizer, opened, chosen, engine, metrics)
-
-
 def _run(app: FastAPI, service: Service, listener: socket.socket, drain: int) -> None:
     """Until SIGTERM or Ctrl-C; then running turns end first."""
-    import logging
-    import sys
-
     import uvicorn
 
-    access = logging.getLogger("ccm.access")
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))  # lines of JSON
-    access.addHandler(handler)
-    access.setLevel(logging.INFO)
-    access.propagate = False
+    from .logs import to_stderr
+
+    to_stderr()
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:

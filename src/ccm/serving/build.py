@@ -1,0 +1,95 @@
+"""A service from settings that are plain values, so that they can travel to where it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .service import Service
+
+DAY = 86400
+
+
+@dataclass(frozen=True)
+class Options:
+    """What ``ccm serve`` takes beside its address and who may come in.
+
+    Attributes:
+        store: URL.
+        model: folder or hub id; None is the embedded one.
+        adapter: shipped name, folder or hub id.
+        threads: of the CPU; None is torch's choice.
+        slots, sink, window: the budget of a conversation; None is the adapter's own.
+        resend: what to do with another history than the known one: refuse, or rebuild.
+        texts: keep what was said.
+        precision: of stored memories.
+        ttl: days after which a conversation is forgotten.
+        keep: versions of each.
+        sessions: conversations per tenant.
+        quota: megabytes stored per tenant.
+        input_tokens: that one request may bring.
+        batch: turns that run at once.
+        queue: turns that may wait.
+    """
+
+    store: str
+    model: str | None = None
+    adapter: str = "ccm-merge"
+    threads: int | None = None
+    slots: int | None = None
+    sink: int | None = 4
+    window: int | None = 64
+    resend: str = "refuse"
+    texts: bool = True
+    precision: str = "float32"
+    ttl: float | None = None
+    keep: int = 4
+    sessions: int | None = None
+    quota: float | None = None
+    input_tokens: int = 1 << 16
+    batch: int = 16
+    queue: int = 64
+
+
+def build_service(options: Options) -> Service:
+    """Open the store, load model and adapter, and start the engine.
+
+    Raises:
+        CCMError: one of them is not usable as given.
+    """
+    import torch
+
+    from ..compressor import Compressor
+    from ..models import load_model
+    from ..session import Session
+    from .engine import PaddedEngine
+    from .metrics import Metrics
+    from .service import Service, Settings
+    from .store import Limits, open_store
+
+    limits = Limits(
+        keep=options.keep,
+        ttl=None if options.ttl is None else options.ttl * DAY,
+        sessions=options.sessions,
+        nbytes=None if options.quota is None else int(options.quota * 1e6),
+    )
+    store = open_store(options.store, limits)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    model, tokenizer = load_model(options.model)
+    compressor = Compressor.from_pretrained(model, options.adapter)
+    sizes = {name: getattr(options, name) for name in ("slots", "sink", "window")}
+    budget = Session(compressor, tokenizer, **sizes).budget
+    settings = Settings(
+        Path(options.adapter).name,
+        budget,
+        texts=options.texts,
+        resend=options.resend,
+        precision=options.precision,
+        input_tokens=options.input_tokens,
+    )
+    metrics = Metrics()
+    engine = PaddedEngine(compressor, tokenizer, rows=options.batch, waiting=options.queue, metrics=metrics)
+    return Service(compressor, tokenizer, store, settings, engine, metrics)

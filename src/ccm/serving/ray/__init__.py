@@ -1,0 +1,1 @@
+"""The server on Ray Serve: replicas of one app over one shared store."""
