@@ -7,6 +7,7 @@ import json
 import logging
 import socket
 import time
+from contextlib import suppress
 
 import httpx
 import openai
@@ -17,7 +18,10 @@ from tiny import tiny_compressor, tiny_tokenizer
 from ccm import Session
 from ccm.errors import ConfigError, StorageError
 from ccm.serving.api import HttpLimits
+from ccm.serving.api.stream import EventStream
 from ccm.serving.keys import Keys
+from ccm.serving.logs import JsonLines
+from ccm.serving.service import Message, Sampling
 from ccm.serving.store import Limits
 
 
@@ -142,6 +146,8 @@ def test_settings_of_an_answer(client):
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, None, "invalid_value"),
         ({"messages": [{"role": "user", "content": "  "}]}, None, "invalid_value"),
         ({"stop": [""]}, None, "invalid_value"),
+        ({"stop": "x" * 257}, "stop", "invalid_value"),
+        ({"stop": ["x"] * 17}, "stop", "invalid_value"),
         ({"model": "gpt-4"}, "model", "model_not_found"),
     ],
 )
@@ -176,6 +182,8 @@ def test_responses_in_a_chain_and_in_branches(client, alone):
         respond(client, "x", previous_response_id="resp_none.1")
     with pytest.raises(openai.NotFoundError):
         respond(client, "x", previous_response_id="rubbish")
+    with pytest.raises(openai.NotFoundError):
+        respond(client, "x", previous_response_id=first.id.rpartition(".")[0] + ".0")
 
 
 def test_conversations(client):
@@ -319,11 +327,13 @@ def test_pages_of_memories(client, http):
     ("content", "status", "code"),
     [
         (b"{", 400, "invalid_json"),
-        (b"\xff\xfe{}", 400, None),
-        (b'{"model": "\xff"}', 400, None),
+        (b"\xff\xfe{}", 400, "invalid_json"),
+        (b'{"model": "\xff"}', 400, "invalid_json"),
+        (b'{"model": 1e5' + b"0" * 5000 + b"}", 400, "invalid_value"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", 400, "invalid_json"),
         (b"[]", 400, "invalid_value"),
         (b"", 400, "invalid_value"),
-        (b"[" * 100_000, 400, None),
+        (b"[" * 100_000, 400, "invalid_json"),
     ],
 )
 def test_bodies_that_are_no_json(http, content, status, code):
@@ -331,6 +341,20 @@ def test_bodies_that_are_no_json(http, content, status, code):
     assert answer.status_code == status
     assert code is None or answer.json()["error"]["code"] == code
     assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_errors_say_what_to_do(http):
+    body = {"model": MODEL, "messages": user("hi")}
+    answer = http.post(
+        "/v1/chat/completions", content=json.dumps(body), headers={"Content-Type": "text/plain"}
+    )
+    assert answer.status_code == 400 and "Content-Type: application/json" in answer.json()["error"]["message"]
+    answer = http.post("/v1/chat/completions", json={**body, "messages": [{"role": "user", "content": 5}]})
+    assert answer.json()["error"]["param"] == "messages.0.content"
+    answer = http.post("/v1/chat/completions", json={**body, "X-y": 5})
+    assert answer.json()["error"]["message"] == "X-y is not supported here: leave it out"
+    answer = http.post("/v1/chat/completions", json=body, headers={"X-Session-Id": "a b"})
+    assert "without blanks" in answer.json()["error"]["message"]
 
 
 def test_addresses_that_are_not_there(http):
@@ -349,7 +373,7 @@ def test_addresses_that_are_not_there(http):
         assert (answer.status_code, bool(answer.json()["error"]["message"])) == (status, True), path
 
 
-@pytest.mark.parametrize("name", ["a b", "a/b", "a?b", "x" * 201, "a%2fb"])
+@pytest.mark.parametrize("name", ["a b", "a/b", "a?b", "x" * 201, "a%2fb", ".", "..", b"\xc3\xa9"])
 def test_session_headers_that_are_no_ids(http, name):
     body = {"model": MODEL, "messages": user("hi")}
     answer = http.post("/v1/chat/completions", json=body, headers={"X-Session-Id": name})
@@ -382,6 +406,32 @@ def test_a_client_that_goes_away_commits_nothing(server, client, http, monkeypat
     assert http.get("/v1/memories/left").status_code == 404
     assert http.get("/v1/memories/left-2").status_code == 404
     assert ask(client, "hi", "left").memory["version"] == 1
+
+
+def test_a_client_that_goes_before_the_stream_begins_frees_the_conversation(server):
+    """The generator of events has not run then, and closes nothing by itself."""
+
+    async def run():
+        turn = await server.service.answer(
+            "local", "early", [Message("user", "go on")], Sampling(), create=True
+        )
+        begun = []
+
+        async def events():
+            begun.append(1)
+            yield ""
+
+        async def receive():
+            return {"type": "http.disconnect"}
+
+        async def send(message):
+            await asyncio.Event().wait()  # a connection that takes nothing
+
+        await asyncio.wait_for(EventStream(events(), turn)({}, receive, send), 20)
+        assert not begun
+
+    asyncio.run(run())
+    assert not server.service._turns and ("local", "early") not in server.service._busy
 
 
 def test_an_error_in_mid_stream_is_told(server, client, monkeypatch):
@@ -459,6 +509,19 @@ def test_tenants_come_from_keys_alone(locked):
     assert ask(alice, "and", "same-name").memory["version"] == 2
 
 
+def test_a_stranger_is_refused_before_his_body_is_read(locked):
+    running, keys = locked
+    host, port = running.url.removeprefix("http://").split(":")
+    head = "POST /v1/memories/import HTTP/1.1\r\nHost: x\r\nContent-Length: 200000000\r\n{}\r\n"
+    for key, expected in (("", b" 401 "), (f"Authorization: Bearer {keys['bob']}\r\n", b"")):
+        with socket.create_connection((host, int(port)), timeout=0.5) as stranger:
+            stranger.sendall(head.format(key).encode() + b"x")
+            answer = b""
+            with suppress(TimeoutError):  # with a key the server waits for the rest
+                answer = stranger.recv(1000)
+            assert expected in answer and bool(expected) == bool(answer)
+
+
 @pytest.mark.parametrize("header", [None, "Bearer wrong", "Bearer", "Basic abc", "ccm-x"])
 def test_no_key_no_entry(locked, header):
     running, _ = locked
@@ -513,13 +576,17 @@ def test_state(http, client):
     for name in ("ccm_first_token_seconds_count", "ccm_commit_seconds_count", "ccm_batch_rows_sum"):
         assert float(next(line for line in text.splitlines() if line.startswith(name)).split()[-1]) > 0
     assert 'ccm_requests_total{method="POST",route="/v1/chat/completions",status="200"}' in text
+    for name in ("MADE-UP-1", "MADE-UP-2"):  # a client may not make the counters grow without end
+        assert http.request(name, "/v1/models").status_code == 405
+    assert "MADE-UP" not in http.get("/metrics").text
     assert [model["id"] for model in http.get("/v1/models").json()["data"]] == [MODEL]
     assert http.get(f"/v1/models/{MODEL}").json()["id"] == MODEL
 
 
-def test_requests_have_ids_and_logs_no_secrets(locked, caplog):
+def test_requests_have_ids_and_logs_no_secrets(locked, caplog, monkeypatch):
     running, keys = locked
     caplog.set_level(logging.INFO, "ccm.access")
+    caplog.handler.setFormatter(JsonLines())
     headers = {
         "Authorization": f"Bearer {keys['alice']}",
         "X-Request-Id": "mine-1",
@@ -530,7 +597,13 @@ def test_requests_have_ids_and_logs_no_secrets(locked, caplog):
     assert answer.headers["X-Request-Id"] == "mine-1"
     forged = httpx.get(f"{running.url}/healthz", headers={"X-Request-Id": "two words"})
     assert forged.headers["X-Request-Id"].startswith("req_")
-    lines = [json.loads(record.message) for record in caplog.records if record.name == "ccm.access"]
+    with monkeypatch.context() as patch:
+        patch.setattr(running.service.store, "latest", lambda *_: 1 / 0)
+        failed = httpx.post(f"{running.url}/v1/chat/completions", json=body, headers=headers)
+    assert failed.status_code == 500 and "ZeroDivision" not in failed.text
+    lines = [json.loads(line) for line in caplog.text.splitlines()]
+    error = next(line for line in lines if line["level"] == "error")
+    assert error["request"] == "mine-1" and "ZeroDivisionError" in error["error"]
     line = next(line for line in lines if line["request"] == "mine-1")
     assert (line["tenant"], line["status"], line["route"]) == ("alice", 200, "/v1/chat/completions")
     for secret in (keys["alice"], "secret-session", "a secret text"):

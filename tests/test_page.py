@@ -168,6 +168,14 @@ def test_fork_export_import_delete(page, server):
     assert name in page.text("list") and page.text("name") == "New conversation"
 
 
+def test_the_error_of_a_smaller_precision_is_shown(driver, tmp_path):
+    with serving(tiny_service(tmp_path, precision="int8")) as running:
+        page = Page(driver, running.url)
+        page.say("hello")
+        error = httpx.get(f"{running.url}/v1/memories/{page.text('name')}").json()["error"]
+        assert page.numbers()["stored as int8"] == f"{100 * max(error.values()):.2f} % off"
+
+
 def test_stop(page, server, monkeypatch):
     monkeypatch.setattr(server.service.engine, "_ends", set())
     page.driver.execute_script("document.getElementById('tokens').value = 400")

@@ -319,6 +319,16 @@ def test_what_is_new(sent, new):
     assert current([*entries, RESET]) == []
 
 
+@pytest.mark.parametrize("roles", ["user", "system user", "user assistant user", "assistant", "user user"])
+def test_what_is_new_to_an_imported_memory(roles):
+    messages = [Message(role, "x") for role in roles.split()]
+    expected = messages if roles in ("user", "system user") else None
+    assert unknown([], messages, imported=True) == expected
+    assert unknown([], messages) == messages  # nothing was imported: all of it is new
+    after = [note(message, 1, True) for message in messages]  # what was said since the import is known
+    assert unknown(after, [*messages, Message("user", "y")], imported=True) == [Message("user", "y")]
+
+
 def test_rebuild_with_another_adapter(make, tokenizer):
     other = tiny_compressor(model={"vocab_size": len(tokenizer), "max_position_embeddings": 512}, rule="mean")
 
@@ -364,6 +374,9 @@ def test_export_and_import(service, compressor, tokenizer, tmp_path):
         view = await service.load("other", data, "mine")
         assert view.stats == session.stats() == (await service.view("t", "s")).stats
         expected = session.generate("and?", max_new_tokens=10, do_sample=False)
+        whole = [*user("my cat is Miso"), Message("assistant", "yes"), *user("and?")]
+        with pytest.raises(ConflictError, match="another history"):  # who knows what of it the memory holds
+            await service.answer("other", "mine", whole, GREEDY, resent=True)
         assert (await say(service, "mine", "and?", tenant="other")).text == expected
         with pytest.raises(ConflictError):
             await service.load("other", data, "mine")
@@ -445,6 +458,8 @@ def test_stored_at_lower_precision(make, precision):
         await say(service, "s", "b")
         stored = service.store.latest("t", "s")
         assert stored.metadata["dtype"] == precision and 0 < stored.metadata["error"]["keys"] < 0.05
+        view = await service.view("t", "s")
+        assert view.precision == precision and view.error == stored.metadata["error"]
 
     asyncio.run(run())
 
@@ -509,9 +524,22 @@ def test_draining(service):
     asyncio.run(run())
 
 
-def test_ready(service, monkeypatch):
+def test_ready(service, monkeypatch, caplog):
     async def run():
         assert await service.ready() == []
+        looks = []
+
+        def broken():
+            looks.append(1)
+            raise StorageError("/secret/place: the disk is full")
+
+        monkeypatch.setattr(service.store, "check_health", broken)
+        assert await service.ready() == []  # everybody may ask, and a look writes: it holds for a moment
+        monkeypatch.setattr("ccm.serving.service.FRESH", 0.0)
+        (reason,) = await service.ready()
+        assert "cannot be written" in reason and "secret" not in reason and looks == [1]
+        assert "/secret/place" in caplog.text
+        monkeypatch.undo()
         monkeypatch.setattr(service.engine, "idle_seconds", lambda: 100.0)
         assert "silent for 100 s" in (await service.ready())[0]
 

@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import ConfigError
 
 ROLES = ("system", "user", "assistant")
+_OPENINGS = (["user"], ["system", "user"])
 #: Entry that says: forget what was noted before, the memory was made anew from here on.
 RESET: dict[str, Any] = {"reset": True}
 
@@ -66,8 +67,13 @@ def timeline(entries: Sequence[dict[str, Any]], folded: int) -> list[Entry]:
     return turns
 
 
-def unknown(entries: Sequence[dict[str, Any]], messages: Sequence[Message]) -> list[Message] | None:
+def unknown(
+    entries: Sequence[dict[str, Any]], messages: Sequence[Message], imported: bool = False
+) -> list[Message] | None:
     """Those of the messages that are new, or None if they tell another history.
+
+    With an imported memory that nothing was said to since, who can tell what of a history is in it: a system message
+    and one of the user are new, more are not taken.
 
     A client may send all that was said and what is new, or only what is new::
 
@@ -79,6 +85,8 @@ def unknown(entries: Sequence[dict[str, Any]], messages: Sequence[Message]) -> l
     """
     known = [entry["sha256"] for entry in current(entries)]
     sent = [_digest(message) for message in messages]
+    if imported and not known:
+        return list(messages) if [message.role for message in messages] in _OPENINGS else None
     if sent[: len(known)] == known:
         return list(messages[len(known) :])
     system = sum(message.role == "system" for message in messages[:1])

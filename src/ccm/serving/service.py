@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -21,7 +22,7 @@ import torch
 
 from ..chat import closing, header, render
 from ..compressor import Compressor
-from ..errors import ConfigError, MemoryFileError, MismatchError, UnknownNameError
+from ..errors import CCMError, ConfigError, MemoryFileError, MismatchError, UnknownNameError
 from ..memory import Memory
 from ..reader import base_name
 from ..session import Budget, counters
@@ -43,8 +44,12 @@ from .store import ConflictError, Info, NotFoundError, Snapshot, Store, codec
 
 __all__ = ["BusyError", "Entry", "Message", "Outcome", "Sampling", "Service", "Settings", "Turn", "View"]
 
+log = logging.getLogger(__name__)
+
 #: Seconds of silence after which the model's thread counts as hung; a step takes far less.
 SILENCE = 60.0
+#: Seconds for which a look at the store's health holds: everybody may ask, and it writes.
+FRESH = 1.0
 
 
 def new_id(kind: str) -> str:
@@ -95,6 +100,8 @@ class View:
         stored_nbytes: what it takes in the store.
         metadata: the caller's own.
         stats: turns, and what :func:`ccm.session.counters` gives.
+        precision: in which the memory is stored.
+        error: relative, of the stored keys and values against those that were stored.
         adapter, fingerprint: of model and adapter that made the memory.
     """
 
@@ -106,6 +113,8 @@ class View:
     stored_nbytes: int
     metadata: dict[str, str]
     stats: dict[str, int]
+    precision: str
+    error: dict[str, float]
     adapter: str
     fingerprint: str
 
@@ -260,6 +269,10 @@ class Service:
         self._busy: set[tuple[str, str]] = set()
         self._turns = 0
         self._draining = False
+        self._health: tuple[float, bool] | None = (
+            None  # when the store was looked at, and whether it was well
+        )
+        self._looking = asyncio.Lock()
         self._head = tuple(header(tokenizer, "assistant"))
         self._tail = tuple(closing(tokenizer, "assistant"))
 
@@ -293,6 +306,8 @@ class Service:
             stored_nbytes=info.nbytes,
             metadata=dict(kept.get("user", {})),
             stats=dict(kept.get("stats") or self._stats(self.compressor.empty(), 0)),
+            precision=kept.get("dtype", self.settings.precision),
+            error=dict(kept.get("error") or {"keys": 0.0, "values": 0.0}),
             adapter=kept.get("adapter", self.settings.adapter),
             fingerprint=kept.get("fingerprint", self.compressor.fingerprint()),
         )
@@ -437,7 +452,7 @@ class Service:
             raise ConfigError("messages: got none, expected at least one to answer")
         if session is None:
             system = [] if instructions is None else [Message("system", instructions)]
-            return self._stateless([*system, *messages], sampling)
+            return await self._stateless([*system, *messages], sampling)
         alone = self._alone(tenant, session) if session and version is None else _Nothing()
         try:
             alone.__enter__()
@@ -449,15 +464,18 @@ class Service:
                 held, messages = await self._compare(tenant, held, messages)
             if instructions is not None:
                 messages = [*await self._instructions(tenant, held, instructions), *messages]
-            return self._turn(tenant, held, messages, sampling, alone.release)
+            return await self._turn(tenant, held, messages, sampling, alone.release)
         except BaseException:
             alone.release()
             raise
 
-    def _stateless(self, messages: Sequence[Message], sampling: Sampling) -> Turn:
+    async def _stateless(self, messages: Sequence[Message], sampling: Sampling) -> Turn:
         try:
-            ids = self.tokenizer.apply_chat_template(
-                [asdict(message) for message in messages], add_generation_prompt=True, return_dict=False
+            ids = await asyncio.to_thread(
+                self.tokenizer.apply_chat_template,
+                [asdict(message) for message in messages],
+                add_generation_prompt=True,
+                return_dict=False,
             )
         except Exception as error:  # templates are programs and refuse what they like
             raise ConfigError(f"the model's chat template refuses these messages: {error}") from error
@@ -475,7 +493,7 @@ class Service:
         )
         return Turn(self.engine, job, outcome, self._count())
 
-    def _turn(
+    async def _turn(
         self,
         tenant: str,
         held: _Held,
@@ -483,7 +501,7 @@ class Service:
         sampling: Sampling,
         release: Callable[[], None],
     ) -> Turn:
-        segments, lengths = self._rendered(messages)
+        segments, lengths = await asyncio.to_thread(self._rendered, messages)
         known = self._stats(held.memory, 0)["tokens_seen"]
         prompt = known + sum(lengths) + len(self._head)
 
@@ -516,7 +534,7 @@ class Service:
     ) -> tuple[_Held, Sequence[Message]]:
         """What is new in messages that may repeat the conversation, and the memory that they go on from."""
         entries = await asyncio.to_thread(self.store.transcript, tenant, held.session, held.version)
-        new = history.unknown(entries, messages)
+        new = history.unknown(entries, messages, imported=held.turns > len(history.current(entries)))
         if new is None and self.settings.resend == "rebuild":
             empty = replace(held, memory=self.compressor.empty(), turns=0, entries=(history.RESET,))
             return empty, messages
@@ -545,17 +563,29 @@ class Service:
         reasons = ["the server is about to stop"] if self._draining else []
         if (silent := self.engine.idle_seconds()) > SILENCE:
             reasons.append(f"the model's thread has been silent for {silent:.0f} s")
-        try:
-            await asyncio.to_thread(self.store.check_health)
-        except Exception as error:
-            reasons.append(f"the store cannot be written: {error}")
+        if not await self._store_is_well():
+            reasons.append("the store cannot be written; the log says why")
         return reasons
+
+    async def _store_is_well(self) -> bool:
+        async with self._looking:
+            if self._health is None or time.monotonic() - self._health[0] > FRESH:
+                try:
+                    await asyncio.to_thread(self.store.check_health)
+                    well = True
+                except Exception as error:  # whatever it is, it is no health
+                    log.warning("the store cannot be written: %s", error)
+                    well = False
+                self._health = time.monotonic(), well
+            return self._health[1]
 
     async def tend(self, every: float = 600) -> None:
         """Remove expired conversations from time to time, until cancelled."""
         while True:
-            with suppress(OSError):  # an unreachable store shows in ready(); the next round tries again
+            try:
                 self.metrics.expired.inc(await asyncio.to_thread(self.store.purge))
+            except CCMError as error:  # the next round tries again
+                log.warning("expired conversations were not removed: %s", error)
             await asyncio.sleep(every)
 
     def stop_taking(self) -> None:
@@ -669,7 +699,7 @@ class Service:
 
     async def _take_in(self, tenant: str, held: _Held, messages: Sequence[Message]) -> str:
         """Fold messages and commit; returns the session."""
-        segments, lengths = self._rendered(messages)
+        segments, lengths = await asyncio.to_thread(self._rendered, messages)
         made: list[str] = []
 
         async def commit(result: Result) -> Outcome:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header
@@ -14,7 +13,7 @@ from starlette.responses import Response
 
 from ..service import Outcome, Turn
 from .common import ServiceDep, Tenant, check_model
-from .schemas import ChatBody, SessionId
+from .schemas import ChatBody, HeaderId
 from .stream import EventStream, event, unless_gone
 
 router = APIRouter(prefix="/v1", tags=["chat"])
@@ -27,7 +26,7 @@ async def complete(
     service: ServiceDep,
     tenant: Tenant,
     x_session_id: Annotated[
-        SessionId | None, Header(description="Which conversation; it begins with its first turn.")
+        HeaderId | None, Header(description="Which conversation; it begins with its first turn.")
     ] = None,
 ) -> Response | dict[str, Any]:
     """Answer the last message. A history that is sent again is recognised; only what is new is read."""
@@ -43,8 +42,8 @@ async def complete(
     frame = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": service.name}
     if body.stream:
         usage = bool(body.stream_options and body.stream_options.include_usage)
-        return EventStream(_events(turn, frame, usage))
-    outcome = await unless_gone(request, turn.finish())
+        return EventStream(_events(turn, frame, usage), turn)
+    outcome = await unless_gone(request, turn)
     choice = {
         "index": 0,
         "message": {"role": "assistant", "content": outcome.text, "refusal": None},
@@ -67,15 +66,14 @@ async def _events(turn: Turn, frame: dict[str, Any], usage: bool) -> AsyncGenera
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
         return event({**frame, "choices": [choice], **more})
 
-    async with aclosing(turn):
-        yield chunk({"role": "assistant", "content": ""})
-        async for piece in turn:
-            yield chunk({"content": piece})
-        outcome = turn.outcome
-        yield chunk({}, outcome.finish_reason, **memory(outcome))
-        if usage:
-            yield event({**frame, "choices": [], "usage": _usage(outcome)})
-        yield event("[DONE]")
+    yield chunk({"role": "assistant", "content": ""})
+    async for piece in turn:
+        yield chunk({"content": piece})
+    outcome = turn.outcome
+    yield chunk({}, outcome.finish_reason, **memory(outcome))
+    if usage:
+        yield event({**frame, "choices": [], "usage": _usage(outcome)})
+    yield event("[DONE]")
 
 
 def _usage(outcome: Outcome) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -31,6 +32,10 @@ _TABLE: tuple[tuple[type[Exception], int, str, str | None], ...] = (
     (StorageError, 503, "server_error", "store_unavailable"),
     (EngineError, 500, "server_error", "engine_failed"),
 )
+
+_FIELD = re.compile(r"(?!str$)[a-z][a-z0-9_]*|[0-9]+")
+#: What an id of the caller may be.
+ID_RULE = "expected 1 to 200 characters, not dots alone, without blanks and / \\ ? # %"
 
 _CODES = {401: "invalid_api_key", 403: "forbidden", 404: "not_found", 408: "timeout", 413: "too_large"}
 
@@ -82,8 +87,14 @@ def install(app: FastAPI) -> None:
     async def http(request: Request, error: Exception) -> JSONResponse:
         if not isinstance(error, HTTPException):
             return response(error)
-        said = {404: "there is no such address here", 405: f"{request.method} is not possible here"}
-        answer = response(ApiError(error.status_code, said.get(error.status_code, str(error.detail))))
+        said = {
+            400: "the body is not JSON in UTF-8, or nested too deeply",
+            404: "there is no such address here",
+            405: f"{request.method} is not possible here",
+        }
+        code = "invalid_json" if error.status_code == 400 else None
+        message = said.get(error.status_code, str(error.detail))
+        answer = response(ApiError(error.status_code, message, code=code))
         answer.headers.update(error.headers or {})
         return answer
 
@@ -91,12 +102,20 @@ def install(app: FastAPI) -> None:
         if not isinstance(error, RequestValidationError):
             return response(error)
         first = error.errors()[0]
-        place = [str(part) for part in first["loc"] if part not in ("body", "query", "path", "header")]
-        param = ".".join(place) or None
+        kind, (source, *place) = first["type"], map(str, first["loc"])
+        # for a choice of types, pydantic names the type that it tried beside the field
+        known = [part for part in place if source != "body" or _FIELD.fullmatch(part)]
+        if kind == "extra_forbidden":
+            known = [*known, place[-1][:80]] if place[-1] not in known[-1:] else known
+        param = ".".join(known) if kind != "json_invalid" and known else None
         message, code = f"{param or 'body'}: {first['msg']}", "invalid_value"
-        if first["type"] == "extra_forbidden":
+        if source == "body" and not place and kind != "missing":
+            message = "the body is no JSON object: send one, with the header Content-Type: application/json"
+        elif kind == "string_pattern_mismatch":  # all our patterns are of ids
+            message = f"{param}: {ID_RULE}"
+        elif kind == "extra_forbidden":
             message, code = f"{param} is not supported here: leave it out", "unsupported_parameter"
-        elif first["type"] == "json_invalid":
+        elif kind == "json_invalid":
             message, code = f"the body is not JSON: {first.get('ctx', {}).get('error')}", "invalid_json"
         return response(ApiError(400, message, param, code))
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-import json
 import logging
 import re
 import secrets
@@ -21,6 +20,7 @@ from fastapi import Request
 from starlette.datastructures import Headers, MutableHeaders
 
 from ..keys import Keys
+from ..logs import request_id
 from ..metrics import Metrics
 from .errors import ApiError, response
 
@@ -34,6 +34,8 @@ access = logging.getLogger("ccm.access")
 
 #: Tenant of a server without keys.
 LOCAL = "local"
+#: Others count as one: a client may make them up without end.
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -66,21 +68,24 @@ class Guard:
         began, status, begun = time.monotonic(), 500, False
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
+        name = given if _REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
+        request_id.set(name)  # each request has a task, and with it a context, of its own
 
         async def sending(message: Message) -> None:
             nonlocal status, begun
             if message["type"] == "http.response.start":
                 status, begun = message["status"], True
                 out = MutableHeaders(scope=message)
-                out["X-Request-Id"] = request_id
-                for name, value in _HEADERS.items():
-                    out.setdefault(name, value)
+                out["X-Request-Id"] = name
+                for header, value in _HEADERS.items():
+                    out.setdefault(header, value)
             await send(message)
 
         try:
             if self.keys is None:
                 _check_local(headers)
+            elif scope["path"].startswith("/v1/"):
+                _tenant(self.keys, headers)  # before anything of a stranger's body is kept
             receive = await self._whole_body(scope, headers, receive)
         except ApiError as error:
             await response(error)(scope, receive, sending)
@@ -92,7 +97,7 @@ class Guard:
                     raise
                 await response(error)(scope, receive, sending)
         finally:
-            self._note(scope, status, request_id, time.monotonic() - began)
+            self._note(scope, status, time.monotonic() - began)
 
     async def _whole_body(self, scope: Scope, headers: Headers, receive: Receive) -> Receive:
         """Read the body, as far as it may go; what comes after it is news of the connection."""
@@ -122,20 +127,19 @@ class Guard:
 
         return replay
 
-    def _note(self, scope: Scope, status: int, request_id: str, seconds: float) -> None:
+    def _note(self, scope: Scope, status: int, seconds: float) -> None:
+        method = scope["method"] if scope["method"] in _METHODS else "other"
         # the route's pattern, not its address: ids of conversations are secrets
         route = getattr(scope.get("route"), "path", "-")
-        self.metrics.requests.labels(scope["method"], route, str(status)).inc()
-        line = {
-            "time": round(time.time(), 3),
-            "request": request_id,
+        self.metrics.requests.labels(method, route, str(status)).inc()
+        fields = {
             "tenant": scope.get("state", {}).get("tenant"),
-            "method": scope["method"],
+            "method": method,
             "route": route,
             "status": status,
             "seconds": round(seconds, 4),
         }
-        access.info(json.dumps(line))
+        access.info("%s %s %d", method, route, status, extra={"fields": fields})
 
 
 def is_loopback(host: str) -> bool:
@@ -166,11 +170,14 @@ def tenant_of(request: Request) -> str:
         ApiError: 401, no key or a wrong one.
     """
     keys: Keys | None = request.app.state.keys
-    tenant: str | None = LOCAL
-    if keys is not None:
-        scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        tenant = keys.tenant(key.strip()) if scheme.lower() == "bearer" else None
-        if tenant is None:
-            raise ApiError(401, "no API key, or an unknown one: send the header Authorization: Bearer KEY")
+    tenant = LOCAL if keys is None else _tenant(keys, request.headers)
     request.state.tenant = tenant
-    return str(tenant)
+    return tenant
+
+
+def _tenant(keys: Keys, headers: Headers) -> str:
+    scheme, _, key = headers.get("authorization", "").partition(" ")
+    tenant = keys.tenant(key.strip()) if scheme.lower() == "bearer" else None
+    if tenant is None:
+        raise ApiError(401, "no API key, or an unknown one: send the header Authorization: Bearer KEY")
+    return tenant

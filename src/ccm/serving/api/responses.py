@@ -8,7 +8,6 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,8 +67,8 @@ async def create(
     )
     frame = _frame(body, service.name, turn)
     if body.stream:
-        return EventStream(_events(turn, frame))
-    return _completed(frame, await unless_gone(request, turn.finish()))
+        return EventStream(_events(turn, frame), turn)
+    return _completed(frame, await unless_gone(request, turn))
 
 
 @router.post("/responses/compact", response_model=None)
@@ -215,16 +214,15 @@ async def _events(turn: Turn, frame: dict[str, Any]) -> AsyncGenerator[str, None
         number += 1
         return event({"type": kind, "sequence_number": number, **data}, kind)
 
-    async with aclosing(turn):
-        yield send("response.created", response=frame)
-        yield send("response.in_progress", response=frame)
-        yield send("response.output_item.added", output_index=0, item={**item, "content": []})
-        yield send("response.content_part.added", **where, part=item["content"][0])
-        async for piece in turn:
-            yield send("response.output_text.delta", **where, delta=piece, logprobs=[])
-        done = _completed(frame, turn.outcome, item["id"])
-        (item,) = done["output"]
-        yield send("response.output_text.done", **where, text=turn.outcome.text, logprobs=[])
-        yield send("response.content_part.done", **where, part=item["content"][0])
-        yield send("response.output_item.done", output_index=0, item=item)
-        yield send(f"response.{done['status']}", response=done)
+    yield send("response.created", response=frame)
+    yield send("response.in_progress", response=frame)
+    yield send("response.output_item.added", output_index=0, item={**item, "content": []})
+    yield send("response.content_part.added", **where, part=item["content"][0])
+    async for piece in turn:
+        yield send("response.output_text.delta", **where, delta=piece, logprobs=[])
+    done = _completed(frame, turn.outcome, item["id"])
+    (item,) = done["output"]
+    yield send("response.output_text.done", **where, text=turn.outcome.text, logprobs=[])
+    yield send("response.content_part.done", **where, part=item["content"][0])
+    yield send("response.output_item.done", output_index=0, item=item)
+    yield send(f"response.{done['status']}", response=done)

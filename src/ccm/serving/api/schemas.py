@@ -7,19 +7,26 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
+from ..engine.base import LONGEST_STOP
 from ..history import Message
 from ..service import Sampling
 from .errors import ApiError
 
-#: An id of the caller: printable, and no part of an address.
+_NO_ID = r"\s/\\?#%\x00-\x1f\x7f"
+#: An id of the caller: printable, and usable as one part of an address.
 SessionId = Annotated[
-    str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\s/\\?#%\x00-\x1f\x7f]+$")
+    str, StringConstraints(min_length=1, max_length=200, pattern=rf"^\.*[^.{_NO_ID}][^{_NO_ID}]*$")
+]
+#: The same in a header, where bytes that are not ASCII have no agreed meaning.
+HeaderId = Annotated[
+    str, StringConstraints(min_length=1, max_length=200, pattern=rf"^\.*[^.{_NO_ID}-\xff][^{_NO_ID}-\xff]*$")
 ]
 Metadata = Annotated[
     dict[Annotated[str, StringConstraints(max_length=64)], Annotated[str, StringConstraints(max_length=512)]],
     Field(max_length=16),
 ]
 Nothing = Annotated[list[Any], Field(max_length=0)]
+StopText = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_STOP)]
 Text = Annotated[str, StringConstraints(max_length=1 << 22)]
 
 
@@ -104,7 +111,7 @@ class ChatBody(SamplingBody):
     max_tokens: int | None = Field(None, ge=1, le=1 << 15)
     max_completion_tokens: int | None = Field(None, ge=1, le=1 << 15)
     seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
-    stop: Annotated[str, StringConstraints(min_length=1)] | list[str] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     stream_options: StreamOptions | None = None
@@ -213,7 +220,7 @@ def opened(text: str, param: str, prefix: str = "") -> tuple[str, int]:
         ApiError: 404, it is none.
     """
     session, _, version = text.removeprefix(prefix).rpartition(".")
-    number = version.isascii() and version.isdecimal() and len(version) <= 15
+    number = version.isascii() and version.isdecimal() and len(version) <= 15 and int(version) > 0
     if not text.startswith(prefix) or not 0 < len(session) <= 200 or not number:
         raise ApiError(404, f"{param}: there is no {text[:80]!r}", param)
     return session, int(version)

@@ -6,17 +6,17 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import Request
 from starlette.responses import Response
 
+from ..service import Outcome, Turn
 from .errors import ApiError, describe
 from .guard import Receive, Scope, Send
 
 #: Seconds of silence after which a comment shows proxies that the stream is alive.
 KEEP_ALIVE = 15.0
-_T = TypeVar("_T")
 
 
 def event(data: Any, name: str | None = None) -> str:
@@ -26,17 +26,17 @@ def event(data: Any, name: str | None = None) -> str:
 
 
 class EventStream(Response):
-    """Sends events as they come; closes their generator when the client goes away, or at the end.
+    """Sends events of a turn as they come; closes the turn when the client goes away, or at the end.
 
     An error of the generator becomes an event in OpenAI's shape, and the end: the status was sent long ago.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[str, None]):
+    def __init__(self, events: AsyncGenerator[str, None], turn: Turn):
         super().__init__(headers={"X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self.events = events
+        self.events, self.turn = events, turn
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sending = asyncio.ensure_future(self._send(send))
@@ -47,6 +47,7 @@ class EventStream(Response):
             with suppress(asyncio.CancelledError):
                 await sending
             await self.events.aclose()
+            await self.turn.aclose()  # by itself: a generator that has not begun closes nothing
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
@@ -74,9 +75,9 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
 
 
-async def unless_gone(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
-    """The result of ``work``, which is cancelled if the client goes away first."""
-    running = asyncio.ensure_future(work)
+async def unless_gone(request: Request, turn: Turn) -> Outcome:
+    """The outcome of a turn, which is cancelled if the client goes away first."""
+    running = asyncio.ensure_future(turn.finish())
     try:
         await _first(running, _gone(request.receive))
     except BaseException:

@@ -20,6 +20,8 @@ from ...session import Budget
 
 #: Most tokens that one answer may have, whatever the model's context.
 LONGEST_ANSWER = 1 << 15
+#: Most characters of a text that ends an answer: it is looked for after every token.
+LONGEST_STOP = 256
 
 
 class EngineError(CCMError):
@@ -78,8 +80,10 @@ class Sampling:
             value = getattr(self, name)
             if not least <= value <= most:
                 raise ConfigError(f"{name}: got {value}, expected {least} to {most}")
-        if len(self.stop) > 16 or not all(self.stop):
-            raise ConfigError(f"stop: got {len(self.stop)} texts, expected up to 16, none of them empty")
+        if len(self.stop) > 16 or not all(0 < len(text) <= LONGEST_STOP for text in self.stop):
+            raise ConfigError(
+                f"stop: got {len(self.stop)} texts, expected up to 16 of 1 to {LONGEST_STOP} characters"
+            )
 
 
 @dataclass(frozen=True)

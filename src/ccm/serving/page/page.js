@@ -107,7 +107,8 @@ function bytes(count) {
   return `${count.toFixed(place ? 1 : 0)} ${units[place]}`;
 }
 
-function meter(stats) {
+/** What a memory holds; `view` is what the server says of it. */
+function meter({ stats, precision, error }) {
   const { nbytes: held, full_context_nbytes: full } = stats;
   const smaller = held < full;
   $("ratio").textContent = held ? `${(smaller ? full / held : held / full).toFixed(1)}×` : "empty";
@@ -124,6 +125,9 @@ function meter(stats) {
     ["tokens seen", stats.tokens_seen],
     ["turns", stats.turns],
   ];
+  if (precision !== "float32") {
+    rows.push([`stored as ${precision}`, `${(100 * Math.max(error.keys, error.values)).toFixed(2)} % off`]);
+  }
   $("numbers").replaceChildren(
     ...rows.flatMap(([name, value]) => [element("dt", name), element("dd", value.toLocaleString())]),
   );
@@ -146,7 +150,10 @@ function timeline(turns) {
   );
 }
 
-const NOTHING = { nbytes: 0, full_context_nbytes: 0, slots: 0, sink: 0, window: 0, tokens_folded: 0, tokens_seen: 0, turns: 0 };
+const NOTHING = {
+  stats: { nbytes: 0, full_context_nbytes: 0, slots: 0, sink: 0, window: 0, tokens_folded: 0, tokens_seen: 0, turns: 0 },
+  precision: "float32",
+};
 
 function blank() {
   $("log").replaceChildren(
@@ -204,7 +211,7 @@ async function open(id) {
   blank();
   for (const turn of memory.turns) shown(turn.role, turn.content ?? `(${turn.tokens} tokens, text not kept)`);
   toEnd();
-  meter(memory.stats);
+  meter(memory);
   timeline(memory.turns);
   known.set(id, memory.updated);
   draw();
@@ -215,7 +222,10 @@ async function open(id) {
 async function refresh(id) {
   const memory = await json(address(id));
   known.set(id, memory.updated);
-  if (current === id) timeline(memory.turns);
+  if (current === id) {
+    meter(memory);
+    timeline(memory.turns);
+  }
   draw();
 }
 
@@ -250,15 +260,14 @@ async function say(text) {
       headers: { "X-Session-Id": session },
       signal: running.signal,
     });
-    let memory = null;
+    let kept = false;
     for await (const chunk of events(response.body)) {
       if (chunk.error) throw new Refused(0, chunk.error.message);
       answer.append(chunk.choices?.[0]?.delta?.content ?? "");
       if (following) toEnd();
-      memory = chunk.memory ?? memory;
+      kept ||= "memory" in chunk;
     }
-    if (memory === null) throw new Refused(0, "The answer broke off: reload to see whether this turn was kept.");
-    meter(memory);
+    if (!kept) throw new Refused(0, "The answer broke off: reload to see whether this turn was kept.");
     current = session;
   } catch (error) {
     for (const message of [question, answer]) message.classList.add("unsent");
