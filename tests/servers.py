@@ -84,7 +84,7 @@ def redis_server() -> Iterator[RedisServer]:
     if program is None:
         pytest.skip("no redis-server on this machine (Debian: apt-get install redis-server)")
     with tempfile.TemporaryDirectory() as folder:
-        port = _free_port()
+        port = free_port()
         options = {
             "bind": "127.0.0.1",
             "dir": folder,
@@ -117,7 +117,7 @@ def postgresql_server() -> Iterator[PostgresqlServer]:
         done = subprocess.run([*_as(user), *make], capture_output=True, text=True, cwd="/")
         if done.returncode:
             pytest.fail(f"initdb failed:\n{done.stderr[-2000:]}")
-        port = _free_port()
+        port = free_port()
         command = [f"{programs}/postgres", "-D", data, "-p", str(port), "-k", "", "-h", "127.0.0.1"]
         server = PostgresqlServer([*_as(user), *command], port, Path(folder) / "log", signal.SIGINT)
         try:
@@ -151,7 +151,8 @@ def _as(user: str | None) -> list[str]:
     return ["setpriv", f"--reuid={user}", f"--regid={pwd.getpwnam(user).pw_gid}", "--clear-groups"]
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of loopback that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
