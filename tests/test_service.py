@@ -473,6 +473,10 @@ def test_limits_and_failures_commit_nothing(make, monkeypatch):
         assert [info.session for info in await service.sessions("t")] == ["s"]
         with pytest.raises(ConfigError, match="limit is 60"):
             await say(service, "s", "x" * 80)
+        for session in ("s", None):
+            with monkeypatch.context() as patch, pytest.raises(ConfigError, match="1000 characters"):
+                patch.setattr(service, "tokenizer", None)  # it is not even tokenized
+                await service.answer("t", session, user("x" * 1000), GREEDY)
         with pytest.raises(ConfigError, match="none"):
             await service.answer("t", "s", [], GREEDY)
 

@@ -50,6 +50,8 @@ log = logging.getLogger(__name__)
 SILENCE = 60.0
 #: Seconds for which a look at the store's health holds: everybody may ask, and it writes.
 FRESH = 1.0
+#: More characters per token than any text has; a longer one is refused before it is tokenized, which takes seconds.
+CHARACTERS = 16
 
 
 def new_id(kind: str) -> str:
@@ -470,6 +472,7 @@ class Service:
             raise
 
     async def _stateless(self, messages: Sequence[Message], sampling: Sampling) -> Turn:
+        self._check_characters(messages)
         try:
             ids = await asyncio.to_thread(
                 self.tokenizer.apply_chat_template,
@@ -686,10 +689,19 @@ class Service:
 
     def _rendered(self, messages: Sequence[Message]) -> tuple[tuple[tuple[int, ...], ...], list[int]]:
         """Segments of all messages one after another, and the tokens of each message."""
+        self._check_characters(messages)
         turns = [render(self.tokenizer, message.role, message.content).ids for message in messages]
         self._check_tokens(sum(map(len, turns)))
         segments = [segment for ids in turns for segment in segments_of(ids, self.settings.budget)]
         return tuple(segments), [len(ids) for ids in turns]
+
+    def _check_characters(self, messages: Sequence[Message]) -> None:
+        count = sum(len(message.content) for message in messages)
+        if count > CHARACTERS * self.settings.input_tokens:
+            raise ConfigError(
+                f"the request brings {count} characters, the limit is {self.settings.input_tokens} tokens: "
+                "send it in parts"
+            )
 
     def _check_tokens(self, count: int) -> None:
         if count > self.settings.input_tokens:
