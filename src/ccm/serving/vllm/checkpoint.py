@@ -54,21 +54,26 @@ class Checkpoint:
     def _samples(self) -> Iterator[Tensor]:
         """A few rows of every matrix, in the order of the model."""
         with ExitStack() as stack:
-            places: dict[str, Any] = {}
+            matrices: dict[str, Any] = {}
             for path in sorted(self._folder().glob("*.safetensors")):
                 file = stack.enter_context(safe_open(path, framework="pt"))
-                places |= dict.fromkeys(file.keys(), file)
-            for name, parameter in self.model.named_parameters():
-                if parameter.ndim != 2:
-                    continue
-                if name not in places:
-                    raise UnsupportedModelError(
-                        f"{self.name} has no {name} among its safetensors: memories belong to the plain model; serve "
-                        "that one, not a quantized or converted copy"
-                    )
-                matrix = places[name].get_slice(name)
+                matrices |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            parameters = {name: p for name, p in self.model.named_parameters() if p.ndim == 2}
+            others = {name: matrix for name, matrix in matrices.items() if name not in parameters}
+            for name, parameter in parameters.items():
+                matrix = matrices.get(name) or self._renamed(name, parameter, others)
                 rows = range(*sampled_rows(len(parameter)).indices(len(parameter)))
                 yield torch.cat([matrix[row : row + 1, :16] for row in rows])
+
+    def _renamed(self, name: str, parameter: Tensor, others: dict[str, Any]) -> Any:
+        """The matrix that has another name in the files, as transformers writes some of them."""
+        fitting = [matrix for matrix in others.values() if matrix.get_shape() == list(parameter.shape)]
+        if len(fitting) != 1:
+            raise UnsupportedModelError(
+                f"{self.name} has no {name} among its safetensors: memories belong to the plain model; serve that "
+                "one, not a quantized or converted copy"
+            )
+        return fitting[0]
 
     def _folder(self) -> Path:
         folder = Path(self.name)

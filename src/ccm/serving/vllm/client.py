@@ -95,13 +95,16 @@ class VllmServer:
         try:
             response = self._request("POST", "/v1/completions", body, call)
             for line in response:
-                data = line.removeprefix(b"data: ").strip()
-                if not line.startswith(b"data: ") or data == b"[DONE]":
+                if not line.startswith(b"data: "):
                     continue
+                data = line.removeprefix(b"data: ").strip()
+                if data == b"[DONE]":
+                    return
                 event = json.loads(data)
                 if "error" in event:
                     raise self._failed(str(event["error"].get("message")))
                 yield event["choices"][0].get("token_ids") or []
+            raise HTTPException("the connection ended")
         except (OSError, HTTPException, ValueError) as error:
             if call.closed:
                 return

@@ -1,0 +1,73 @@
+"""A conversation that goes on elsewhere: on another engine, or in a vLLM that was killed and started again."""
+
+from __future__ import annotations
+
+import pytest
+from engine_contract import BUDGET, CONTEXT, Heard, run, turn
+from vllm_servers import free_port, kv_transfer, start
+
+from ccm import Session
+from ccm.serving.engine import EngineError, PaddedEngine, Sampling
+from ccm.serving.store import open_store
+from ccm.serving.vllm.client import VllmServer
+from ccm.serving.vllm.engine import VllmEngine
+
+SAID = ["my cat is Miso", "and I live in Lyon", "what is it?", "no", "x y z", "hi", "once more"]
+
+
+@pytest.fixture
+def session(compressor, tokenizer):
+    return Session(compressor, tokenizer, slots=2, sink=2, window=16, segment=8)
+
+
+def say(engine, tokenizer, memory, text):
+    (result,), _ = run(engine, [turn(tokenizer, memory, text, budget=BUDGET)])
+    return result
+
+
+def test_between_engines_in_mid_course(compressor, tokenizer, session, vllm, url):
+    """Turn by turn on another engine: every answer is the one of a session that never moved."""
+    engines = [
+        PaddedEngine(compressor, tokenizer),
+        VllmEngine(compressor, tokenizer, VllmServer(vllm.url), open_store(url)),
+    ]
+    memory = compressor.empty()
+    for i, text in enumerate(SAID):
+        result = say(engines[i % 2], tokenizer, memory, text)
+        assert result.text == session.generate(text, max_new_tokens=12, do_sample=False)
+        memory = result.memory
+    for engine in engines:
+        engine.close()
+
+
+def test_vllm_killed_and_started_again(compressor, tokenizer, session, folder, url, tmp_path):
+    """The turn that it was killed in fails; the next one goes on with everything that was said before."""
+    options = ("--max-model-len", str(CONTEXT))
+    port = free_port()
+    vllm = start(folder, tmp_path / "first", *options, port=port, kv=kv_transfer(url))
+    try:
+        vllm.wait()
+        engine = VllmEngine(compressor, tokenizer, VllmServer(vllm.url), open_store(url))
+        memory = compressor.empty()
+        for text in SAID[:3]:
+            memory = say(engine, tokenizer, memory, text).memory
+            session.generate(text, max_new_tokens=12, do_sample=False)
+        heard = Heard()
+        long = Sampling(max_tokens=150, temperature=0, stop=())
+        engine.submit(turn(tokenizer, memory, "a", long), heard)
+        assert isinstance(heard.events.get(timeout=60), str)
+        vllm.stop(hard=True)
+        with pytest.raises(EngineError, match="lost during the answer"):
+            heard.result()
+        down = Heard()
+        engine.submit(turn(tokenizer, memory, "a"), down)
+        with pytest.raises(EngineError, match="lost during the answer"):
+            down.result()
+        vllm = start(folder, tmp_path / "second", *options, port=port, kv=kv_transfer(url))
+        vllm.wait()
+        result = say(engine, tokenizer, memory, SAID[3])
+        assert result.text == session.generate(SAID[3], max_new_tokens=12, do_sample=False)
+        assert not open_store(url).sessions("vllm turns")  # nothing is left of the turns
+        engine.close()
+    finally:
+        vllm.stop(hard=True)

@@ -1,0 +1,23 @@
+"""The engine that generates in vLLM: the contract of all engines, whose answers are those of sessions."""
+
+from __future__ import annotations
+
+import pytest
+from engine_contract import EngineContract
+
+from ccm.serving.store import Limits, open_store
+from ccm.serving.vllm.client import VllmServer
+from ccm.serving.vllm.engine import VllmEngine
+
+
+@pytest.fixture
+def make(compressor, tokenizer, vllm, url):
+    def make(rows=4, waiting=16):
+        store = open_store(url, Limits(ttl=3600))
+        return VllmEngine(compressor, tokenizer, VllmServer(vllm.url), store, rows=rows, waiting=waiting)
+
+    return make
+
+
+class TestVllm(EngineContract):
+    pass
