@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lamp_files import write_lamp
 from tiny import tiny_tokenizer
 from typer.testing import CliRunner
 
@@ -27,6 +28,7 @@ from ccm.data.conversation import SPLITS, Turn, split_of
 from ccm.data.frames import read_frame
 from ccm.data.icl import TEXT_TOKENS, demonstration, icl_row
 from ccm.data.jsonl import read_jsonl
+from ccm.data.lamp import load_lamp
 from ccm.data.rows import ConversationRow
 from ccm.data.sources import Source, source_class
 from ccm.data.task_files import languages, newsgroups, spam, supersenses
@@ -300,6 +302,33 @@ def test_books_of_the_hub(hub):
     hub["emozilla/pg19"] = [{"short_book_title": f"Book {n}", "text": f"word{n} " * 2000} for n in range(5)]
     source = get_source("pg19", TOKENIZER, books=3, segment_tokens=[8, 16], row_tokens=64)
     assert {row.conversation for row in check_rows(source)} == {"Book 0", "Book 1", "Book 2"}
+
+
+def test_profiles_of_lamp(tmp_path, monkeypatch):
+    path = str(write_lamp(tmp_path))
+    source = get_source("lamp", TOKENIZER, path=path, items=[2, 4])
+    rows = check_rows(source)
+    names = {row.conversation for row in rows}
+    for split in ("validation", "test"):  # nobody is in two splits
+        held_out = {row.conversation for row in source.held_out(split, 99)}
+        assert held_out and not held_out & names
+        names |= held_out
+    row = source.held_out("test", 99)[-1]
+    said = [TOKENIZER.decode(list(ids)) for ids in row.segments]
+    assert said[-1].startswith("dev 39 asks\nLabel: ") and said[-2].startswith("dev 39 wrote 3")
+    assert {len(row.segments) for row in rows} >= {3, 5} and len(row.recall) == len(row.segments)
+    monkeypatch.setattr("ccm.data.lamp.hf_hub_download", lambda *args, **more: tmp_path / args[1])
+    load_lamp.cache_clear()
+    assert get_source("lamp", TOKENIZER, items=[2, 4]).held_out("test", 99)[-1] == row
+    with pytest.raises(UnknownNameError, match="unknown LaMP task 'mail': expected one of films, news"):
+        get_source("lamp", TOKENIZER, data="mail")
+    with pytest.raises(DataError, match=r"no LaMP_3/train_questions\.json .*give it as path="):
+        get_source("lamp", TOKENIZER, data="reviews", path=path).draw(random.Random(0))
+    questions = tmp_path / "LaMP_2" / "dev_questions.json"
+    questions.write_text(questions.read_text().replace("article: dev 3 ", "dev 3 "))
+    load_lamp.cache_clear()
+    with pytest.raises(DataError, match="question dev3: no 'article: '"):
+        source.held_out("test", 1)
 
 
 def test_hub_errors(hub, monkeypatch):

@@ -11,6 +11,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
+from lamp_files import write_lamp
 from tiny import tiny_tokenizer
 
 from ccm.data import Conversation, books, facts, get_source, load_chitchat, movielens, tasks
@@ -214,6 +215,21 @@ def test_hub(hub, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(MissingPackageError, match="pip install datasets"):
         list(get_task("stream", source="pg19").items(TOKENIZER, 1))
+
+
+def test_profiles_of_lamp(tmp_path):
+    task = get_task("lamp", path=str(write_lamp(tmp_path)), steps=[1, 2, 4])
+    items = check_items(task)
+    assert [len(item.segments) for item in items] == [4] * 12  # long profiles first
+    (query,) = items[0].queries[4]
+    assert [decode(option).strip() for option in query.options] == ["crime", "sports", "travel"]
+    assert query.answer == ["crime", "sports", "travel"].index(("sports", "crime", "travel")[4 % 3])
+    assert items[0].name == "news dev4" and decode(query.prompt).startswith("dev 4 asks\nLabel:")
+    assert texts(items[0])[-1] == "dev 4 wrote 3\nLabel: sports\n" and query.blank
+    everyone = check_items(task, 99)
+    assert {len(item.segments) for item in everyone} == {1, 2, 4} and "news dev7" not in str(everyone)
+    with pytest.raises(DataError, match=r"no LaMP_2_movie/dev_questions\.json"):
+        list(get_task("lamp", data="films", path=str(tmp_path)).items(TOKENIZER, 1))
 
 
 # ---------------------------------------------------------------------- in-context learning

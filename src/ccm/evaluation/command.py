@@ -20,7 +20,7 @@ EPILOG = "Example: ccm eval quick --methods none,full,ccm-concat,streaming-llm@c
 def evaluate(
     suite: Annotated[
         str,
-        typer.Argument(metavar="SUITE", help="quick, paper, streams, or a .jsonl file of your own."),
+        typer.Argument(metavar="SUITE", help="quick, paper, streams, hub, or a .jsonl file of your own."),
     ],
     methods: Annotated[
         str | None,

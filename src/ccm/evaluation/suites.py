@@ -212,7 +212,8 @@ STREAMS = (
     f"streaming-llm@{_BOUNDED}",
     f"streaming-llm:sink=0@{_BOUNDED}",
 )
-#: For two cores and the embedded model: quick takes some twelve minutes, paper five hours, streams two.
+#: For two cores and the embedded model: quick takes some twelve minutes, paper five hours, streams two. The paper's
+#: own data are in hub, which needs a model hub.
 SUITES: dict[str, Suite] = {
     suite.name: suite
     for suite in (
@@ -244,6 +245,15 @@ SUITES: dict[str, Suite] = {
             ),
         ),
         Suite("streams", (("stream", {"tokens": 204_800}, 1, STREAMS),)),
+        Suite(
+            "hub",
+            (
+                ("daily-dialog", {"steps": (0, 1, 2, 4, 8)}, 32, MAIN),
+                ("soda", {"steps": (0, 1, 2, 4, 8)}, 16, MAIN),
+                ("lamp", {}, 24, MAIN),
+                ("stream", {"source": "pg19", "tokens": 32_768}, 3, STREAMS),
+            ),
+        ),
     )
 }
 
