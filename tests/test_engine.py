@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
-from engine_contract import EngineContract, check_many_at_a_time, compressor_of
+from engine_contract import BUDGET, EngineContract, check_many_at_a_time, compressor_of
 from tiny import tiny_tokenizer
 
 from ccm.errors import ConfigError
-from ccm.serving.engine import PaddedEngine, Sampling
+from ccm.serving.engine import Job, PaddedEngine, Result, Sampling
 from ccm.serving.engine.sampling import Sampler, Writer
 
 
@@ -38,6 +40,35 @@ def test_other_families(family, tokenizer):
     engine = PaddedEngine(compressor, tokenizer, rows=4)
     check_many_at_a_time(engine, compressor, tokenizer)
     engine.close()
+
+
+def test_the_engine_keeps_its_threads_to_itself(compressor, tokenizer):
+    """The server gives the model's thread all cores, and afterwards one to all others."""
+    before, seen = torch.get_num_threads(), {}
+
+    def note(name):
+        seen[name] = torch.get_num_threads()
+
+    try:
+        torch.set_num_threads(3)
+        engine = PaddedEngine(compressor, tokenizer)
+        torch.set_num_threads(1)
+        done = threading.Event()
+
+        def listener(event):
+            note("engine")
+            if isinstance(event, Result):
+                done.set()
+
+        engine.submit(Job(compressor.empty(), BUDGET, ((5, 6, 7),)), listener)
+        assert done.wait(60)
+        other = threading.Thread(target=note, args=["other"])
+        other.start()
+        other.join()
+        engine.close()
+    finally:
+        torch.set_num_threads(before)
+    assert seen == {"engine": 3, "other": 1}
 
 
 # ------------------------------------------------------------------ sampling and text

@@ -46,7 +46,7 @@ def measure(server: Server, names: list[str], batched: bool, tokens: int, label:
 
 def main() -> bool:
     arguments = parser(__doc__.splitlines()[0]).parse_args()
-    count, repeats, tokens = (4, 1, 16) if arguments.quick else (8, 9, 32)
+    count, repeats, tokens = (4, 1, 16) if arguments.quick else (8, 7, 64)
     talks = conversations(count, 12)
     with tempfile.TemporaryDirectory() as home, serving(Path(home), arguments.threads) as server:
         client = server.client()

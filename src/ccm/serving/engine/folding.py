@@ -89,8 +89,10 @@ class FoldingEngine(Engine, Generic[R]):
         self._active: list[R] = []
         self._writing: list[R] = []  # their answers have begun
         self._threads = torch.get_num_threads()
+        self._begun = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="ccm-engine", daemon=True)
         self._thread.start()
+        self._begun.wait()
 
     # ------------------------------------------------------------------ what a subclass does
 
@@ -164,7 +166,9 @@ class FoldingEngine(Engine, Generic[R]):
     # ------------------------------------------------------------------ the loop
 
     def _loop(self) -> None:
-        torch.set_num_threads(self._threads)  # the setting is one of each thread
+        torch.set_num_threads(self._threads)  # the setting is one of each thread,
+        torch.get_num_threads()  # which has it once it has asked, whatever others set later
+        self._begun.set()
         try:
             self._rounds()
         finally:
