@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from runs import environment
 from tiny import random_rows, scramble, tiny_model, tiny_tokenizer
 
@@ -767,6 +768,37 @@ def test_own_conversations_from_the_command_line(
     write(tmp_path / "chats.jsonl", CHATS[:1])
     assert run_command(home, *arguments) == 2
     assert "sha256" in capsys.readouterr().err
+
+
+def test_a_first_stage_tunes_the_model_for_every_method(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chats = write(tmp_path / "chats.jsonl", CHATS)
+    tuned = get_peft_model(ccm.load_model(str(home / "model"))[0], LoraConfig(target_modules=["q_proj"]))
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.5)
+    tuned.save_pretrained(tmp_path / "stage")
+    model, _ = ccm.load_model(str(home / "model"))
+    config = CompressorConfig(slots=2, rule="mean")
+    Compressor(model, config, base_adapter=tmp_path / "stage").save_pretrained(tmp_path / "two")
+
+    def nll(name: str, *more: str) -> tuple[dict[str, float], dict[str, Any]]:
+        methods = f"none,full,{tmp_path / 'two'}" if more else "none,full"
+        out = ["--out", str(tmp_path / name)]
+        assert run_command(home, str(chats), "--methods", methods, *out, *more) == 0
+        result = json.loads((tmp_path / f"{name}.json").read_text())
+        last = [row for row in result["rows"] if row["step"] == 4 and row["metric"] == "perplexity"]
+        return {row["method"]: row["value"] for row in last}, result["model"]
+
+    plain, model_of_plain = nll("plain")
+    own, model_of_own = nll("own", "--first-stage", str(tmp_path / "two"))
+    assert len(own) == 3 and all(own[name] != plain[name] for name in plain)
+    assert len(model_of_own.pop("first_stage")) == 16 and model_of_own == model_of_plain
+    capsys.readouterr()
+    assert run_command(home, str(chats), "--first-stage", str(home / "merge")) == 2
+    assert "has no first stage" in capsys.readouterr().err
 
 
 def test_own_items(home: Path, tmp_path: Path) -> None:

@@ -43,6 +43,12 @@ def evaluate(
             help="An adapter's folder or hub id; it and a window of equal bytes join the methods.",
         ),
     ] = None,
+    first_stage: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Tune the model, for every method, by the first stage of this adapter."
+        ),
+    ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Items of each task.", show_default="the suite's")
     ] = None,
@@ -83,6 +89,10 @@ def evaluate(
     if threads:
         torch.set_num_threads(threads)
     language_model, tokenizer = load_model(model)
+    if first_stage:
+        from ..storage import adapter_folder, base_stage
+
+        base_stage.attach(language_model, adapter_folder.first_stage(first_stage))
     with console.status("Reading the tasks"):
         evaluation = Evaluation(language_model, tokenizer, chosen.name, plans, [*named, *added])
     result = _run(evaluation, folder, console)

@@ -19,6 +19,7 @@ from .. import __version__
 from ..errors import ConfigError, MismatchError
 from ..methods import Method
 from ..reader import base_name, model_fingerprint
+from ..storage import base_stage
 from ..storage.atomic import write_atomically
 from . import summary
 from .items import Generation, Item, Likelihood
@@ -116,6 +117,8 @@ class Evaluation:
             "fingerprint": model_fingerprint(self.model),
             "dtype": str(self.model.dtype).removeprefix("torch."),
         }
+        if (stage := base_stage.present(self.model)) is not None:
+            model["first_stage"] = stage[:16]
         tasks = {plan.task.name: {"options": dict(plan.options)} for plan, _, _ in self.work}
         return {
             "format": FORMAT,

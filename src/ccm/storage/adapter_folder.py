@@ -134,6 +134,18 @@ def _settings(folder: Path) -> tuple[CompressorConfig, dict[str, str], bool]:
     return CompressorConfig(**settings), base, two_stages
 
 
+def first_stage(name: str | os.PathLike[str]) -> Path:
+    """The folder of an adapter's first stage.
+
+    Raises:
+        ConfigError: there is no such adapter, or it has none.
+    """
+    folder = find(name) / base_stage.FOLDER
+    if not folder.is_dir():
+        raise ConfigError(f"adapter {name} has no first stage: it is for the plain model")
+    return folder
+
+
 def shipped_adapters() -> list[str]:
     """Names of the adapters inside the package."""
     return sorted(path.parent.name for path in SHIPPED.glob("*/ccm_config.json"))

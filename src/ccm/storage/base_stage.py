@@ -39,8 +39,7 @@ def attach(model: PreTrainedModel, name: str | os.PathLike[str]) -> list[nn.Para
         digest = _digest(load_file(folder / "adapter_model.safetensors"))
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"base adapter {name}: {folder} is incomplete or damaged ({error})") from error
-    present = model.__dict__.get(_PRESENT)
-    if present != digest:
+    if present(model) != digest:
         if getattr(model, "peft_config", None):
             raise MismatchError(
                 f"base adapter {name}: the model has adapters already; load it again without any"
@@ -54,6 +53,11 @@ def attach(model: PreTrainedModel, name: str | os.PathLike[str]) -> list[nn.Para
             ) from error
         model.__dict__[_PRESENT] = digest
     return [p for n, p in model.named_parameters() if "lora_" in n and f".{NAME}." in n]
+
+
+def present(model: PreTrainedModel) -> str | None:
+    """A hash of the first stage that the model has, if it has one."""
+    return model.__dict__.get(_PRESENT)
 
 
 def save(model: PreTrainedModel, folder: Path, adapter: str = NAME) -> None:
