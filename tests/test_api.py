@@ -88,6 +88,10 @@ def test_without_a_session_nothing_is_kept(client, http):
     first = ask(client, "hello")
     assert ask(client, "hello").choices[0].message.content == first.choices[0].message.content
     assert not hasattr(first, "memory") or first.memory is None
+    empty = client.chat.completions.create(
+        model=MODEL, messages=user("hello"), max_tokens=3, extra_headers={"X-Session-Id": ""}
+    )
+    assert "memory" not in (empty.model_extra or {})
     assert ask(client, "hello", user="somebody").model == MODEL  # `user` never names a conversation
     assert http.get("/v1/memories").json()["data"] == before
 

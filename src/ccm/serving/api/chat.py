@@ -26,14 +26,15 @@ async def complete(
     service: ServiceDep,
     tenant: Tenant,
     x_session_id: Annotated[
-        HeaderId | None, Header(description="Which conversation; it begins with its first turn.")
+        HeaderId | None,
+        Header(description="Which conversation; it begins with its first turn. Empty: none."),
     ] = None,
 ) -> Response | dict[str, Any]:
     """Answer the last message. A history that is sent again is recognised; only what is new is read."""
     check_model(service, body.model)
     turn = await service.answer(
         tenant,
-        x_session_id,
+        x_session_id or None,
         [message.message() for message in body.messages],
         body.sampled(),
         create=True,

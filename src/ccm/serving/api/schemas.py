@@ -17,9 +17,9 @@ _NO_ID = r"\s/\\?#%\x00-\x1f\x7f"
 SessionId = Annotated[
     str, StringConstraints(min_length=1, max_length=200, pattern=rf"^\.*[^.{_NO_ID}][^{_NO_ID}]*$")
 ]
-#: The same in a header, where bytes that are not ASCII have no agreed meaning.
+#: The same in a header, where bytes that are not ASCII have no agreed meaning; templates of clients may leave it empty.
 HeaderId = Annotated[
-    str, StringConstraints(min_length=1, max_length=200, pattern=rf"^\.*[^.{_NO_ID}-\xff][^{_NO_ID}-\xff]*$")
+    str, StringConstraints(max_length=200, pattern=rf"^(\.*[^.{_NO_ID}-\xff][^{_NO_ID}-\xff]*)?$")
 ]
 Metadata = Annotated[
     dict[Annotated[str, StringConstraints(max_length=64)], Annotated[str, StringConstraints(max_length=512)]],
