@@ -25,13 +25,15 @@ BUDGET = Budget(slots=2, sink=2, window=16, segment=8)
 MODEL = "LlamaForCausalLM+tiny"
 
 
-def tiny_service(folder: Path, waiting: int = 64, limits: Limits | None = None, **settings: Any) -> Service:
+def tiny_service(
+    folder: Path, waiting: int = 64, limits: Limits | None = None, store: str | None = None, **settings: Any
+) -> Service:
     tokenizer = tiny_tokenizer()
     compressor = tiny_compressor(model={"vocab_size": len(tokenizer), "max_position_embeddings": 512})
-    store = open_store(f"sqlite://{folder}/memories.db", limits)
+    opened = open_store(store or f"sqlite://{folder}/memories.db", limits)
     metrics = Metrics()
     engine = PaddedEngine(compressor, tokenizer, rows=4, waiting=waiting, metrics=metrics)
-    return Service(compressor, tokenizer, store, Settings("tiny", BUDGET, **settings), engine, metrics)
+    return Service(compressor, tokenizer, opened, Settings("tiny", BUDGET, **settings), engine, metrics)
 
 
 class Running:

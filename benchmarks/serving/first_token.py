@@ -1,14 +1,17 @@
 """Time to first token late in a conversation, early in it, and without a memory, where the history is read again.
 
-A hundred turns are played; copies of the conversation as it was after the first and after the 99th are then asked one
-question in turns with a stateless request of the whole history, cut to 4,000 tokens, and the same question. Beside
-them the plain model reads that history with transformers alone, in this process while the server is idle.
+Conversations of real people are taken in, a hundred turns each but the last. Copies of each as it was after its first
+turn and after its 99th are asked one question, in turns with a stateless request of one whole history, cut to 4,000
+tokens, and the same question. Beside them the plain model reads that history with transformers alone, in this process
+while the server is idle. Whether a question makes the window overflow, and so has a fold before its answer, depends
+on the texts before it, early and late: hence several conversations.
 
     python benchmarks/serving/first_token.py
 """
 
 from __future__ import annotations
 
+import statistics
 import sys
 import tempfile
 import time
@@ -17,7 +20,7 @@ from typing import Any
 
 import torch
 from harness import Others, parser, serving, spread, store, streamed, undisturbed
-from texts import user_turns
+from texts import long_histories
 from transformers import DynamicCache
 
 import ccm
@@ -25,6 +28,7 @@ import ccm
 SEED = 3
 QUESTION = "And what would you say about that, all in all?"
 PREFILL = 4000
+CASES = ("early", "late", "stateless", "plain")
 
 
 def ids_of(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
@@ -53,40 +57,47 @@ def prefill(model: Any, ids: list[int]) -> float:
 def main() -> bool:
     arguments = parser(__doc__.splitlines()[0]).parse_args()
     torch.set_num_threads(arguments.threads)
-    turns, repeats, most, tokens = (12, 2, 300, 8) if arguments.quick else (100, 15, PREFILL, 24)
+    count, turns, repeats, most = (2, 10, 2, 300) if arguments.quick else (6, 100, 12, PREFILL)
     model, tokenizer = ccm.load_default_model()
-    said = [text for text in user_turns(SEED) if len(text) > 40][: turns - 1]
+    histories = long_histories(count, turns - 1, SEED)
     with tempfile.TemporaryDirectory() as home, serving(Path(home), arguments.threads) as server:
         client, http = server.client(), server.http()
-        history, curve = [], []
-        for n, text in enumerate(said, 1):
-            answer, first = streamed(client, text, "whole", max_tokens=tokens)
-            history += [{"role": "user", "content": text}, {"role": "assistant", "content": answer or " "}]
-            curve.append(round(first, 4))
-            if n == 1:
-                http.post("/v1/memories/whole/fork", json={"id": "early"}).raise_for_status()
-        stats = http.get("/v1/memories/whole").json()["stats"]
-        messages = shortened(tokenizer, history, most)
+        for i, history in enumerate(histories):
+            for name, messages in ((f"early-{i}", history[:2]), (f"late-{i}", history)):
+                items = [{"type": "message", **message} for message in messages]
+                made = http.post("/v1/conversations", json={"items": items})
+                made.raise_for_status()
+                fork = http.post(f"/v1/memories/{made.json()['id']}/fork", json={"id": name})
+                fork.raise_for_status()
+        stats = http.get("/v1/memories/late-0").json()["stats"]
+        messages = shortened(tokenizer, histories[0], most)
         ids = ids_of(tokenizer, messages)
 
-        def once(n: int | str) -> dict[str, float]:
-            others, taken = Others(server), {}
-            for name, source in (("early", "early"), ("late", "whole")):
-                copy = f"{name}-{n}"
-                http.post(f"/v1/memories/{source}/fork", json={"id": copy}).raise_for_status()
-                taken[name] = streamed(client, QUESTION, copy, max_tokens=4)[1]
-            taken["stateless"] = streamed(client, messages, None, max_tokens=4)[1]
-            taken["plain"] = prefill(model, ids)
-            print(n, taken, file=sys.stderr)
-            return {**taken, "others_cpu_share": others.share()}
+        def once(n: int | str) -> dict[str, Any]:
+            others = Others(server)
+            taken: dict[str, list[float]] = {name: [] for name in CASES}
+            for i in range(count):
+                for name in ("early", "late"):
+                    copy = f"{name}-{i}-{n}"
+                    http.post(f"/v1/memories/{name}-{i}/fork", json={"id": copy}).raise_for_status()
+                    taken[name].append(streamed(client, QUESTION, copy, max_tokens=4)[1])
+            taken["stateless"].append(streamed(client, messages, None, max_tokens=4)[1])
+            taken["plain"].append(prefill(model, ids))
+            print(n, {name: f"{statistics.median(row):.3f}" for name, row in taken.items()}, file=sys.stderr)
+            return {"seconds": taken, "others_cpu_share": others.share()}
 
         once("warm")
         rows, disturbed = undisturbed(repeats, once)
         http.close()
-    seconds = {name: spread([row[name] for row in rows]) for name in ("early", "late", "stateless", "plain")}
+    seconds = {name: spread([t for row in rows for t in row["seconds"][name]]) for name in CASES}
     late = seconds["late"]["median"]
+    by_conversation = [
+        {name: spread([row["seconds"][name][i] for row in rows])["median"] for name in ("early", "late")}
+        for i in range(count)
+    ]
     result = {
-        "task": "time to first token: second turn, hundredth turn, and the whole history read again",
+        "task": f"time to first token: turn 2, turn {turns}, and the whole history read again",
+        "conversations": count,
         "turns": turns,
         "tokens_in_memory": stats["tokens_seen"],
         "memory": {name: stats[name] for name in ("slots", "sink", "window", "nbytes")},
@@ -94,13 +105,13 @@ def main() -> bool:
         "repeats": repeats,
         "seed": SEED,
         "seconds": seconds,
+        "median_seconds_by_conversation": by_conversation,
         "late_over_early": round(late / seconds["early"]["median"], 3),
         "stateless_over_late": round(seconds["stateless"]["median"] / late, 2),
         "plain_over_late": round(seconds["plain"]["median"] / late, 2),
-        "by_turn": curve,
         "others_cpu_share": [row["others_cpu_share"] for row in rows],
         "repeats_disturbed_by_others": disturbed,
-        "criterion": "late / early at most 1.2, stateless / late at least 5",
+        "criterion": "medians: late / early at most 1.2, stateless / late at least 5",
     }
     result["reached"] = result["late_over_early"] <= 1.2 and result["stateless_over_late"] >= 5
     return store("first_token", result, arguments)

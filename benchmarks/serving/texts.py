@@ -26,6 +26,21 @@ def conversations(count: int, turns: int) -> list[list[dict[str, str]]]:
     return [[{"role": turn.role, "content": turn.text} for turn in talk.turns[:turns]] for talk in chosen]
 
 
+def long_histories(count: int, turns: int, seed: int) -> list[list[dict[str, str]]]:
+    """Histories of so many turns (what a user says and the answer), of several conversations played on end."""
+    talks = load_chitchat("test", cap_per_user=None)
+    rng, histories = random.Random(seed), []
+    for _ in range(count):
+        rng.shuffle(talks)
+        messages = [
+            {"role": turn.role, "content": turn.text}
+            for talk in talks
+            for turn in talk.turns[: len(talk.turns) // 2 * 2]
+        ]
+        histories.append(messages[: 2 * turns])
+    return histories
+
+
 def user_turns(seed: int, longest: int = 200) -> list[str]:
     """All turns of users of at most that many characters, shuffled."""
     talks = load_chitchat("test", cap_per_user=None)
