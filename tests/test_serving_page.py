@@ -54,7 +54,8 @@ def test_langchain(server):
 
 def test_what_is_named_is_there(server):
     options = {name for command in ("serve", "chat", "key") for name in options_of(command)}
-    named = set(re.findall(r"(?<!-)--[a-z][a-z-]*", PAGE)) - {"--system", "--data-binary"}  # useradd's and curl's
+    others = {"--system", "--data-binary"}  # of useradd and curl
+    named = set(re.findall(r"(?<!-)--[a-z][a-z-]*", PAGE)) - others
     assert named <= options, named - options
     metrics = server.service.metrics.text().decode()
     for name in re.findall(r"`(ccm_[a-z_]+)`", PAGE):

@@ -17,7 +17,7 @@ _NO_ID = r"\s/\\?#%\x00-\x1f\x7f"
 SessionId = Annotated[
     str, StringConstraints(min_length=1, max_length=200, pattern=rf"^\.*[^.{_NO_ID}][^{_NO_ID}]*$")
 ]
-#: The same in a header, where bytes that are not ASCII have no agreed meaning; templates of clients may leave it empty.
+#: The same in a header: ASCII, as other bytes have no agreed meaning there. Templates of clients may leave it empty.
 HeaderId = Annotated[
     str, StringConstraints(max_length=200, pattern=rf"^(\.*[^.{_NO_ID}-\xff][^{_NO_ID}-\xff]*)?$")
 ]
