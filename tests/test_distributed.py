@@ -15,6 +15,7 @@ import pytest
 import runs
 import torch
 from runs import log_of, weights_of
+from servers import free_port
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +60,27 @@ def test_two_processes_equal_one(tmp_path: Path, logs: Path, expected: Path) -> 
     assert resumed.step == 6 and resumed.rows.served == 12
     resumed.run()
     assert [line["step"] for line in log_of(tmp_path / "out")] == list(range(1, 13))
+
+
+def test_two_machines_equal_one(tmp_path: Path, logs: Path, expected: Path) -> None:
+    """Two launchers that find each other at an address, as on two machines with one folder."""
+    recipe, port = runs.write_recipe(tmp_path, logs, parallel="fsdp2", **CHANGES), free_port()
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
+    meet = ["--master_addr", "127.0.0.1", "--master_port", str(port)]
+    train = ["-m", "ccm", "train", str(recipe), "--out", str(tmp_path / "out")]
+    machines = [
+        subprocess.Popen(
+            [*launch, *meet, "--node_rank", str(rank), *train],
+            env=runs.environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for rank in range(2)
+    ]
+    said = [machine.communicate()[0].decode() for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], said
+    assert "".join(said).count("adapter: ") == 1
+    assert_same(tmp_path / "out", expected)
 
 
 def test_half_of_the_batches_are_not_enough(tmp_path: Path, logs: Path, expected: Path) -> None:
