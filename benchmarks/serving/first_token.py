@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from exactness import at_once
 from harness import Others, parser, serving, spread, store, streamed, undisturbed
 from texts import long_histories
 from transformers import DynamicCache
@@ -57,18 +58,20 @@ def prefill(model: Any, ids: list[int]) -> float:
 def main() -> bool:
     arguments = parser(__doc__.splitlines()[0]).parse_args()
     torch.set_num_threads(arguments.threads)
-    count, turns, repeats, most = (2, 10, 2, 300) if arguments.quick else (6, 100, 12, PREFILL)
+    count, turns, repeats, most = (2, 10, 2, 300) if arguments.quick else (5, 100, 9, PREFILL)
     model, tokenizer = ccm.load_default_model()
     histories = long_histories(count, turns - 1, SEED)
     with tempfile.TemporaryDirectory() as home, serving(Path(home), arguments.threads) as server:
         client, http = server.client(), server.http()
-        for i, history in enumerate(histories):
-            for name, messages in ((f"early-{i}", history[:2]), (f"late-{i}", history)):
-                items = [{"type": "message", **message} for message in messages]
-                made = http.post("/v1/conversations", json={"items": items})
-                made.raise_for_status()
-                fork = http.post(f"/v1/memories/{made.json()['id']}/fork", json={"id": name})
-                fork.raise_for_status()
+
+        def prepare(name: str, messages: list[dict[str, str]]) -> None:
+            items = [{"type": "message", **message} for message in messages]
+            made = http.post("/v1/conversations", json={"items": items}).raise_for_status().json()
+            http.post(f"/v1/memories/{made['id']}/fork", json={"id": name}).raise_for_status()
+
+        jobs = [(f"early-{i}", history[:2]) for i, history in enumerate(histories)]
+        jobs += [(f"late-{i}", history) for i, history in enumerate(histories)]
+        at_once([lambda job=job: prepare(*job) for job in jobs])  # type: ignore[misc]
         stats = http.get("/v1/memories/late-0").json()["stats"]
         messages = shortened(tokenizer, histories[0], most)
         ids = ids_of(tokenizer, messages)
