@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from threading import Thread
 
 import pytest
 from engine_contract import CONTEXT, compressor_of
 from memories import GREEDY, PROMPT, answer, expected, ids, memory_of, post, put
 from servers import redis_server
-from vllm_servers import kv_transfer, serving
+from vllm_servers import PYTHON, kv_transfer, serving
 
 from ccm.errors import ConfigError
 from ccm.serving.engine import EngineError
@@ -239,3 +242,20 @@ def test_another_store_or_model_is_found_out(compressor, tokenizer, vllm, url, t
     other = compressor_of(model={"head_dim": 32, "hidden_size": 64})
     with pytest.raises(ConfigError, match="cannot load a memory of this server"):
         VllmEngine(other, tokenizer, VllmServer(vllm.url), open_store(url))
+
+
+def test_settings_that_it_cannot_work_with():
+    """It is asked before vLLM serves, and says what is wrong."""
+    script = Path(__file__).with_name("settings_inside.py")
+    done = subprocess.run([PYTHON, script], capture_output=True, text=True, check=True)
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said.pop("good") == said.pop("long window") == ""
+    reasons = {
+        "policy": "ConfigError: kv_load_failure_policy: got 'recompute', expected 'fail'",
+        "no store": 'ConfigError: kv_connector_extra_config: expected {"store": URL}',
+        "version": "ConfigError: vLLM 0.33.0: expected 0.32.x",
+        "short window": "UnsupportedModelError: a layer's sliding window of 16 tokens",
+    }
+    assert set(said) == set(reasons)
+    for name, reason in reasons.items():
+        assert said[name].startswith(reason)
