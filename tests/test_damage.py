@@ -203,8 +203,8 @@ def test_damaged_values(tmp_path, count):
 
 @pytest.mark.slow
 def test_many_damaged_values(tmp_path, count):
-    damage_values(tmp_path, 600, count)
-    assert count["seen"] > 300
+    damage_values(tmp_path, 400, count)
+    assert count["seen"] > 200
 
 
 # ------------------------------------------------------------------ files of a store
@@ -259,8 +259,8 @@ def test_damaged_files(kind, tmp_path, count):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sqlite", "dir"])
 def test_many_damaged_files(kind, tmp_path, count):
-    damage_files(kind, tmp_path, 100, count)
-    assert count["seen"] > 20
+    damage_files(kind, tmp_path, 50, count)
+    assert count["seen"] > 10
 
 
 # ------------------------------------------------------------------ exported files
@@ -291,4 +291,4 @@ def test_damaged_exports(tmp_path, count):
 
 @pytest.mark.slow
 def test_many_damaged_exports(tmp_path, count):
-    damage_exports(tmp_path, 3000, count)
+    damage_exports(tmp_path, 1500, count)

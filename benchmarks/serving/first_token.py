@@ -1,10 +1,11 @@
 """Time to first token late in a conversation, early in it, and without a memory, where the history is read again.
 
-Conversations of real people are taken in, a hundred turns each but the last. Copies of each as it was after its first
-turn and after its 99th are asked one question, in turns with a stateless request of one whole history, cut to 4,000
+Conversations of real people are taken in, a hundred turns each but the last. Copies of each as it was after its
+first, its 9th and its 99th turn are asked one question, in turns with a stateless request of one whole history, cut to 4,000
 tokens, and the same question. Beside them the plain model reads that history with transformers alone, in this process
-while the server is idle. Whether a question makes the window overflow, and so has a fold before its answer, depends
-on the texts before it, early and late: hence several conversations.
+while the server is idle. The window has room for a greeting and a question, so nothing is folded before the second
+answer yet; from when it is full, whether a question makes it overflow depends on the texts before: hence several
+conversations, and turn 10 beside turn 2.
 
     python benchmarks/serving/first_token.py
 """
@@ -29,7 +30,8 @@ import ccm
 SEED = 3
 QUESTION = "And what would you say about that, all in all?"
 PREFILL = 4000
-CASES = ("early", "late", "stateless", "plain")
+TURNS = ("early", "settled", "late")
+CASES = (*TURNS, "stateless", "plain")
 
 
 def ids_of(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
@@ -58,7 +60,7 @@ def prefill(model: Any, ids: list[int]) -> float:
 def main() -> bool:
     arguments = parser(__doc__.splitlines()[0]).parse_args()
     torch.set_num_threads(arguments.threads)
-    count, turns, repeats, most = (2, 10, 2, 300) if arguments.quick else (5, 100, 9, PREFILL)
+    count, turns, repeats, most = (2, 12, 2, 300) if arguments.quick else (5, 100, 7, PREFILL)
     model, tokenizer = ccm.load_default_model()
     histories = long_histories(count, turns - 1, SEED)
     with tempfile.TemporaryDirectory() as home, serving(Path(home), arguments.threads) as server:
@@ -70,6 +72,7 @@ def main() -> bool:
             http.post(f"/v1/memories/{made['id']}/fork", json={"id": name}).raise_for_status()
 
         jobs = [(f"early-{i}", history[:2]) for i, history in enumerate(histories)]
+        jobs += [(f"settled-{i}", history[:18]) for i, history in enumerate(histories)]
         jobs += [(f"late-{i}", history) for i, history in enumerate(histories)]
         at_once([lambda job=job: prepare(*job) for job in jobs])  # type: ignore[misc]
         stats = http.get("/v1/memories/late-0").json()["stats"]
@@ -80,7 +83,7 @@ def main() -> bool:
             others = Others(server)
             taken: dict[str, list[float]] = {name: [] for name in CASES}
             for i in range(count):
-                for name in ("early", "late"):
+                for name in TURNS:
                     copy = f"{name}-{i}-{n}"
                     http.post(f"/v1/memories/{name}-{i}/fork", json={"id": copy}).raise_for_status()
                     taken[name].append(streamed(client, QUESTION, copy, max_tokens=4)[1])
@@ -95,11 +98,11 @@ def main() -> bool:
     seconds = {name: spread([t for row in rows for t in row["seconds"][name]]) for name in CASES}
     late = seconds["late"]["median"]
     by_conversation = [
-        {name: spread([row["seconds"][name][i] for row in rows])["median"] for name in ("early", "late")}
+        {name: spread([row["seconds"][name][i] for row in rows])["median"] for name in TURNS}
         for i in range(count)
     ]
     result = {
-        "task": f"time to first token: turn 2, turn {turns}, and the whole history read again",
+        "task": f"time to first token: turns 2, 10 and {turns}, and the whole history read again",
         "conversations": count,
         "turns": turns,
         "tokens_in_memory": stats["tokens_seen"],
@@ -110,6 +113,7 @@ def main() -> bool:
         "seconds": seconds,
         "median_seconds_by_conversation": by_conversation,
         "late_over_early": round(late / seconds["early"]["median"], 3),
+        "late_over_settled": round(late / seconds["settled"]["median"], 3),
         "stateless_over_late": round(seconds["stateless"]["median"] / late, 2),
         "plain_over_late": round(seconds["plain"]["median"] / late, 2),
         "others_cpu_share": [row["others_cpu_share"] for row in rows],
