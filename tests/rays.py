@@ -43,7 +43,7 @@ class RayServer:
     def __init__(self, command: Sequence[str], port: int, log: Path, headers: dict[str, str] | None = None):
         self.url, self.log = f"http://127.0.0.1:{port}", log
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        environment |= {"RAY_USAGE_STATS_ENABLED": "0", "PYTHONUNBUFFERED": "1"}
+        environment |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_raylet_start_wait_time_s": "120"}
         environment.pop("RAY_ADDRESS", None)
         with log.open("wb") as out:
             self.process = subprocess.Popen(command, stdout=out, stderr=out, env=environment)

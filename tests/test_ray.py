@@ -192,14 +192,14 @@ def test_running_turns_end_before_the_server_does(server):
 # ------------------------------------------------------------------ the deployment file
 
 
-def test_the_deployment_file_serves(folder, store, tmp_path):
+def test_the_deployment_file_serves_and_grows_with_the_load(folder, store, tmp_path):
     pytest.importorskip("ray", reason="Ray is not installed here: make test-ray")
     yaml = pytest.importorskip("yaml")
     key = Keys.add(tmp_path / "keys.txt", "alice")
     config = yaml.safe_load(EXAMPLE.read_text())
     port = config["http_options"]["port"] = free_port()
     (application,) = config["applications"]
-    given = {"store": store, "api_keys": str(tmp_path / "keys.txt"), "replicas": "1-2"}
+    given = {"store": store, "api_keys": str(tmp_path / "keys.txt"), "replicas": "1-2", "batch": 1}
     model = {"model": str(folder / "model"), "adapter": str(folder / "tiny"), **SIZES}
     application["args"] |= {**given, **model}
     (tmp_path / "serve.yaml").write_text(yaml.safe_dump(config))
@@ -213,6 +213,28 @@ def test_the_deployment_file_serves(folder, store, tmp_path):
         )
         assert answer.status_code == 200 and answer.json()["memory"]["version"] == 1
         assert httpx.get(f"{running.url}/v1/models", timeout=60).status_code == 401
+        assert len(running.replicas()) == 1
+        statuses, enough = set(), threading.Event()
+
+        def load(n: int) -> None:
+            body = {"model": "ccm", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 200}
+            while not enough.is_set():
+                headers = {"X-Session-Id": f"load-{n}", "Authorization": f"Bearer {key}"}
+                answer = httpx.post(
+                    f"{running.url}/v1/chat/completions", json=body, headers=headers, timeout=120
+                )
+                statuses.add(answer.status_code)
+
+        threads = [threading.Thread(target=load, args=(n,)) for n in range(6)]
+        for thread in threads:
+            thread.start()
+        try:
+            running.wait_for_replicas(2)
+        finally:
+            enough.set()
+            for thread in threads:
+                thread.join()
+        assert statuses == {200}
     finally:
         running.stop()
 
@@ -264,6 +286,14 @@ def test_an_adapter_that_is_not_there_is_said_before_ray_starts(folder, store, c
     model = ["--model", str(folder / "model"), "--adapter", str(folder / "none")]
     assert cli.main(["serve", "--ray", "--port", "0", "--store", store, *model]) == 2
     assert "no adapter" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_cluster_that_is_not_there_is_one_line(folder, store, monkeypatch, capsys):
+    pytest.importorskip("ray", reason="Ray is not installed here: make test-ray")
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{free_port()}")
+    model = ["--model", str(folder / "model"), "--adapter", str(folder / "tiny")]
+    assert cli.main(["serve", "--ray", "--port", "0", "--store", store, *model]) == 2
+    assert "no cluster at RAY_ADDRESS" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_replicas_without_ray_are_refused(capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import threading
 from dataclasses import asdict
 from typing import Any
@@ -48,7 +49,13 @@ def run(options: Options, keys: Keys | None, address: tuple[str, int], replicas:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     cluster = os.environ.get("RAY_ADDRESS")
     here: dict[str, Any] = {} if cluster else {"include_dashboard": False}
-    ray.init(address=cluster or "local", logging_level=logging.WARNING, **here)
+    if cluster:
+        _reach(cluster)
+    try:
+        ray.init(address=cluster or "local", logging_level=logging.WARNING, **here)
+    except Exception as error:  # of many kinds, Exception itself among them
+        where = f"no cluster at RAY_ADDRESS {cluster}" if cluster else "Ray does not start here"
+        raise ConfigError(f"{where}: {str(error).strip().partition(chr(10))[0]}") from error
     ended = threading.Event()
     before = {
         number: signal.signal(number, lambda *_: ended.set()) for number in (signal.SIGINT, signal.SIGTERM)
@@ -75,3 +82,14 @@ def run(options: Options, keys: Keys | None, address: tuple[str, int], replicas:
         ray.shutdown()
         for number, known in before.items():
             signal.signal(number, known)
+
+
+def _reach(cluster: str) -> None:
+    """Raises ConfigError if nobody listens at ``host:port``: Ray itself would try for minutes."""
+    host, _, port = cluster.rpartition(":")
+    if not host or not port.isdigit():  # auto and the like
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"no cluster at RAY_ADDRESS {cluster}: {error}") from error
