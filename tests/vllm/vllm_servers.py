@@ -10,7 +10,7 @@ import subprocess
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -67,11 +67,13 @@ class Vllm:
         raise AssertionError(f"vLLM did not start: {self.text()[-3000:]}")
 
     def stop(self, hard: bool = False) -> None:
+        """``hard``: it and its children are killed, at once."""
+        if self.process.poll() is None and not hard:
+            self.process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(60)
         if self.process.poll() is None:
-            if hard:  # it and its children, at once
-                os.killpg(self.process.pid, signal.SIGKILL)
-            else:
-                self.process.terminate()
+            os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait(60)
 
 

@@ -1,0 +1,314 @@
+"""vLLM with memories against vLLM with the full history in the prompt: throughput, first tokens and KV blocks.
+
+32 conversations with 2,000 tokens of history each take one turn after another, all at once. The arms:
+
+    memory       the whole turn of our server: fold what was said, write the answer in vLLM, fold the answer
+    generation   its part in vLLM alone: memories lie in the store, as if they were folded on another machine
+    full         the history in the prompt, prefix caching on, in as many KV blocks as the arms above
+    full-ample   the same with KV blocks for all histories at once
+
+In every arm each conversation takes one turn before the time is taken, so that vLLM's prefix cache holds what it can.
+
+    make vllm-env && python benchmarks/vllm_memory.py --arms memory generation
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import RESULTS, parser, store
+
+import ccm
+from ccm.chat import closing, header, render
+from ccm.data import load_chitchat
+from ccm.models import DEFAULT_MODEL
+from ccm.serving.engine import Job, Result, Sampling, segments_of
+from ccm.serving.engine.base import Event
+from ccm.serving.store import Limits, Snapshot, codec, open_store
+from ccm.serving.vllm.client import Call, VllmServer
+from ccm.serving.vllm.engine import VllmEngine
+from ccm.serving.vllm.reference import Reference
+from ccm.session import Budget
+
+sys.path.append(str(Path(__file__).parent.parent / "tests" / "vllm"))
+from vllm_servers import Vllm, kv_transfer, serving
+
+CONVERSATIONS, HISTORY, ANSWER, TURNS = 32, 2000, 32, 1
+#: Where the folded histories are kept between two runs.
+FOLDED = RESULTS.parent / "runs" / "vllm_memory.safetensors"
+BLOCK = 32
+#: KV blocks where they are scarce: about eleven histories.
+SCARCE = 11 * (HISTORY + 200) // BLOCK
+AMPLE = CONVERSATIONS * (HISTORY + 400) // BLOCK
+SAMPLING = Sampling(max_tokens=ANSWER, temperature=0)
+#: One turn of conversation i: seconds to its first token, and tokens of its answer.
+Turn = Callable[[int], tuple[float, int]]
+
+
+class Watch(threading.Thread):
+    """Looks at vLLM's own counts four times a second."""
+
+    def __init__(self, vllm: Vllm, blocks: int):
+        super().__init__(daemon=True)
+        self.vllm, self.blocks = vllm, blocks
+        self.samples: list[tuple[float, float]] = []  # blocks in use, requests that run
+        self.over = threading.Event()
+
+    def run(self) -> None:
+        while not self.over.wait(0.25):
+            used = self.vllm.metric("vllm:kv_cache_usage_perc") * self.blocks
+            self.samples.append((used, self.vllm.metric("vllm:num_requests_running")))
+
+    def stop(self) -> dict[str, float]:
+        self.over.set()
+        self.join()
+        busy = [(used, running) for used, running in self.samples if running]
+        return {
+            "blocks_in_use_peak": round(max(used for used, _ in busy)),
+            "blocks_per_request": round(sum(u for u, _ in busy) / sum(r for _, r in busy), 1),
+            "running_mean": round(statistics.mean(running for _, running in busy), 1),
+        }
+
+
+def texts() -> list[str]:
+    """What is said, in an order that is always the same."""
+    talks = load_chitchat("test", cap_per_user=None)
+    said = sorted({turn.text for talk in talks for turn in talk.turns if 20 < len(turn.text) < 200})
+    random.Random(0).shuffle(said)
+    return said
+
+
+class Bench:
+    """The model, and what is said in every conversation."""
+
+    def __init__(self, count: int):
+        self.model, self.tokenizer = ccm.load_default_model()
+        said = iter(texts())
+        self.histories: list[list[int]] = []
+        for _ in range(count):
+            ids: list[int] = []
+            while len(ids) < HISTORY:
+                ids += render(self.tokenizer, ("user", "assistant")[len(ids) % 2], next(said)).ids
+            self.histories.append(ids[:HISTORY])
+        self.questions = [
+            [list(render(self.tokenizer, "user", next(said)).ids) for _ in range(TURNS + 1)]
+            for _ in range(count)
+        ]
+        self.asked = [0] * count
+        self.head, self.tail = header(self.tokenizer, "assistant"), closing(self.tokenizer, "assistant")
+
+    def question(self, i: int) -> list[int]:
+        self.asked[i] += 1
+        return self.questions[i][self.asked[i] - 1]
+
+    def options(self) -> dict[str, Any]:
+        return {"max_tokens": ANSWER, "temperature": 0, "ignore_eos": True}
+
+    def raw(
+        self, server: VllmServer, prompt: list[int], reference: Reference | None
+    ) -> tuple[float, list[int]]:
+        """Seconds to the first token, and the answer."""
+        began, first, answer = time.perf_counter(), 0.0, []
+        for tokens in server.tokens(prompt, reference, self.options(), Call()):
+            first = first or time.perf_counter() - began
+            answer += tokens
+        return first, answer
+
+    # ------------------------------------------------------------------ the arms
+
+    def full(self, server: VllmServer) -> Turn:
+        def turn(i: int) -> tuple[float, int]:
+            self.histories[i] += [*self.question(i), *self.head]
+            first, answer = self.raw(server, self.histories[i], None)
+            self.histories[i] += [*answer, *self.tail]
+            return first, len(answer)
+
+        return turn
+
+    def memories(self) -> tuple[ccm.Compressor, Budget, list[ccm.Memory]]:
+        """The compressor, the budget of a server, and every history folded, which is done once for all arms."""
+        compressor = ccm.Compressor.from_pretrained(self.model, "ccm-merge")
+        budget = ccm.Session(compressor, self.tokenizer, sink=4, window=64).budget
+        if not FOLDED.exists():
+            rows = self.fold(compressor, budget, range(CONVERSATIONS))
+            rows.save(FOLDED)
+        memory, _ = ccm.Memory.load(FOLDED)
+        return compressor, budget, [memory[i] for i in range(len(memory))]
+
+    def fold(self, compressor: ccm.Compressor, budget: Budget, rows: range) -> ccm.Memory:
+        memory = None
+        for start in range(0, HISTORY, budget.segment):
+            ids = torch.tensor([self.histories[i][start : start + budget.segment] for i in rows])
+            memory = compressor.compress(ids, memory, sink=budget.sink, window=budget.window)
+            print(f"folded {start + ids.shape[1]} tokens of each history", file=sys.stderr, flush=True)
+        return memory
+
+    def generation(self, server: VllmServer, url: str) -> Turn:
+        _, _, memories = self.memories()
+        shared = open_store(url)
+        references: list[list[Reference]] = []
+        for i, memory in enumerate(memories):
+            shared.create("bench", str(i))
+            payload, metadata = codec.encode(memory)
+            for version in range(TURNS + 1):  # a memory is another one after each turn
+                shared.commit("bench", str(i), version, Snapshot(payload, metadata))
+            references.append([Reference("bench", str(i), v + 1, memory.length) for v in range(TURNS + 1)])
+
+        def turn(i: int) -> tuple[float, int]:
+            first, answer = self.raw(server, [*self.question(i), *self.head], references[i].pop())
+            return first, len(answer)
+
+        return turn
+
+    def memory(self, server: VllmServer, url: str) -> Turn:
+        compressor, budget, memories = self.memories()
+        engine = VllmEngine(
+            compressor, self.tokenizer, server, open_store(url, Limits(ttl=3600)), rows=len(memories)
+        )
+        engine._ends = frozenset()  # every answer has its full length, as in the other arms
+
+        def turn(i: int) -> tuple[float, int]:
+            began, first = time.perf_counter(), [0.0]
+            done = threading.Event()
+            results: list[Event] = []
+
+            def listener(event: Event) -> None:
+                first[0] = first[0] or time.perf_counter() - began
+                if not isinstance(event, str):
+                    results.append(event)
+                    done.set()
+
+            segments = segments_of(tuple(self.question(i)), budget)
+            job = Job(memories[i], budget, segments, tuple(self.head), SAMPLING, tuple(self.tail))
+            engine.submit(job, listener)
+            done.wait()
+            (result,) = results
+            if not isinstance(result, Result):
+                raise RuntimeError(f"a turn failed: {result}")
+            memories[i] = result.memory
+            return first[0], result.tokens
+
+        return turn
+
+
+def round_of(turn: Turn, count: int, turns: int) -> list[tuple[float, int]]:
+    """Every conversation takes that many turns, all at once."""
+    done: list[tuple[float, int]] = []
+
+    def client(i: int) -> None:
+        for _ in range(turns):
+            done.append(turn(i))
+
+    order = random.Random(turns).sample(range(count), count)  # else a cache of the latest would never be hit
+    clients = [threading.Thread(target=client, args=(i,)) for i in order]
+    for thread in clients:
+        thread.start()
+    for thread in clients:
+        thread.join()
+    if len(done) != count * turns:
+        raise RuntimeError("some turns failed")
+    return done
+
+
+def measure(arm: str, count: int) -> dict[str, Any]:
+    blocks = AMPLE if arm == "full-ample" else SCARCE
+    with tempfile.TemporaryDirectory() as temporary:
+        url = f"sqlite://{temporary}/turns.db"
+        bench = Bench(CONVERSATIONS)
+        folder = Path(temporary) / "model"
+        bench.model.save_pretrained(folder)
+        bench.tokenizer.save_pretrained(folder)
+        options = ["--dtype", "bfloat16", "--max-model-len", "4096", "--num-gpu-blocks-override", str(blocks)]
+        options += ["--max-num-seqs", str(CONVERSATIONS)]
+        with serving(folder, Path(temporary) / "log", *options, kv=kv_transfer(url)) as vllm:
+            server = VllmServer(vllm.url)
+            if arm.startswith("full"):
+                turn = bench.full(server)
+            else:
+                turn = getattr(bench, arm)(server, url)
+            began = time.perf_counter()
+            round_of(turn, count, 1)
+            warmed = time.perf_counter() - began
+            before = (
+                vllm.metric("vllm:prefix_cache_hits_total"),
+                vllm.metric("vllm:prefix_cache_queries_total"),
+            )
+            watch = Watch(vllm, blocks)
+            watch.start()
+            began = time.perf_counter()
+            turns = round_of(turn, count, TURNS)
+            seconds = time.perf_counter() - began
+            kv = watch.stop()
+            hits = vllm.metric("vllm:prefix_cache_hits_total") - before[0]
+            asked = vllm.metric("vllm:prefix_cache_queries_total") - before[1]
+            preempted = vllm.metric("vllm:num_preemptions_total")
+    firsts = sorted(first for first, _ in turns)
+    return {
+        "kv_blocks": blocks,
+        "turns": len(turns),
+        "seconds": round(seconds, 1),
+        "first_turns_seconds": round(warmed, 1),
+        "turns_per_second": round(len(turns) / seconds, 3),
+        "answer_tokens_per_second": round(sum(n for _, n in turns) / seconds, 1),
+        "first_token_p50": round(statistics.median(firsts), 2),
+        "first_token_p95": round(firsts[int(0.95 * len(firsts))], 2),
+        "prefix_cache_hit_rate": round(hits / asked, 3),
+        "preemptions": preempted,
+        **kv,
+    }
+
+
+def ratios(arms: dict[str, Any]) -> dict[str, Any]:
+    """How many times better than the full history, where both were measured."""
+    found = {}
+    for arm in ("memory", "generation"):
+        for other in ("full", "full-ample"):
+            if arm in arms and other in arms:
+                a, b = arms[arm], arms[other]
+                found[f"{arm} against {other}"] = {
+                    "throughput": round(a["turns_per_second"] / b["turns_per_second"], 2),
+                    "first_token_p50": round(b["first_token_p50"] / a["first_token_p50"], 2),
+                    "kv_per_request": round(b["blocks_per_request"] / a["blocks_per_request"], 2),
+                    "kv_peak": round(b["blocks_in_use_peak"] / a["blocks_in_use_peak"], 2),
+                }
+    return found
+
+
+def main() -> None:
+    arguments = parser(__doc__.partition("\n")[0])
+    arguments.add_argument("--arms", nargs="+", default=["memory", "generation", "full", "full-ample"])
+    options = arguments.parse_args()
+    torch.set_num_threads(options.threads)
+    count = options.limit or CONVERSATIONS
+    path = RESULTS / "vllm.json"
+    known = json.loads(path.read_text()) if path.exists() and options.limit is None else {}
+    arms = known.get("arms", {})
+    for arm in options.arms:
+        arms[arm] = measure(arm, count)
+        print(arm, json.dumps(arms[arm]), file=sys.stderr, flush=True)
+        if options.limit is None:
+            settings = {
+                "conversations": CONVERSATIONS,
+                "history_tokens": HISTORY,
+                "answer_tokens": ANSWER,
+                "turns_each": TURNS,
+                "block_tokens": BLOCK,
+                "vllm": "0.32.0 on the CPU, bfloat16, eager, prefix caching on",
+                "model": DEFAULT_MODEL,
+                "adapter": "ccm-merge, sink 4, window 64",
+            }
+            store("vllm", {"settings": settings, "arms": arms, "ratios": ratios(arms)})
+
+
+if __name__ == "__main__":
+    main()
