@@ -102,6 +102,29 @@ class EngineContract:
     def test_many_at_a_time_equal_a_session_each(self, engine, compressor, tokenizer):
         check_many_at_a_time(engine, compressor, tokenizer)
 
+    def test_nothing_is_folded_between_a_question_and_its_answer(
+        self, compressor, tokenizer, engine, monkeypatch
+    ):
+        """A late turn is folded as often before its first token as an early one: not at all."""
+        held: list[int] = []  # tokens folded after every segment that was taken in
+        compress = compressor.compress
+
+        def watched(*args, **sizes):
+            memory = compress(*args, **sizes)
+            held.append(memory.tokens)
+            return memory
+
+        monkeypatch.setattr(compressor, "compress", watched)
+        memory = compressor.empty()
+        for text in ("hi", "x y z", "no", "yes"):
+            held.clear()
+            before = memory.tokens
+            ((result,), _) = run(engine, [turn(tokenizer, memory, text)])
+            question = len(segments_of(render(tokenizer, "user", text).ids, BUDGET))
+            assert held[question - 1] == (held[question - 2] if question > 1 else before)
+            memory = result.memory
+            assert memory.rows[0].window.length <= BUDGET.window and memory.tokens > before
+
     def test_rows_join_and_leave_at_any_time(self, compressor, tokenizer, engine):
         """Answers of different lengths, more jobs than rows: each as if it were alone."""
         jobs = [

@@ -71,6 +71,19 @@ def test_generate_answers_from_memory_and_remembers_its_answer(merge: Compressor
     assert equal(session, by_hand)
 
 
+@pytest.mark.parametrize("window", [0, 24])
+def test_nothing_is_folded_between_a_question_and_its_answer(merge: Compressor, window: int) -> None:
+    session = Session(merge, TOKENIZER, sink=2, window=window)
+    for n in range(6):
+        before, during = session.memory.tokens, []
+        session.generate(f"hello {n}", streamer=lambda _, d=during: d.append(session.memory.tokens), **GREEDY)
+        assert set(during) == {before} and session.memory.rows[0].window.length <= window
+    assert session.memory.tokens > 0
+    # what is not answered is folded at once
+    session.append("a turn that is long enough to push something out of the window")
+    assert session.memory.rows[0].window.length <= window
+
+
 def test_streaming_gives_the_same_text(merge: Compressor) -> None:
     pieces: list[str] = []
     session = Session(merge, TOKENIZER)

@@ -2,7 +2,8 @@
 
     memory = [sink | slots | recent window]
 
-Turns arrive, raw; when the recent window overflows, its oldest segment is folded into slots and let go of.
+Turns arrive, raw; when the recent window overflows, its oldest segment is folded into slots and let go of. What is
+answered is read raw, and folding waits until the answer is there.
 """
 
 from __future__ import annotations
@@ -49,6 +50,12 @@ class Budget:
         for name, least in (("slots", 1), ("sink", 0), ("window", 0), ("segment", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"budget {name}: got {getattr(self, name)}, expected at least {least}")
+
+    def sizes(self, answered: bool = False) -> dict[str, int]:
+        """For :meth:`ccm.Compressor.compress`. A segment that is answered next stays raw beside the window: what it
+        pushes out is folded behind the answer, so that nobody waits for that."""
+        room = self.segment if answered else 0
+        return {"slots": self.slots, "sink": self.sink, "window": self.window + room}
 
 
 def segment_for(window: int) -> int:
@@ -131,7 +138,7 @@ class Session:
         before = self.memory, self.turns
         try:
             if text is not None:
-                self.append(text, role)
+                self._take_in(render(self.tokenizer, role, text).ids, answered=True)
             head = header(self.tokenizer, "assistant")
             options = {"max_new_tokens": 256, **self._stopping(), **generate_kwargs}
             if callable(streamer) and not hasattr(streamer, "put"):
@@ -150,13 +157,12 @@ class Session:
             raise
         return self.tokenizer.decode(reply, skip_special_tokens=True).strip()
 
-    def _take_in(self, ids: tuple[int, ...]) -> None:
+    def _take_in(self, ids: tuple[int, ...], answered: bool = False) -> None:
         budget, memory = self.budget, self.memory
         for start in range(0, len(ids), budget.segment):
+            last = start + budget.segment >= len(ids)
             part = torch.tensor([ids[start : start + budget.segment]])
-            memory = self.compressor.compress(
-                part, memory, slots=budget.slots, sink=budget.sink, window=budget.window
-            )
+            memory = self.compressor.compress(part, memory, **budget.sizes(answered and last))
         if memory.dropped > self.memory.dropped:
             log.warning(
                 "the memory is full: %d tokens of the oldest text were dropped, not folded (%d in all); "

@@ -245,14 +245,17 @@ class FoldingEngine(Engine, Generic[R]):
 
     def _take_in(self, rows: list[R]) -> None:
         """One segment of every job that has some, for those with one budget."""
-        budget = rows[0].job.budget
-        rows = [running for running in rows if running.job.budget == budget]
+
+        def sizes(running: R) -> dict[str, int]:
+            answered = bool(running.prompt) and len(running.segments) == 1
+            return running.job.budget.sizes(answered)
+
+        chosen = sizes(rows[0])
+        rows = [running for running in rows if sizes(running) == chosen]
         began = time.monotonic()
         ids, mask = left_padded([running.segments[0] for running in rows], self.compressor.model.device)
         before = [running.memory for running in rows]
-        memory = self.compressor.compress(
-            ids, Memory.stack(before), mask, slots=budget.slots, sink=budget.sink, window=budget.window
-        )
+        memory = self.compressor.compress(ids, Memory.stack(before), mask, **chosen)
         for i, running in enumerate(rows):
             running.segments.pop(0)
             running.memory = memory[i]
