@@ -91,11 +91,15 @@ def told(answer: httpx.Response) -> bool:
     return True
 
 
+#: Times and sizes of a conversation, which no digest covers: they decide nothing about its memory.
+BOOKKEEPING = ("created", "created_at", "updated", "expires", "stored_nbytes")
+
+
 def shown(answer: httpx.Response) -> Any:
-    """What an answer says; the order of a file's metadata means nothing."""
+    """What an answer says beside bookkeeping; the order of a file's metadata means nothing."""
     data = answer.content
     if answer.headers["content-type"] != "application/octet-stream":
-        return answer.json()
+        return {name: value for name, value in answer.json().items() if name not in BOOKKEEPING}
     size = 8 + int.from_bytes(data[:8], "little")
     return json.loads(data[8:size]), data[size:]
 

@@ -1,11 +1,11 @@
 """Time to first token late in a conversation, early in it, and without a memory, where the history is read again.
 
 Conversations of real people are taken in, a hundred turns each but the last. Copies of each as it was after its
-first, its 9th and its 99th turn are asked one question, in turns with a stateless request of one whole history, cut to 4,000
-tokens, and the same question. Beside them the plain model reads that history with transformers alone, in this process
-while the server is idle. The window has room for a greeting and a question, so nothing is folded before the second
-answer yet; from when it is full, whether a question makes it overflow depends on the texts before: hence several
-conversations, and turn 10 beside turn 2.
+first, its 9th and its 99th turn are asked one question, in turns with a stateless request of one whole history, cut
+to 4,000 tokens, and the same question. Beside them the plain model reads that history with transformers alone, in
+this process while the server is idle. The window has room for a greeting and a question, so nothing is folded before
+the second answer yet; from when it is full, whether a question makes it overflow depends on the texts before: hence
+several conversations, and turn 10 beside turn 2.
 
     python benchmarks/serving/first_token.py
 """

@@ -172,6 +172,20 @@ def spread(values: Sequence[float], digits: int = 4) -> dict[str, float]:
     return {name: round(value, digits) for name, value in numbers.items()}
 
 
+def _source() -> dict[str, Any]:
+    """The commit that was measured, and files of the source that differed from it."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+    changed = [line[3:] for line in git("status", "--porcelain", "src").splitlines()]
+    return {"commit": git("rev-parse", "--short", "HEAD").strip(), "uncommitted_source": changed}
+
+
+#: Taken at the start: others may change the source during a run.
+SOURCE = _source()
+
+
 def machine(threads: int) -> dict[str, Any]:
     """Versions, and facts of the machine."""
     facts = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
@@ -180,6 +194,8 @@ def machine(threads: int) -> dict[str, Any]:
     return {
         **environment(),
         **packages,
+        **SOURCE,
+        "source_changed_during_the_run": _source() != SOURCE,
         "threads": threads,
         "cores": os.cpu_count(),
         "cpu": name[1] if name else "unknown",
