@@ -60,7 +60,7 @@ class RayServer:
         return cls([*command, *chosen, *sizes, *options], port, folder / "log")
 
     def wait_until_ready(self) -> None:
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + 300
         while True:
             with suppress(httpx.TransportError):
                 if self.http.get("/readyz").status_code == 200:
@@ -94,7 +94,7 @@ class RayServer:
         return found - {None}
 
     def wait_for_replicas(self, count: int) -> None:
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + 300
         while len(self.replicas()) != count or len(self.names()) != count:
             if time.monotonic() > deadline:
                 raise RuntimeError(f"there are not {count} replicas:\n{self.log.read_text()[-4000:]}")

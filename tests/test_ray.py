@@ -24,6 +24,7 @@ from ccm.serving.service import Message, Sampling, Service, Settings
 from ccm.serving.store import open_store
 from ccm.session import Session
 
+pytestmark = pytest.mark.timeout(1200)  # replicas start slowly on a machine that is busy
 EXAMPLE = Path(__file__).parent.parent / "examples" / "ray-serve.yaml"
 
 
