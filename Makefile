@@ -8,13 +8,16 @@ VLLM := .venv-vllm
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-ray ray-env test-vllm vllm-env lint types clean
+.PHONY: help demo bench-serving test test-slow test-ray ray-env test-vllm vllm-env lint types clean
 
 help: ## show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
 
 demo: $(STAMP) ## run the demonstration (fetches the embedded model the first time)
 	$(BIN)/ccm demo
+
+bench-serving: $(STAMP) ## measure the server: exactness, speed, load, kills, fuzz (some forty minutes)
+	$(BIN)/python benchmarks/serving
 
 test: $(STAMP) ## run the quick tests
 	$(BIN)/pytest -m "not slow and not vllm"
