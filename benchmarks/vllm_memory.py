@@ -7,7 +7,8 @@
     full         the history in the prompt, prefix caching on, in as many KV blocks as the arms above
     full-ample   the same with KV blocks for all histories at once
 
-In every arm each conversation takes one turn before the time is taken, so that vLLM's prefix cache holds what it can.
+Conversations take one turn before the time is taken: all of them, or in "full" as many as vLLM's prefix cache holds.
+These come first afterwards, which is the best that can happen to that cache.
 
     make vllm-env && python benchmarks/vllm_memory.py --arms memory generation
 """
@@ -209,8 +210,7 @@ def round_of(turn: Turn, count: int, turns: int) -> list[tuple[float, int]]:
         for _ in range(turns):
             done.append(turn(i))
 
-    order = random.Random(turns).sample(range(count), count)  # else a cache of the latest would never be hit
-    clients = [threading.Thread(target=client, args=(i,)) for i in order]
+    clients = [threading.Thread(target=client, args=(i,)) for i in range(count)]
     for thread in clients:
         thread.start()
     for thread in clients:
@@ -237,7 +237,7 @@ def measure(arm: str, count: int) -> dict[str, Any]:
             else:
                 turn = getattr(bench, arm)(server, url)
             began = time.perf_counter()
-            round_of(turn, count, 1)
+            round_of(turn, min(count, blocks * BLOCK // (HISTORY + 200)) if arm == "full" else count, 1)
             warmed = time.perf_counter() - began
             before = (
                 vllm.metric("vllm:prefix_cache_hits_total"),
