@@ -141,7 +141,7 @@ def main() -> bool:
             told_apart = [i for i in range(count) if last[i] != last[i ^ 1]]
     result = {
         "task": "answers of concurrent conversations against each alone, and of twins with different memories",
-        "engine": "padded (the only one there is)",
+        "engine": "padded",
         "conversations": count,
         "turns": turns,
         "tokens_per_answer": tokens,
