@@ -5,7 +5,6 @@
     memory       the whole turn of our server: fold what was said, write the answer in vLLM, fold the answer
     generation   its part in vLLM alone: memories lie in the store, as if they were folded on another machine
     full         the history in the prompt, prefix caching on, in as many KV blocks as the arms above
-    full-ample   the same with KV blocks for all histories at once
 
 Conversations take one turn before the time is taken: all of them, or in "full" as many as vLLM's prefix cache holds.
 These come first afterwards, which is the best that can happen to that cache.
@@ -45,12 +44,13 @@ sys.path.append(str(Path(__file__).parent.parent / "tests" / "vllm"))
 from vllm_servers import Vllm, kv_transfer, serving
 
 CONVERSATIONS, HISTORY, ANSWER, TURNS = 32, 2000, 32, 1
+#: Seconds after which an arm is over; turns that are not done then count for nothing, also among first tokens.
+LONGEST = 150
 #: Where the folded histories are kept between two runs.
 FOLDED = RESULTS.parent / "runs" / "vllm_memory.safetensors"
 BLOCK = 32
-#: KV blocks where they are scarce: about eleven histories.
-SCARCE = 11 * (HISTORY + 200) // BLOCK
-AMPLE = CONVERSATIONS * (HISTORY + 400) // BLOCK
+#: KV blocks, which are scarce: about eleven histories.
+BLOCKS = 11 * (HISTORY + 200) // BLOCK
 SAMPLING = Sampling(max_tokens=ANSWER, temperature=0)
 #: One turn of conversation i: seconds to its first token, and tokens of its answer.
 Turn = Callable[[int], tuple[float, int]]
@@ -202,62 +202,57 @@ class Bench:
         return turn
 
 
-def round_of(turn: Turn, count: int, turns: int) -> list[tuple[float, int]]:
-    """Every conversation takes that many turns, all at once."""
+def round_of(turn: Turn, count: int, turns: int) -> tuple[list[tuple[float, int]], float]:
+    """Every conversation takes that many turns, all at once; what is done after :data:`LONGEST` seconds, and when."""
     done: list[tuple[float, int]] = []
 
     def client(i: int) -> None:
         for _ in range(turns):
             done.append(turn(i))
 
-    clients = [threading.Thread(target=client, args=(i,)) for i in range(count)]
+    began = time.perf_counter()
+    clients = [threading.Thread(target=client, args=(i,), daemon=True) for i in range(count)]
     for thread in clients:
         thread.start()
     for thread in clients:
-        thread.join()
-    if len(done) != count * turns:
+        thread.join(max(0, began + LONGEST - time.perf_counter()))
+    seconds = time.perf_counter() - began
+    if seconds < LONGEST and len(done) != count * turns:
         raise RuntimeError("some turns failed")
-    return done
+    return list(done), seconds
 
 
 def measure(arm: str, count: int) -> dict[str, Any]:
-    blocks = AMPLE if arm == "full-ample" else SCARCE
     with tempfile.TemporaryDirectory() as temporary:
         url = f"sqlite://{temporary}/turns.db"
         bench = Bench(CONVERSATIONS)
         folder = Path(temporary) / "model"
         bench.model.save_pretrained(folder)
         bench.tokenizer.save_pretrained(folder)
-        options = ["--dtype", "bfloat16", "--max-model-len", "4096", "--num-gpu-blocks-override", str(blocks)]
+        options = ["--dtype", "bfloat16", "--max-model-len", "4096", "--num-gpu-blocks-override", str(BLOCKS)]
         options += ["--max-num-seqs", str(CONVERSATIONS)]
         with serving(folder, Path(temporary) / "log", *options, kv=kv_transfer(url)) as vllm:
             server = VllmServer(vllm.url)
-            if arm.startswith("full"):
+            if arm == "full":
                 turn = bench.full(server)
             else:
                 turn = getattr(bench, arm)(server, url)
-            began = time.perf_counter()
-            round_of(turn, min(count, blocks * BLOCK // (HISTORY + 200)) if arm == "full" else count, 1)
-            warmed = time.perf_counter() - began
+            round_of(turn, min(count, BLOCKS * BLOCK // (HISTORY + 200)) if arm == "full" else count, 1)
             before = (
                 vllm.metric("vllm:prefix_cache_hits_total"),
                 vllm.metric("vllm:prefix_cache_queries_total"),
             )
-            watch = Watch(vllm, blocks)
+            watch = Watch(vllm, BLOCKS)
             watch.start()
-            began = time.perf_counter()
-            turns = round_of(turn, count, TURNS)
-            seconds = time.perf_counter() - began
+            turns, seconds = round_of(turn, count, TURNS)
             kv = watch.stop()
             hits = vllm.metric("vllm:prefix_cache_hits_total") - before[0]
             asked = vllm.metric("vllm:prefix_cache_queries_total") - before[1]
             preempted = vllm.metric("vllm:num_preemptions_total")
     firsts = sorted(first for first, _ in turns)
     return {
-        "kv_blocks": blocks,
         "turns": len(turns),
         "seconds": round(seconds, 1),
-        "first_turns_seconds": round(warmed, 1),
         "turns_per_second": round(len(turns) / seconds, 3),
         "answer_tokens_per_second": round(sum(n for _, n in turns) / seconds, 1),
         "first_token_p50": round(statistics.median(firsts), 2),
@@ -270,23 +265,24 @@ def measure(arm: str, count: int) -> dict[str, Any]:
 
 def ratios(arms: dict[str, Any]) -> dict[str, Any]:
     """How many times better than the full history, where both were measured."""
-    found = {}
-    for arm in ("memory", "generation"):
-        for other in ("full", "full-ample"):
-            if arm in arms and other in arms:
-                a, b = arms[arm], arms[other]
-                found[f"{arm} against {other}"] = {
-                    "throughput": round(a["turns_per_second"] / b["turns_per_second"], 2),
-                    "first_token_p50": round(b["first_token_p50"] / a["first_token_p50"], 2),
-                    "kv_per_request": round(b["blocks_per_request"] / a["blocks_per_request"], 2),
-                    "kv_peak": round(b["blocks_in_use_peak"] / a["blocks_in_use_peak"], 2),
-                }
-    return found
+    if "full" not in arms:
+        return {}
+    full = arms["full"]
+    return {
+        f"{arm} against full": {
+            "throughput": round(arms[arm]["turns_per_second"] / full["turns_per_second"], 2),
+            "first_token_p50": round(full["first_token_p50"] / arms[arm]["first_token_p50"], 2),
+            "kv_per_request": round(full["blocks_per_request"] / arms[arm]["blocks_per_request"], 2),
+            "kv_peak": round(full["blocks_in_use_peak"] / arms[arm]["blocks_in_use_peak"], 2),
+        }
+        for arm in ("memory", "generation")
+        if arm in arms
+    }
 
 
 def main() -> None:
     arguments = parser(__doc__.partition("\n")[0])
-    arguments.add_argument("--arms", nargs="+", default=["memory", "generation", "full", "full-ample"])
+    arguments.add_argument("--arms", nargs="+", default=["memory", "generation", "full"])
     options = arguments.parse_args()
     torch.set_num_threads(options.threads)
     count = options.limit or CONVERSATIONS
@@ -302,7 +298,9 @@ def main() -> None:
                 "history_tokens": HISTORY,
                 "answer_tokens": ANSWER,
                 "turns_each": TURNS,
+                "longest_seconds": LONGEST,
                 "block_tokens": BLOCK,
+                "kv_blocks": BLOCKS,
                 "vllm": "0.32.0 on the CPU, bfloat16, eager, prefix caching on",
                 "model": DEFAULT_MODEL,
                 "adapter": "ccm-merge, sink 4, window 64",
