@@ -248,6 +248,30 @@ class EngineContract:
             heard.result()
         assert not heard.pieces
 
+    def test_a_full_memory_is_refused_alone(self, compressor, tokenizer, engine):
+        """A conversation that has reached the context says so, and those beside it go on."""
+        memory = None
+        for _ in range(CONTEXT // 2 - 4):
+            memory = compressor.compress([[5]], memory, slots=2, sink=0, window=0)
+        heard, others = Heard(), [Heard() for _ in range(3)]
+        engine.submit(Job(memory, BUDGET, ((5,) * 8,)), heard)
+        for other in others:
+            engine.submit(turn(tokenizer, compressor.empty(), "hi"), other)
+        with pytest.raises(ConfigError, match="begin a new one, or serve an adapter that merges"):
+            heard.result()
+        assert len({other.result().text for other in others}) == 1
+
+    def test_a_nearly_full_memory_and_a_long_segment_take_turns(self, compressor, engine):
+        """Each fits alone, both in one padded pass would not."""
+        memory = None
+        for _ in range(CONTEXT // 2 - 6):
+            memory = compressor.compress([[5]], memory, slots=2, sink=0, window=0)
+        budget = Budget(slots=2, sink=0, window=0, segment=64)
+        (near, long), _ = run(
+            engine, [Job(memory, budget, ((5, 6),)), Job(compressor.empty(), budget, ((5,) * 64,))]
+        )
+        assert near.memory.length == memory.length + 2 and long.memory.length == 2
+
     def test_answers_end_with_the_context(self, compressor, tokenizer, engine):
         job = Job(compressor.empty(), BUDGET, prompt=(5,) * 250, sampling=GREEDY, remember=False)
         (result,), _ = run(engine, [job])

@@ -188,7 +188,7 @@ class FoldingEngine(Engine, Generic[R]):
                 self._beat = time.monotonic()
                 for running in [r for r in (*self._active, *self._waiting) if r.ticket.cancelled]:
                     self._leave(running)
-                self._do(self._take_in, [r for r in self._active if r.segments])
+                self._do(self._take_in, self._foldable())
                 self._answer()
                 for running in [
                     r for r in self._active if not (r.segments or r.prompt or r in self._writing)
@@ -242,6 +242,26 @@ class FoldingEngine(Engine, Generic[R]):
             running.listener(event)
 
     # ------------------------------------------------------------------ steps
+
+    def _foldable(self) -> list[R]:
+        """Jobs with segments that fit into one pass; those whose memory has no room for their next one have left."""
+
+        def needs(rows: Sequence[R]) -> int:
+            return (
+                max(r.memory.length for r in rows)
+                + max(len(r.segments[0]) for r in rows)
+                + max(r.job.budget.slots for r in rows)
+            )
+
+        chosen: list[R] = []
+        for running in [r for r in self._active if r.segments]:
+            if needs([running]) > self.context:
+                full = f"the conversation's memory of {running.memory.length} positions fills the model's context of "
+                advice = "begin a new one, or serve an adapter that merges"
+                self._leave(running, ConfigError(f"{full}{self.context}: {advice}"))
+            elif needs([*chosen, running]) <= self.context:
+                chosen.append(running)
+        return chosen
 
     def _take_in(self, rows: list[R]) -> None:
         """One segment of every job that has some, for those with one budget."""
