@@ -801,6 +801,25 @@ def test_a_first_stage_tunes_the_model_for_every_method(
     assert "has no first stage" in capsys.readouterr().err
 
 
+def test_another_type_of_weights(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chats, merge = write(tmp_path / "chats.jsonl", CHATS), str(home / "merge")
+    sizes = {}
+    for name in ("float32", "bfloat16"):
+        given = (str(chats), "--methods", "full", "--adapter", merge, "--out", str(tmp_path / name))
+        assert run_command(home, *given, "--dtype", name) == 0
+        result = json.loads((tmp_path / f"{name}.json").read_text())
+        assert result["model"]["dtype"] == name
+        sizes[name] = {row["method"]: row["kv_bytes"] for row in result["rows"] if row["step"] == 4}
+    # slots are kept in float32, and read in the model's type, as a window of as many keys is
+    assert sizes["bfloat16"][merge] == sizes["bfloat16"][f"streaming-llm@{merge}"] > 0
+    assert sizes["float32"] == {method: 2 * size for method, size in sizes["bfloat16"].items()}
+    # records of one type are not continued with another
+    assert run_command(home, *given, "--dtype", "float32") == 2
+    assert "dtype" in capsys.readouterr().err
+    assert run_command(home, str(chats), "--dtype", "int4") == 2
+    assert "bfloat16" in capsys.readouterr().err
+
+
 def test_own_items(home: Path, tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     task = own_task(write(tmp_path / "items.jsonl", ITEMS))

@@ -141,7 +141,9 @@ class Memory:
             the entries that are sink or slots.
         """
         width = self.length
-        parts = [row.placed(rotary, dtype) for row in self.rows]
+        rows = {id(row): row for row in self.rows}  # a memory that many options read is placed once
+        placed = {key: row.placed(rotary, dtype) for key, row in rows.items()}
+        parts = [placed[id(row)] for row in self.rows]
         device = parts[0].keys.device
         valid = torch.zeros(len(self), width, dtype=torch.bool, device=device)
         folded = torch.zeros_like(valid)

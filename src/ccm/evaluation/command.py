@@ -14,13 +14,16 @@ if TYPE_CHECKING:
 
     from .runner import Evaluation
 
+DTYPES = ("float32", "bfloat16", "float16")
 EPILOG = "Example: ccm eval quick --methods none,full,ccm-concat,streaming-llm@ccm-concat --limit 2"
 
 
 def evaluate(
     suite: Annotated[
         str,
-        typer.Argument(metavar="SUITE", help="quick, paper, streams, hub, or a .jsonl file of your own."),
+        typer.Argument(
+            metavar="SUITE", help="quick, paper, tuned, streams, hub, or a .jsonl file of your own."
+        ),
     ],
     methods: Annotated[
         str | None,
@@ -46,7 +49,17 @@ def evaluate(
     first_stage: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="Tune the model, for every method, by the first stage of this adapter."
+            metavar="NAME",
+            help="Tune the model, for every method, by the first stage of this adapter.",
+            show_default="the suite's",
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TYPE",
+            help="Of the weights: float32, bfloat16 or float16.",
+            show_default="the checkpoint's",
         ),
     ] = None,
     limit: Annotated[
@@ -83,13 +96,16 @@ def evaluate(
     console = Console(stderr=as_json)
     import torch
 
+    from ..errors import UnknownNameError
     from ..models import load_model
     from .runner import Evaluation
 
+    if dtype not in (None, *DTYPES):
+        raise UnknownNameError("type of weights", dtype, list(DTYPES))
     if threads:
         torch.set_num_threads(threads)
-    language_model, tokenizer = load_model(model)
-    if first_stage:
+    language_model, tokenizer = load_model(model, getattr(torch, dtype) if dtype else None)
+    if first_stage := first_stage or chosen.first_stage:
         from ..storage import adapter_folder, base_stage
 
         base_stage.attach(language_model, adapter_folder.first_stage(first_stage))

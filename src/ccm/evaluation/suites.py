@@ -145,11 +145,13 @@ class Suite:
         name: of the results' file.
         tasks: (name, options, limit, methods) of each task.
         make: (name, options) -> task.
+        first_stage: adapter whose first stage tunes the model, for every method; "" leaves it as it is.
     """
 
     name: str
     tasks: tuple[tuple[str, Mapping[str, Any], int, tuple[str, ...]], ...]
     make: Callable[[str, Mapping[str, Any]], EvalTask] = lambda name, options: get_task(name, **options)
+    first_stage: str = ""
 
     def plans(
         self,
@@ -212,6 +214,8 @@ STREAMS = (
     f"streaming-llm@{_BOUNDED}",
     f"streaming-llm:sink=0@{_BOUNDED}",
 )
+#: On a model that a first stage has taught to learn from its context.
+TUNED = ("none", "full", "ccm-tasks", "streaming-llm@ccm-tasks", "mean-pool")
 #: For two cores and the embedded model: quick takes some twelve minutes, paper five hours, streams two. The paper's
 #: own data are in hub, which needs a model hub.
 SUITES: dict[str, Suite] = {
@@ -243,6 +247,14 @@ SUITES: dict[str, Suite] = {
                 ("updates", {}, 24, MAIN),
                 ("stream", {"tokens": 32_768}, 3, STREAMS),
             ),
+        ),
+        Suite(
+            "tuned",
+            (
+                ("icl", {"steps": (0, 4, 8, 16)}, 48, TUNED),
+                ("personalization", {"steps": (0, 4, 8, 16)}, 32, TUNED),
+            ),
+            first_stage="ccm-tasks",
         ),
         Suite("streams", (("stream", {"tokens": 204_800}, 1, STREAMS),)),
         Suite(

@@ -59,8 +59,11 @@ class Run(ABC):
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of the keys and values that live tokens attend to, measured on the tensors."""
-        return self.memory.nbytes
+        """Bytes of the keys and values that live tokens attend to, in the model's type.
+
+        Slots at rest may take more: ``memory.nbytes`` has them in float32, whatever the model's type is.
+        """
+        return self.memory.length * self.reader.kv_bytes_per_token()
 
     def fork(self) -> Run:
         """An independent copy."""
