@@ -197,9 +197,10 @@ class BaseStage(Stage):
         ids = torch.zeros(len(rows), max(lengths), dtype=torch.long)
         for r, row in enumerate(rows):
             ids[r, : lengths[r]] = torch.tensor(row.segments[0])
-        mask = torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1)
+        # no padding mask: what is padded comes after all that is scored, and causal attention alone is half the work
         device = self.model.device
-        out = self.model.base_model(ids.to(device), attention_mask=mask.long().to(device), use_cache=False)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.model.dtype == torch.bfloat16):
+            out = self.model.base_model(ids.to(device), use_cache=False)
         return out.last_hidden_state, [[(0, length)] for length in lengths]
 
     def _head(self, hidden: Tensor) -> Tensor:
