@@ -42,7 +42,7 @@ def main() -> None:
     clean, _ = ccm.load_default_model()  # never sees an adapter
     rows = []
     plain = clean.base_model
-    for adapter in ccm.shipped_adapters():
+    for adapter in ("ccm-concat", "ccm-merge"):
         model, _ = ccm.load_default_model()
         compressor = ccm.Compressor.from_pretrained(model, adapter)
         for length in (64, 128, 256):

@@ -111,7 +111,8 @@ def main() -> None:
             "rows": len(rows),
             "target_tokens": sum(none.tokens),
             "adapters": {
-                name: shared_compressor(model, name).fingerprint() for name in ccm.shipped_adapters()
+                name: shared_compressor(model, name).fingerprint()
+                for name in sorted({adapter for adapter, _ in MEMORIES.values()})
             },
             "methods": methods,
         },
