@@ -9,6 +9,7 @@ start as you like. Intervals are over held-out rows; what other initial weights 
     python benchmarks/ablations.py --list
     python benchmarks/ablations.py --only baseline no-recursion
     python benchmarks/ablations.py
+    python benchmarks/ablations.py --page         docs/ablations.md from what is stored
 """
 
 from __future__ import annotations
@@ -60,7 +61,10 @@ BASELINE = "baseline"
 VARIANTS = {
     BASELINE: variant("concat, 4 slots a segment, conditional LoRA of rank 8 on attention, self-distillation"),
     "seed": variant("the baseline from other initial weights: the noise between runs", "compressor.seed=1"),
-    "unconditional": variant("LoRA on every token, not on COMP tokens alone", "compressor.conditional=false"),
+    "unconditional": variant(
+        "LoRA on every token, not on COMP tokens alone: what reads the memory is tuned as well",
+        "compressor.conditional=false",
+    ),
     "slots-1": variant("1 slot a segment", "compressor.slots=1"),
     "slots-2": variant("2 slots a segment", "compressor.slots=2"),
     "slots-8": variant("8 slots a segment", "compressor.slots=8"),
@@ -82,13 +86,15 @@ VARIANTS = {
     "target-ce": variant("cross-entropy on the last turn (the paper's)", "objective=target-ce"),
     "reconstruction": variant("writing a segment back from its slots, beside", "reconstruction=0.3"),
     "nested": variant("1, 2 or 4 slots drawn for each pass: one adapter for three budgets", "slot_choices=[1,2,4]"),
+    "steps-60": variant("twice the steps: 60", "steps=60", "eval_every=60"),
+    "steps-120": variant("four times the steps: 120", "steps=120", "eval_every=120"),
     "data-32": variant("32 training conversations", "data.chitchat.limit=32"),
     "data-128": variant("128 training conversations", "data.chitchat.limit=128"),
 }  # fmt: skip
 
 
 def run(config: TrainConfig, folder: Path, held_out: Sequence[ConversationRow]) -> dict[str, Any]:
-    """Train with the frozen model in bfloat16, score with the model in float32; every drawn budget is scored."""
+    """Train on the frozen model in bfloat16 and score on it; every drawn budget is scored."""
     model, tokenizer = ccm.load_default_model(dtype=torch.bfloat16)
     trainer = Trainer(model, tokenizer, config, folder)
     with Progress(console=Console(stderr=True)) as bar:
@@ -103,8 +109,7 @@ def run(config: TrainConfig, folder: Path, held_out: Sequence[ConversationRow]) 
     losses = [line["loss"] for line in log]
     tenth = max(1, len(losses) // 10)
     parts = [losses[k : k + tenth] for k in range(0, len(losses), tenth)]
-    exact, _ = ccm.load_default_model(dtype=torch.float32)
-    compressor = Compressor.from_pretrained(exact, trainer.adapter)
+    compressor = Compressor.from_pretrained(model, trainer.adapter)
     result = {
         "steps": trainer.step,
         "tokens": trainer.tokens,
@@ -189,17 +194,85 @@ def read_stored(path: Path, schedule: dict[str, Any]) -> dict[str, Any] | None:
 
 def write(path: Path, result: dict[str, Any]) -> None:
     path.parent.mkdir(exist_ok=True)
-    write_atomically(path, (json.dumps({**result, "environment": environment()}, indent=1) + "\n").encode())
+    write_atomically(
+        path, (json.dumps({**result, "environment": environment("bfloat16")}, indent=1) + "\n").encode()
+    )
+
+
+_INTRODUCTION = """\
+# Ablations
+
+This page is written by `python benchmarks/ablations.py --page` from `results/ablations.json`.
+
+What each choice of the method is worth. Every variant is trained from nothing on the same {steps} steps
+({tokens:,} tokens of small talk, {minutes:.0f} minutes of one core) where it does not say otherwise, the model held
+in bfloat16, and differs from the baseline in one thing. *Share* is the recovered share on {rows} held-out
+conversations of ten turns: 0 is no context, 1 the whole of it. The difference to the baseline is paired, and its
+95 % interval is over held-out rows; another draw of the initial weights (`seed`) moves the share by {seed:+.3f}, so a
+smaller difference says little. Runs as short as these order the choices; they do not say where each would end."""
+
+_BUDGETS = """\
+## One adapter for several budgets
+
+The adapter `nested` was trained with 1, 2 or 4 slots drawn for each pass, and is read with the first k of its slots;
+beside it adapters that were trained for one budget alone, all with the same tokens."""
+
+
+def page(result: dict[str, Any]) -> str:
+    """The stored results as Markdown."""
+    runs, schedule = result["variants"], result["schedule"]
+    lead = _INTRODUCTION.format(
+        steps=schedule["steps"],
+        rows=schedule["held_out_rows"],
+        tokens=runs[BASELINE]["tokens"],
+        minutes=runs[BASELINE]["seconds"] / 60,
+        seed=runs["seed"]["difference"],
+    )
+    lines = [
+        "| variant | what differs | trained | share | difference to the baseline |",
+        "| --- | --- | ---: | ---: | ---: |",
+    ]
+    for name, run in sorted(runs.items(), key=lambda entry: (entry[0] != BASELINE, -entry[1]["difference"])):
+        cells = [
+            f"`{name}`",
+            VARIANTS[name].what,
+            f"{run['parameters'] / 1e6:.2f} M",
+            f"{run['recovered_share']:.3f}",
+        ]
+        low, high = run["difference_ci"]
+        difference = f"{run['difference']:+.3f} <sub>{low:+.3f} to {high:+.3f}</sub>"
+        lines.append(
+            f"| {' | '.join([*cells, '' if name == BASELINE else difference])} |".replace("-0.", "−0.")
+        )
+    parts = [lead, "\n".join(lines)]
+    if "nested" in runs:
+        parts += [_BUDGETS, _budgets(runs)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _budgets(runs: dict[str, Any]) -> str:
+    nested = runs["nested"]
+    fewer = nested["recovered_share_with_fewer_slots"]
+    lines = ["| slots a segment | `nested` | trained for this budget |", "| ---: | ---: | ---: |"]
+    for slots, alone in (("1", "slots-1"), ("2", "slots-2"), ("4", BASELINE)):
+        share = fewer[slots][0] if slots in fewer else nested["recovered_share"]
+        lines.append(f"| {slots} | {share:.3f} | {runs[alone]['recovered_share']:.3f} (`{alone}`) |")
+    return "\n".join(lines)
 
 
 def main() -> None:
     arguments = parser(__doc__.splitlines()[0])
     arguments.add_argument("--list", action="store_true", help="show the variants and end")
+    arguments.add_argument("--page", action="store_true", help="write docs/ablations.md and end")
     arguments.add_argument("--only", nargs="+", metavar="NAME", help="these variants")
     arguments.add_argument("--steps", type=int, help="training steps, other than the recipe's")
     given = arguments.parse_args()
     if given.list:
         print("\n".join(f"{name:16}{each.what}" for name, each in VARIANTS.items()))
+        return
+    if given.page:
+        stored = json.loads((RESULTS / "ablations.json").read_text())
+        write_atomically(ROOT / "docs" / "ablations.md", page(stored).encode())
         return
     if any(x is not None and x <= 0 for x in (given.steps, given.limit)):
         arguments.error("--steps and --limit must be above zero")
@@ -220,7 +293,7 @@ def run_all(names: Sequence[str], steps: int | None, limit: int | None) -> None:
     same = () if steps is None else (f"steps={steps}", f"eval_every={steps}")
     base = load_recipe(RECIPE, same)
     path = RESULTS / "ablations.json"
-    model, tokenizer = ccm.load_default_model(dtype=torch.float32)
+    model, tokenizer = ccm.load_default_model(dtype=torch.bfloat16)
     validation = load_chitchat("validation", cap_per_user=None)
     held_out = held_out_rows(validation, tokenizer, TURNS, per_conversation=2)[: limit or HELD_OUT]
     schedule = {
@@ -235,7 +308,7 @@ def run_all(names: Sequence[str], steps: int | None, limit: int | None) -> None:
         none, full = (reference_nll(untrained, held_out, context, FIRST) for context in ("none", "full"))
         result = {
             "task": f"chitchat, validation users, rows of {TURNS} turns, targets from turn {FIRST + 1} on",
-            "precision": "trained on the model in bfloat16, scored on the model in float32",
+            "precision": "trained and scored on the model in bfloat16",
             "schedule": schedule,
             "references": {"tokens": none.tokens, "none": per_row(none), "full": per_row(full)},
             "variants": {},
@@ -246,7 +319,8 @@ def run_all(names: Sequence[str], steps: int | None, limit: int | None) -> None:
             continue
         what, folder = VARIANTS[name].what, RUNS / name
         print(f"{name}: {what}", flush=True)
-        config = load_recipe(RECIPE, (*same, *VARIANTS[name].overrides))
+        # the run's own last evaluation is not used
+        config = load_recipe(RECIPE, (*same, "eval_rows=1", *VARIANTS[name].overrides))
         result["variants"][name] = {"what": what, **run(config, folder, held_out)}
         summarize(result)
         write(path, result)

@@ -24,20 +24,20 @@ def parser(description: str) -> argparse.ArgumentParser:
     return arguments
 
 
-def environment() -> dict[str, Any]:
+def environment(dtype: str = "float32") -> dict[str, Any]:
     return {
         "ccm": ccm.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
-        "dtype": "float32",
+        "dtype": dtype,
     }
 
 
-def store(name: str, result: dict[str, Any]) -> None:
+def store(name: str, result: dict[str, Any], dtype: str = "float32") -> None:
     """Print a result and keep it as ``results/NAME.json``."""
     RESULTS.mkdir(exist_ok=True)
-    text = json.dumps({**result, "environment": environment()}, indent=1)
+    text = json.dumps({**result, "environment": environment(dtype)}, indent=1)
     (RESULTS / f"{name}.json").write_text(text + "\n")
     print(text)

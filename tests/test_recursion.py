@@ -184,10 +184,37 @@ def test_an_unconditional_adapter_acts_on_every_token():
 
 
 def test_every_variant_is_a_recipe_of_its_own(ablations):
-    configs = [load_recipe(ablations.RECIPE, each.overrides) for each in ablations.VARIANTS.values()]
-    assert configs[0] == load_recipe(ablations.RECIPE)
-    assert len({repr(config) for config in configs}) == len(configs)
-    assert len({config.steps for config in configs}) == 1
+    configs = {
+        name: load_recipe(ablations.RECIPE, each.overrides) for name, each in ablations.VARIANTS.items()
+    }
+    baseline = load_recipe(ablations.RECIPE)
+    assert configs[ablations.BASELINE] == baseline
+    assert len({repr(config) for config in configs.values()}) == len(configs)
+    longer = {name for name, config in configs.items() if config.steps != baseline.steps}
+    assert longer == {"steps-60", "steps-120"}
+
+
+def test_the_page_has_what_is_stored(ablations):
+    def run(share, difference, **more):
+        interval = [difference - 0.01, difference + 0.01]
+        return {"recovered_share": share, "difference": difference, "difference_ci": interval,
+                "parameters": 920_000, "tokens": 32_413, "seconds": 160.0, **more}  # fmt: skip
+
+    fewer = {"1": [0.61, 0.6, 0.62], "2": [0.63, 0.62, 0.64]}
+    runs = {
+        "rank-2": run(0.57, -0.09),
+        "seed": run(0.64, -0.02),
+        "baseline": run(0.66, 0.0),
+        "rank-32": run(0.7, 0.04),
+    }
+    result = {"schedule": {"steps": 30, "held_out_rows": 96}, "variants": runs}
+    text = ablations.page(result)
+    rows = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| `")]
+    assert rows == ["`baseline`", "`rank-32`", "`seed`", "`rank-2`"]  # the best first
+    assert "32,413 tokens" in text and "−0.090 <sub>−0.100 to −0.080</sub>" in text and "budgets" not in text
+    runs |= {"slots-1": run(0.6, -0.06), "slots-2": run(0.65, -0.01)}
+    runs["nested"] = run(0.65, -0.01, recovered_share_with_fewer_slots=fewer)
+    assert "| 1 | 0.610 | 0.600 (`slots-1`) |" in ablations.page(result)
 
 
 def test_other_kinds_have_another_recursion():
