@@ -209,7 +209,9 @@ What each choice of the method is worth. Every variant is trained from nothing o
 in bfloat16, and differs from the baseline in one thing. *Share* is the recovered share on {rows} held-out
 conversations of ten turns: 0 is no context, 1 the whole of it. The difference to the baseline is paired, and its
 95 % interval is over held-out rows; another draw of the initial weights (`seed`) moves the share by {seed:+.3f}, so a
-smaller difference says little. Runs as short as these order the choices; they do not say where each would end."""
+smaller difference says little. Runs as short as these order the choices; they do not say where each would end, and
+most of the share that they reach is the manner of small talk and not yet memory
+([experiments.md](experiments.md#what-a-recovered-share-is-made-of))."""
 
 _BUDGETS = """\
 ## One adapter for several budgets

@@ -2,7 +2,8 @@
 another conversation.
 
 A slot can carry what was said, and it can carry how people talk in this kind of data, which any conversation would
-teach. The second part is there with a foreign memory, too; the first is what the own memory is better by.
+teach. The second part is there with a foreign memory, too; the first is what the own memory is better by. Beside each
+memory stand the last tokens of the conversation, as many as it has slots.
 
     whole    = (none - own) / (none - full)               the usual recovered share
     memory   = (foreign - own) / (full foreign - full)    of what only this conversation can tell
@@ -42,17 +43,34 @@ def foreign(rows: Sequence[ConversationRow]) -> list[ConversationRow]:
     ]
 
 
+def last_tokens(rows: Sequence[ConversationRow], count: int) -> list[ConversationRow]:
+    """Rows of two segments: the last ``count`` tokens before the last turn, and that turn."""
+    return [
+        replace(
+            row,
+            segments=(sum(row.segments[:-1], ())[-count:], row.segments[-1]),
+            content=((0, 0), row.content[-1]),
+            recall=(),
+        )
+        for row in rows
+    ]
+
+
 def shares(nll: dict[str, list[float]], draws: int = 2000) -> dict[str, Any]:
     """The two shares, each with its 95 % interval over rows."""
-    totals = torch.tensor(
-        [nll[k] for k in ("none", "full", "full foreign", "own", "foreign")], dtype=torch.float64
-    )
+    names = ("none", "full", "full foreign", "own", "foreign", "window", "window foreign")
+    totals = torch.tensor([nll[k] for k in names], dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
     picks = torch.randint(totals.shape[1], (draws, totals.shape[1]), generator=generator)
 
     def of(sums: torch.Tensor) -> dict[str, torch.Tensor]:
-        none, full, full_foreign, own, other = sums
-        return {"whole": (none - own) / (none - full), "memory": (other - own) / (full_foreign - full)}
+        none, full, full_foreign, own, other, window, window_foreign = sums
+        return {
+            "whole": (none - own) / (none - full),
+            "memory": (other - own) / (full_foreign - full),
+            "window_whole": (none - window) / (none - full),
+            "window_memory": (window_foreign - window) / (full_foreign - full),
+        }
 
     exact, drawn = of(totals.sum(1)), of(totals[:, picks].sum(2))
     result: dict[str, Any] = {}
@@ -83,12 +101,15 @@ def main() -> None:
                 "full": reference_nll(compressor, rows, "full", last).total,
                 "full foreign": reference_nll(compressor, others, "full", last).total,
             }
+        slots = compressor.config.slots * (last if compressor.config.rule == "concat" else 1)
         nll = {
             **references,
+            "window": reference_nll(compressor, last_tokens(rows, slots), "full", 1).total,
+            "window foreign": reference_nll(compressor, last_tokens(others, slots), "full", 1).total,
             "own": parallel_nll(compressor, rows, last).total,
             "foreign": parallel_nll(compressor, others, last).total,
         }
-        results[name] = shares(nll) | {k: round(sum(v), 1) for k, v in nll.items()}
+        results[name] = {"slots": slots} | shares(nll) | {k: round(sum(v), 1) for k, v in nll.items()}
         print(name, results[name], flush=True)
     store(
         "foreign_memory",
