@@ -220,9 +220,19 @@ The adapter `nested` was trained with 1, 2 or 4 slots drawn for each pass, and i
 beside it adapters that were trained for one budget alone, all with the same tokens."""
 
 
+#: Slots a segment -> the variant that was trained for them alone.
+_ALONE = {"1": "slots-1", "2": "slots-2", "4": BASELINE}
+
+
 def page(result: dict[str, Any]) -> str:
-    """The stored results as Markdown."""
+    """The stored results as Markdown.
+
+    Raises:
+        ConfigError: the baseline or the noise between runs is not known yet.
+    """
     runs, schedule = result["variants"], result["schedule"]
+    if missing := {BASELINE, "seed"} - runs.keys():
+        raise ConfigError(f"the page needs {' and '.join(sorted(missing))}: run them first (--only)")
     lead = _INTRODUCTION.format(
         steps=schedule["steps"],
         rows=schedule["held_out_rows"],
@@ -243,20 +253,18 @@ def page(result: dict[str, Any]) -> str:
         ]
         low, high = run["difference_ci"]
         difference = f"{run['difference']:+.3f} <sub>{low:+.3f} to {high:+.3f}</sub>"
-        lines.append(
-            f"| {' | '.join([*cells, '' if name == BASELINE else difference])} |".replace("-0.", "−0.")
-        )
+        lines.append(f"| {' | '.join([*cells, '' if name == BASELINE else difference])} |")
     parts = [lead, "\n".join(lines)]
-    if "nested" in runs:
+    if {"nested", *_ALONE.values()} <= runs.keys():
         parts += [_BUDGETS, _budgets(runs)]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts).replace("-0.", "−0.") + "\n"
 
 
 def _budgets(runs: dict[str, Any]) -> str:
     nested = runs["nested"]
     fewer = nested["recovered_share_with_fewer_slots"]
     lines = ["| slots a segment | `nested` | trained for this budget |", "| ---: | ---: | ---: |"]
-    for slots, alone in (("1", "slots-1"), ("2", "slots-2"), ("4", BASELINE)):
+    for slots, alone in _ALONE.items():
         share = fewer[slots][0] if slots in fewer else nested["recovered_share"]
         lines.append(f"| {slots} | {share:.3f} | {runs[alone]['recovered_share']:.3f} (`{alone}`) |")
     return "\n".join(lines)
@@ -273,8 +281,11 @@ def main() -> None:
         print("\n".join(f"{name:16}{each.what}" for name, each in VARIANTS.items()))
         return
     if given.page:
-        stored = json.loads((RESULTS / "ablations.json").read_text())
-        write_atomically(ROOT / "docs" / "ablations.md", page(stored).encode())
+        try:
+            text = page(json.loads((RESULTS / "ablations.json").read_text()))
+        except (OSError, CCMError) as error:
+            arguments.error(str(error))
+        write_atomically(ROOT / "docs" / "ablations.md", text.encode())
         return
     if any(x is not None and x <= 0 for x in (given.steps, given.limit)):
         arguments.error("--steps and --limit must be above zero")

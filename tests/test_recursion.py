@@ -215,6 +215,9 @@ def test_the_page_has_what_is_stored(ablations):
     runs |= {"slots-1": run(0.6, -0.06), "slots-2": run(0.65, -0.01)}
     runs["nested"] = run(0.65, -0.01, recovered_share_with_fewer_slots=fewer)
     assert "| 1 | 0.610 | 0.600 (`slots-1`) |" in ablations.page(result)
+    del runs["seed"]
+    with pytest.raises(ConfigError, match="needs seed"):
+        ablations.page(result)
 
 
 def test_other_kinds_have_another_recursion():

@@ -481,6 +481,16 @@ def test_labels_weigh_more_in_a_first_stage(logs: Path, tmp_path: Path) -> None:
     assert more == pytest.approx(2 * losses[1.0].recall, rel=1e-4)
 
 
+def test_padding_changes_nothing_in_a_first_stage(logs: Path, tmp_path: Path) -> None:
+    stage = trainer(tmp_path, logs, stage="base").stage
+    rows = [marked(ConversationRow("x", ids, ((1, len(ids[0])),))) for ids in random_rows([[5], [9]])]
+    with torch.no_grad():
+        together, _ = stage._run(rows)
+        for r, row in enumerate(rows):
+            alone, _ = stage._run([row])
+            torch.testing.assert_close(together[r, : row.tokens], alone[0], rtol=1e-5, atol=1e-5)
+
+
 def test_parallel_equals_recurrent_on_a_first_stage(first_stage: Path) -> None:
     config = CompressorConfig(slots=2, rule="concat")
     compressor = scramble(Compressor(runs.model(), config, base_adapter=first_stage))

@@ -59,11 +59,13 @@ class Run(ABC):
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of the keys and values that live tokens attend to, in the model's type.
+        """Bytes of the keys and values that live tokens attend to: those of the tensors held, in the model's type.
 
-        Slots at rest may take more: ``memory.nbytes`` has them in float32, whatever the model's type is.
+        ``memory.nbytes`` may be more: slots rest in float32, whatever the model's type is.
         """
-        return self.memory.length * self.reader.kv_bytes_per_token()
+        parts = (kv for row in self.memory.rows for kv in (row.sink, row.slots, row.window))
+        numbers = sum(tensor.numel() for kv in parts for tensor in kv)
+        return numbers * self.reader.model.dtype.itemsize
 
     def fork(self) -> Run:
         """An independent copy."""
