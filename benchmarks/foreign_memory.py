@@ -3,7 +3,7 @@ another conversation.
 
 A slot can carry what was said, and it can carry how people talk in this kind of data, which any conversation would
 teach. The second part is there with a foreign memory, too; the first is what the own memory is better by. Beside each
-memory stand the last tokens of the conversation, as many as it has slots.
+memory stand the last tokens of the conversation, as many as it has keys.
 
     whole    = (none - own) / (none - full)               the usual recovered share
     memory   = (foreign - own) / (full foreign - full)    of what only this conversation can tell
@@ -19,12 +19,14 @@ from typing import Any
 
 import torch
 from common import parser, store
+from quality import entries_before
 
 import ccm
 from ccm.compressor import Compressor
 from ccm.data import load_chitchat
 from ccm.data.rows import ConversationRow, held_out_rows
 from ccm.evaluation.share import parallel_nll, reference_nll
+from ccm.storage import base_stage
 
 TURNS, ROWS, AWAY = 10, 96, 7
 ADAPTERS = ("ccm-concat", "ccm-chat", "ccm-merge", "ccm-concat-short")
@@ -43,8 +45,8 @@ def foreign(rows: Sequence[ConversationRow]) -> list[ConversationRow]:
     ]
 
 
-def last_tokens(rows: Sequence[ConversationRow], count: int) -> list[ConversationRow]:
-    """Rows of two segments: the last ``count`` tokens before the last turn, and that turn."""
+def last_tokens(rows: Sequence[ConversationRow], counts: Sequence[int]) -> list[ConversationRow]:
+    """Rows of two segments: the last tokens before the last turn, so many of each row, and that turn."""
     return [
         replace(
             row,
@@ -52,12 +54,12 @@ def last_tokens(rows: Sequence[ConversationRow], count: int) -> list[Conversatio
             content=((0, 0), row.content[-1]),
             recall=(),
         )
-        for row in rows
+        for row, count in zip(rows, counts, strict=True)
     ]
 
 
-def shares(nll: dict[str, list[float]], draws: int = 2000) -> dict[str, Any]:
-    """The two shares, each with its 95 % interval over rows."""
+def shares(nll: dict[str, Sequence[float]], draws: int = 2000) -> dict[str, Any]:
+    """The two shares, of the memory and of the window beside it, each with its 95 % interval over rows."""
     names = ("none", "full", "full foreign", "own", "foreign", "window", "window foreign")
     totals = torch.tensor([nll[k] for k in names], dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
@@ -90,26 +92,30 @@ def main() -> None:
     rows = held_out_rows(load_chitchat("validation", cap_per_user=None), tokenizer, TURNS, per_conversation=2)
     rows = rows[: given.limit or ROWS]
     last, others = TURNS - 1, foreign(rows)
-    references: dict[str, list[float]] = {}
+    references: dict[str | None, dict[str, Sequence[float]]] = {}  # by the first stage that the model has
     results: dict[str, Any] = {}
     for name in given.adapters:
         model, _ = ccm.load_default_model(dtype=torch.bfloat16)
         compressor = Compressor.from_pretrained(model, name)
-        if not references:
-            references = {
+        if (stage := base_stage.present(model)) not in references:
+            references[stage] = {
                 "none": reference_nll(compressor, rows, "none", last).total,
                 "full": reference_nll(compressor, rows, "full", last).total,
                 "full foreign": reference_nll(compressor, others, "full", last).total,
             }
-        slots = compressor.config.slots * (last if compressor.config.rule == "concat" else 1)
+        entries = [entries_before(compressor, row, {})[-1] for row in rows]
         nll = {
-            **references,
-            "window": reference_nll(compressor, last_tokens(rows, slots), "full", 1).total,
-            "window foreign": reference_nll(compressor, last_tokens(others, slots), "full", 1).total,
+            **references[stage],
+            "window": reference_nll(compressor, last_tokens(rows, entries), "full", 1).total,
+            "window foreign": reference_nll(compressor, last_tokens(others, entries), "full", 1).total,
             "own": parallel_nll(compressor, rows, last).total,
             "foreign": parallel_nll(compressor, others, last).total,
         }
-        results[name] = {"slots": slots} | shares(nll) | {k: round(sum(v), 1) for k, v in nll.items()}
+        results[name] = (
+            {"keys": sum(entries) / len(entries)}
+            | shares(nll)
+            | {k: round(sum(v), 1) for k, v in nll.items()}
+        )
         print(name, results[name], flush=True)
     store(
         "foreign_memory",

@@ -26,6 +26,7 @@ from ccm.session import CHAT
 FIRST = 4
 MEMORIES: dict[str, tuple[str, dict[str, int]]] = {
     "ccm-concat, 4 slots a turn": ("ccm-concat", {}),
+    "ccm-chat, 4 slots a turn": ("ccm-chat", {}),
     "ccm-merge, 16 slots": ("ccm-merge", {}),
     "ccm-merge, 8 slots": ("ccm-merge", {"slots": 8}),
     "chat: ccm-merge, 16 slots + sink + window": ("ccm-merge", dict(CHAT)),

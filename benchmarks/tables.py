@@ -1,4 +1,4 @@
-"""Markdown tables of what the benchmarks stored, for the README.
+"""Markdown tables of what the benchmarks stored, for the README and ``docs/``.
 
 python benchmarks/tables.py
 """
@@ -63,6 +63,20 @@ def reach() -> str:
     return "\n".join(lines)
 
 
+def foreign_memory() -> str:
+    lines = [
+        "| adapter | keys | recovered share | memory alone | last tokens, as many: share | memory alone |"
+    ]
+    lines.append("|---|---|---|---|---|---|")
+    for name, m in load("foreign_memory")["adapters"].items():
+        cells = [name, f"{m['keys']:.0f}"]
+        for part in ("whole", "memory", "window_whole", "window_memory"):
+            low, high = m[f"{part}_ci"]
+            cells.append(f"{m[part]:.3f} ({low:.2f} to {high:.2f})")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def growth() -> str:
     lines = [
         "| session | bytes after 100 turns | after 1,000 | full context | seconds per append, last / first |"
@@ -85,4 +99,4 @@ def fold_cost() -> str:
 
 
 if __name__ == "__main__":
-    print(*(table() for table in (quality, reach, growth, fold_cost)), sep="\n\n")
+    print(*(table() for table in (quality, foreign_memory, reach, growth, fold_cost)), sep="\n\n")
