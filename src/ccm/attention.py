@@ -241,7 +241,8 @@ def _grouped(
     """softmax(q k^T scaling + mask) v, the query heads of a key head as the rows of one matrix.
 
     A processor takes a third to a fifth of the time of torch's fused attention for it, above all backward in
-    bfloat16 (docs/experiments.md). Queries come in blocks, so the weights that are kept for the gradient are small.
+    bfloat16 (docs/experiments.md). Scores are rounded to the type of the model: for training, not for measuring.
+    Queries come in blocks, so the weights that are kept for the gradient are small.
     """
     batch, heads, width, _ = query.shape
     groups = key.shape[1]
@@ -257,7 +258,7 @@ def _wrap(
 ) -> Callable[..., Any]:
     """An attention function that lets the plan of the pass, if any, act before the backend.
 
-    ``on_cpu`` takes the place of the backend in parallel passes on a processor.
+    ``on_cpu`` takes the place of the backend in training on a processor.
     """
 
     def attend(
@@ -277,7 +278,8 @@ def _wrap(
         query, key, value, mask = ccm_plan.extend(
             module, query, key, value, attention_mask, kwargs.get("sliding_window")
         )
-        if on_cpu and isinstance(ccm_plan, ParallelPlan) and query.is_cpu and not kwargs.get("dropout"):
+        trained = isinstance(ccm_plan, ParallelPlan) and torch.is_grad_enabled()
+        if on_cpu and trained and query.is_cpu and not kwargs.get("dropout"):
             run = on_cpu
         blocks = ccm_plan.blocks(mask)
         if not blocks:
