@@ -235,31 +235,8 @@ def _heads(tables: Tables) -> Tables:
     return tables[0].unsqueeze(1), tables[1].unsqueeze(1)
 
 
-def _grouped(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, **kwargs: Any
-) -> tuple[Tensor, None]:
-    """softmax(q k^T scaling + mask) v, the query heads of a key head as the rows of one matrix.
-
-    A processor takes a third to a fifth of the time of torch's fused attention for it, above all backward in
-    bfloat16 (docs/experiments.md). Scores are rounded to the type of the model: for training, not for measuring.
-    Queries come in blocks, so the weights that are kept for the gradient are small.
-    """
-    batch, heads, width, _ = query.shape
-    groups = key.shape[1]
-    rows = (query * scaling).reshape(batch, groups, -1, query.shape[3])
-    scores = (rows @ key.transpose(2, 3)).view(batch, groups, -1, width, key.shape[2])
-    weights = (scores + mask.unsqueeze(2)).softmax(-1)
-    out = weights.view(batch, groups, -1, key.shape[2]) @ value
-    return out.view(batch, heads, width, -1).transpose(1, 2), None
-
-
-def _wrap(
-    backend: Callable[[nn.Module], Callable[..., Any]], on_cpu: Callable[..., Any] | None = None
-) -> Callable[..., Any]:
-    """An attention function that lets the plan of the pass, if any, act before the backend.
-
-    ``on_cpu`` takes the place of the backend in training on a processor.
-    """
+def _wrap(backend: Callable[[nn.Module], Callable[..., Any]]) -> Callable[..., Any]:
+    """An attention function that lets the plan of the pass, if any, act before the backend."""
 
     def attend(
         module: nn.Module,
@@ -278,9 +255,6 @@ def _wrap(
         query, key, value, mask = ccm_plan.extend(
             module, query, key, value, attention_mask, kwargs.get("sliding_window")
         )
-        trained = isinstance(ccm_plan, ParallelPlan) and torch.is_grad_enabled()
-        if on_cpu and trained and query.is_cpu and not kwargs.get("dropout"):
-            run = on_cpu
         blocks = ccm_plan.blocks(mask)
         if not blocks:
             return run(module, query, key, value, mask, **kwargs)
@@ -307,7 +281,7 @@ def _own_eager(module: nn.Module) -> Callable[..., Any]:
 
 def register() -> None:
     """Register both backends and their mask functions (without one, transformers drops causality)."""
-    AttentionInterface.register("ccm_sdpa", _wrap(lambda module: ALL_ATTENTION_FUNCTIONS["sdpa"], _grouped))
+    AttentionInterface.register("ccm_sdpa", _wrap(lambda module: ALL_ATTENTION_FUNCTIONS["sdpa"]))
     AttentionInterface.register("ccm_eager", _wrap(_own_eager))
     AttentionMaskInterface.register("ccm_sdpa", sdpa_mask)
     AttentionMaskInterface.register("ccm_eager", eager_mask)
