@@ -135,3 +135,12 @@ def test_saved_and_loaded_adapter_makes_the_same_memory(saved):
     ours, theirs = compressor.compress(IDS), loaded.compress(IDS)
     assert ours.fingerprint == theirs.fingerprint
     assert torch.equal(ours.rows[1].slots.keys, theirs.rows[1].slots.keys)
+
+
+def test_a_second_adapter_leaves_the_first_one_trainable():
+    first = tiny_compressor("llama")
+    second = Compressor(first.model, CompressorConfig(slots=2))
+    for compressor in (first, second):
+        compressor(ROWS).loss.backward()
+        assert all(p.requires_grad for p in compressor.trainable_parameters())
+        assert any(p.grad is not None and p.grad.any() for p in compressor.lora_parameters)

@@ -437,8 +437,8 @@ def test_the_base_path_is_pefts_own_first_stage(first_stage: Path, logs: Path, t
     run.run()
     compressor = run.stage.compressor
     with torch.no_grad():
-        assert torch.equal(compressor.model(ids).logits, expected)
-        assert torch.equal(compressor.logits(ids), expected)
+        for own in (compressor.model(ids).logits, compressor.logits(ids)):  # merged in training: to rounding
+            torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-4)
         folded = history(compressor, [ids[0].tolist()])
         loaded = Compressor.from_pretrained(runs.model(), run.adapter)
         assert torch.equal(loaded.logits(ids), expected)

@@ -11,7 +11,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +19,13 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .blocks import Blocks, cut
+from .blocks import attend as in_blocks
 from .pooling import Chunks, Pooling, chunks
 from .rotary import Rotary, Tables, rotate, unrotate
 from .rules import Rule
 from .segments import Layout
 from .visibility import parallel_mask, within_window
-
-#: Queries of a parallel pass that are attended at once, with the keys that any of them sees.
-BLOCK = 64
 
 #: Keyword under which a plan travels from ``model(...)`` to every attention module.
 PLAN = "ccm_plan"
@@ -47,15 +46,6 @@ class StatesDone(Exception):
 Places = tuple[Tensor, Tensor] | slice
 
 
-class Block(NamedTuple):
-    """Queries start to stop - 1, the columns of the keys that any of them sees, and the mask between them."""
-
-    start: int
-    stop: int
-    columns: Tensor
-    mask: Tensor
-
-
 @dataclass
 class Plan(ABC):
     """What one forward pass needs to know beyond its tokens.
@@ -70,7 +60,7 @@ class Plan(ABC):
     gate: Places | None
     stop_at: int = field(default=-1, kw_only=True)
 
-    def blocks(self, mask: Any) -> list[Block]:
+    def blocks(self, mask: Any) -> list[Blocks]:
         """How to cut the queries so that each part meets few keys; empty: not at all."""
         return []
 
@@ -96,7 +86,7 @@ class ParallelPlan(Plan):
     pooling: Pooling | None
     chunks: Chunks | None
     _by_window: dict[int | None, Tensor] = field(default_factory=dict)
-    _blocks: dict[int, list[Block]] = field(default_factory=dict)
+    _blocks: dict[int, list[Blocks]] = field(default_factory=dict)
 
     @classmethod
     def build(
@@ -168,17 +158,9 @@ class ParallelPlan(Plan):
         index = self.layout.comp_index.flatten(1)[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[3])
         return unrotate(key.gather(2, index), *tables), value.gather(2, index).float()
 
-    def blocks(self, mask: Tensor) -> list[Block]:
-        # A segment sees the slots and little else: in a row of 64 turns nine keys of ten are masked for a query.
-        if mask.shape[2] <= BLOCK:
-            return []
+    def blocks(self, mask: Tensor) -> list[Blocks]:
         if id(mask) not in self._blocks:
-            self._blocks[id(mask)] = []
-            for start in range(0, mask.shape[2], BLOCK):
-                part = mask[:, :, start : start + BLOCK]
-                columns = (part == 0).flatten(0, 2).any(0).nonzero().squeeze(1)
-                block = Block(start, start + part.shape[2], columns, part.index_select(3, columns))
-                self._blocks[id(mask)].append(block)
+            self._blocks[id(mask)] = cut(mask)
         return self._blocks[id(mask)]
 
     def _mask(self, sliding: int | None) -> Tensor:
@@ -235,8 +217,31 @@ def _heads(tables: Tables) -> Tables:
     return tables[0].unsqueeze(1), tables[1].unsqueeze(1)
 
 
-def _wrap(backend: Callable[[nn.Module], Callable[..., Any]]) -> Callable[..., Any]:
-    """An attention function that lets the plan of the pass, if any, act before the backend."""
+def _grouped(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """softmax(q k^T scaling + mask) v, the query heads of a key head as the rows of one matrix.
+
+    A processor takes a third to a fifth of the time of torch's fused attention for it, above all backward in
+    bfloat16 (docs/experiments.md). Scores are rounded to the type of the model: for training, not for measuring.
+    Queries come in blocks, so the weights that are kept for the gradient are small.
+    """
+    batch, heads, width, _ = query.shape
+    groups = key.shape[1]
+    rows = (query * scaling).reshape(batch, groups, -1, query.shape[3])
+    scores = (rows @ key.transpose(2, 3)).view(batch, groups, -1, width, key.shape[2])
+    weights = (scores + mask.unsqueeze(2)).softmax(-1)
+    out = weights.view(batch, groups, -1, key.shape[2]) @ value
+    return out.view(batch, heads, width, -1).transpose(1, 2), None
+
+
+def _wrap(
+    backend: Callable[[nn.Module], Callable[..., Any]], on_cpu: Callable[..., Any] | None = None
+) -> Callable[..., Any]:
+    """An attention function that lets the plan of the pass, if any, act before the backend.
+
+    ``on_cpu`` takes the place of the backend in training on a processor.
+    """
 
     def attend(
         module: nn.Module,
@@ -255,21 +260,13 @@ def _wrap(backend: Callable[[nn.Module], Callable[..., Any]]) -> Callable[..., A
         query, key, value, mask = ccm_plan.extend(
             module, query, key, value, attention_mask, kwargs.get("sliding_window")
         )
+        trained = isinstance(ccm_plan, ParallelPlan) and torch.is_grad_enabled()
+        if on_cpu and trained and query.is_cpu and not kwargs.get("dropout"):
+            run = on_cpu
         blocks = ccm_plan.blocks(mask)
         if not blocks:
             return run(module, query, key, value, mask, **kwargs)
-        parts = [
-            run(
-                module,
-                query[:, :, block.start : block.stop],
-                key.index_select(2, block.columns),
-                value.index_select(2, block.columns),
-                block.mask,
-                **kwargs,
-            )[0]
-            for block in blocks
-        ]
-        return torch.cat(parts, dim=1), None
+        return in_blocks(run, module, query, key, value, blocks, **kwargs), None
 
     return attend
 
@@ -281,7 +278,7 @@ def _own_eager(module: nn.Module) -> Callable[..., Any]:
 
 def register() -> None:
     """Register both backends and their mask functions (without one, transformers drops causality)."""
-    AttentionInterface.register("ccm_sdpa", _wrap(lambda module: ALL_ATTENTION_FUNCTIONS["sdpa"]))
+    AttentionInterface.register("ccm_sdpa", _wrap(lambda module: ALL_ATTENTION_FUNCTIONS["sdpa"], _grouped))
     AttentionInterface.register("ccm_eager", _wrap(_own_eager))
     AttentionMaskInterface.register("ccm_sdpa", sdpa_mask)
     AttentionMaskInterface.register("ccm_eager", eager_mask)

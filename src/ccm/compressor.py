@@ -108,8 +108,6 @@ class Compressor(Reader):
         with torch.random.fork_rng():
             torch.manual_seed(self.config.seed)
             self.lora_parameters = gate.attach(model, lora, self.adapter)
-            for parameter in self.base_parameters:  # PEFT thaws what it keeps active
-                parameter.requires_grad_(False)
             # COMP embeddings start like words of the vocabulary: same mean, same spread
             table = model.get_input_embeddings().weight.detach().float()
             comp = 0 if self.kind.pooled else self.config.slots

@@ -68,6 +68,7 @@ def attach(model: PreTrainedModel, config: LoraConfig, adapter: str) -> list[nn.
             gate = LayerGate(adapter)
             module.register_forward_pre_hook(gate.read, with_kwargs=True)
             gates[name.rsplit(".", 1)[0] + "."] = gate
+    others = {p: p.requires_grad for n, p in model.named_parameters() if "lora_" in n}
     active = {n: list(m.active_adapters) for n, m in model.named_modules() if isinstance(m, LoraLayer)}
     try:
         with warnings.catch_warnings():  # PEFT warns that there is an adapter already; ours do not mix
@@ -87,4 +88,6 @@ def attach(model: PreTrainedModel, config: LoraConfig, adapter: str) -> list[nn.
     for parameter in parameters:
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
+    for parameter, trained in others.items():  # PEFT freezes what is closed and thaws what is active
+        parameter.requires_grad_(trained)
     return parameters

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import ConfigError, MismatchError, StorageError
+from ..reader import model_fingerprint
 from .atomic import write_atomically
 
 #: Where an adapter folder keeps it, and its name among the model's adapters.
@@ -53,6 +55,17 @@ def attach(model: PreTrainedModel, name: str | os.PathLike[str]) -> list[nn.Para
             ) from error
         model.__dict__[_PRESENT] = digest
     return [p for n, p in model.named_parameters() if "lora_" in n and f".{NAME}." in n]
+
+
+def merge(model: PreTrainedModel) -> None:
+    """Add the first stage to the model's own weights: half the work of a pass, rounded as their dtype is.
+
+    Its matrices stay where they are, so that it can still be saved.
+    """
+    model_fingerprint(model)  # of the weights as they were; the model keeps it
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and NAME in module.lora_A and not module.merged:
+            module.merge(adapter_names=[NAME])
 
 
 def present(model: PreTrainedModel) -> str | None:

@@ -97,6 +97,8 @@ class MemoryStage(Stage):
                 )
         else:
             self.compressor = Compressor(model, config.compressor, base_adapter=config.base_adapter)
+        if self.compressor.base_parameters:  # frozen, and read twice a step
+            base_stage.merge(model)
         self.compressor.to(model.device)
         self.parameters = self.compressor.trainable_parameters()
         self.objective = OBJECTIVES[config.objective]

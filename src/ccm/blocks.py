@@ -1,0 +1,78 @@
+"""Attention of a parallel pass in blocks of queries, each with only those keys that any of its queries sees.
+
+A segment sees the slots and little else: in a row of 64 turns nine keys of ten are masked for a query. Blocks run
+side by side as rows of a batch, and are given as many keys as the widest of them has::
+
+    keys            0 1 2 3 4 5          columns   mask
+    queries 0-63    x x . . . .          0 1 2     x x .
+            64-127  x . . x x .          0 3 4     x x x
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+#: Queries of a block, and blocks that run side by side: later ones see more keys, so not all of them together.
+BLOCK, TOGETHER = 64, 8
+
+
+class Blocks(NamedTuple):
+    """n blocks that run together.
+
+    Attributes:
+        queries: that they hold; the last block may be filled up.
+        columns: (n, K) keys of each.
+        mask: (B n, 1, BLOCK, K).
+    """
+
+    queries: int
+    columns: Tensor
+    mask: Tensor
+
+
+def cut(mask: Tensor) -> list[Blocks]:
+    """Blocks for an additive mask (B, 1, Q, K), 0 where a key is seen; none where there are few queries."""
+    if mask.shape[2] <= BLOCK:
+        return []
+    found = []
+    for part in mask.split(BLOCK * TOGETHER, dim=2):
+        queries = part.shape[2]
+        part = pad(part, (0, 0, 0, -queries % BLOCK), value=torch.finfo(mask.dtype).min)
+        part = part.unflatten(2, (-1, BLOCK))
+        seen = (part == 0).any(3).any(0).squeeze(0)
+        # keys that are seen, in their order; what fills up the narrower blocks is masked for all of their queries
+        columns = seen.byte().argsort(dim=1, descending=True, stable=True)[:, : int(seen.sum(1).max())]
+        where = columns[None, None, :, None].expand(*part.shape[:4], -1)
+        found.append(Blocks(queries, columns, part.gather(4, where).transpose(1, 2).flatten(0, 1)))
+    return found
+
+
+def attend(
+    backend: Callable[..., Any],
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocks: list[Blocks],
+    **kwargs: Any,
+) -> Tensor:
+    """What the backend makes of query (B, H, Q, D), key and value (B, Hkv, K, D): (B, Q, H, D)."""
+    parts = []
+    for own, q in zip(blocks, query.split([own.queries for own in blocks], dim=2), strict=True):
+        n, columns = len(own.columns), own.columns.flatten()
+        q, k, v = (
+            x.unflatten(2, (n, -1)).transpose(1, 2).flatten(0, 1)  # (B, H, n W, D) -> (B n, H, W, D)
+            for x in (
+                pad(q, (0, 0, 0, n * BLOCK - own.queries)),
+                key.index_select(2, columns),
+                value.index_select(2, columns),
+            )
+        )
+        out, _ = backend(module, q, k, v, own.mask, **kwargs)
+        parts.append(out.unflatten(0, (-1, n)).flatten(1, 2)[:, : own.queries])
+    return torch.cat(parts, dim=1)
