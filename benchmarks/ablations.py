@@ -86,6 +86,7 @@ VARIANTS = {
     "target-ce": variant("cross-entropy on the last turn (the paper's)", "objective=target-ce"),
     "reconstruction": variant("writing a segment back from its slots, beside", "reconstruction=0.3"),
     "nested": variant("1, 2 or 4 slots drawn for each pass: one adapter for three budgets", "slot_choices=[1,2,4]"),
+    "fp32": variant("the frozen model in fp32 while the adapter is trained", "bf16=false"),
     "steps-60": variant("twice the steps: 60", "steps=60", "eval_every=60"),
     "steps-120": variant("four times the steps: 120", "steps=120", "eval_every=120"),
     "data-32": variant("32 training conversations", "data.chitchat.limit=32"),
@@ -94,8 +95,8 @@ VARIANTS = {
 
 
 def run(config: TrainConfig, folder: Path, held_out: Sequence[ConversationRow]) -> dict[str, Any]:
-    """Train on the frozen model in bfloat16 and score on it; every drawn budget is scored."""
-    model, tokenizer = ccm.load_default_model(dtype=torch.bfloat16)
+    """Train, and score on the frozen model in bfloat16; every drawn budget is scored."""
+    model, tokenizer = ccm.load_default_model(dtype=torch.bfloat16 if config.bf16 else torch.float32)
     trainer = Trainer(model, tokenizer, config, folder)
     with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("", total=1.0)
@@ -109,6 +110,8 @@ def run(config: TrainConfig, folder: Path, held_out: Sequence[ConversationRow]) 
     losses = [line["loss"] for line in log]
     tenth = max(1, len(losses) // 10)
     parts = [losses[k : k + tenth] for k in range(0, len(losses), tenth)]
+    if not config.bf16:
+        model, _ = ccm.load_default_model(dtype=torch.bfloat16)
     compressor = Compressor.from_pretrained(model, trainer.adapter)
     result = {
         "steps": trainer.step,

@@ -28,6 +28,7 @@ from ccm.data.rows import ConversationRow
 from ccm.errors import CCMError, ConfigError, MismatchError, MissingPackageError, StorageError
 from ccm.evaluation.share import parallel_nll, recovered_share, reference_nll
 from ccm.models import load_default_model
+from ccm.storage import base_stage
 from ccm.training import TrainConfig, Trainer
 from ccm.training.objectives import OBJECTIVES, summed_loss
 from ccm.training.signals import StopRequest
@@ -451,6 +452,24 @@ def test_the_base_path_is_pefts_own_first_stage(first_stage: Path, logs: Path, t
     with torch.no_grad():
         loaded.base_parameters[0].add_(1.0)
     assert folded.fingerprint != loaded.fingerprint()
+
+
+def test_a_merged_first_stage_is_added_once_and_stays_so(
+    first_stage: Path, logs: Path, tmp_path: Path
+) -> None:
+    ids = torch.tensor(random_rows([[9], [9]])).squeeze(1)
+    expected = PeftModel.from_pretrained(runs.model(), str(first_stage)).eval()(ids).logits
+    run = trainer(tmp_path, logs, base_adapter=str(first_stage))
+    run.run()
+    model = run.stage.compressor.model
+    for _ in range(2):
+        base_stage.merge(model)
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    weights = {name: weight.clone() for name, weight in model.named_parameters() if "base_layer" in name}
+    again = Compressor.from_pretrained(model, run.adapter)  # another adapter on the same model
+    torch.testing.assert_close(again.model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(dict(model.named_parameters())[name], weight) for name, weight in weights.items())
+    assert again.fingerprint() == Compressor.from_pretrained(runs.model(), run.adapter).fingerprint()
 
 
 def test_a_compressor_begins_where_another_ended_on_a_first_stage_of_its_own(

@@ -109,6 +109,7 @@ def evaluate(
         from ..storage import adapter_folder, base_stage
 
         base_stage.attach(language_model, adapter_folder.first_stage(first_stage))
+        base_stage.merge(language_model)
     with console.status("Reading the tasks"):
         evaluation = Evaluation(language_model, tokenizer, chosen.name, plans, [*named, *added])
     result = _run(evaluation, folder, console)

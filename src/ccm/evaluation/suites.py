@@ -252,7 +252,7 @@ SUITES: dict[str, Suite] = {
         Suite(
             "tuned",
             (
-                ("icl", {"steps": (0, 4, 8, 16)}, 48, TUNED),
+                ("icl", {"steps": (0, 4, 16)}, 96, TUNED),
                 ("personalization", {"steps": (0, 4, 8, 16)}, 32, TUNED),
             ),
             first_stage="ccm-tasks",

@@ -23,8 +23,8 @@ from .atomic import write_atomically
 #: Where an adapter folder keeps it, and its name among the model's adapters.
 FOLDER, NAME = "base", "base"
 
-#: Attribute of a model that says which first stage it has.
-_PRESENT = "_ccm_base_stage"
+#: Attributes of a model that say which first stage it has, and that it is in the model's own weights.
+_PRESENT, _MERGED = "_ccm_base_stage", "_ccm_base_stage_merged"
 
 
 def attach(model: PreTrainedModel, name: str | os.PathLike[str]) -> list[nn.Parameter]:
@@ -60,12 +60,20 @@ def attach(model: PreTrainedModel, name: str | os.PathLike[str]) -> list[nn.Para
 def merge(model: PreTrainedModel) -> None:
     """Add the first stage to the model's own weights: half the work of a pass, rounded as their dtype is.
 
-    Its matrices stay where they are, so that it can still be saved.
+    Its matrices stay where they are, closed, so that it can still be saved and other adapters can still be loaded
+    (PEFT's own merging is undone, with rounding, by the next adapter).
     """
+    if model.__dict__.get(_MERGED):
+        return
     model_fingerprint(model)  # of the weights as they were; the model keeps it
     for module in model.modules():
-        if isinstance(module, LoraLayer) and NAME in module.lora_A and not module.merged:
-            module.merge(adapter_names=[NAME])
+        if isinstance(module, LoraLayer) and NAME in module.lora_A:
+            trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+            module.get_base_layer().weight.data += module.get_delta_weight(NAME)
+            module.set_adapter([])
+            for parameter in trained:
+                parameter.requires_grad_(True)
+    model.__dict__[_MERGED] = True
 
 
 def present(model: PreTrainedModel) -> str | None:
