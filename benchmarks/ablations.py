@@ -37,6 +37,7 @@ from ccm.errors import CCMError, ConfigError, UnknownNameError
 from ccm.evaluation.share import Nll, parallel_nll, recovered_share, reference_nll
 from ccm.storage.atomic import write_atomically
 from ccm.training import TrainConfig, Trainer
+from ccm.training.held_out import under_rule
 from ccm.training.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -86,6 +87,10 @@ VARIANTS = {
     "target-ce": variant("cross-entropy on the last turn (the paper's)", "objective=target-ce"),
     "reconstruction": variant("writing a segment back from its slots, beside", "reconstruction=0.3"),
     "nested": variant("1, 2 or 4 slots drawn for each pass: one adapter for three budgets", "slot_choices=[1,2,4]"),
+    "merge-4": variant("merge by the mean, 4 slots in all", "compressor.rule=mean"),
+    "both-rules": variant(
+        "concat or the mean drawn for each pass: one adapter for two rules", "rule_choices=[concat,mean]"
+    ),
     "fp32": variant("the frozen model in fp32 while the adapter is trained", "bf16=false"),
     "steps-60": variant("twice the steps: 60", "steps=60", "eval_every=60"),
     "steps-120": variant("four times the steps: 120", "steps=120", "eval_every=120"),
@@ -95,7 +100,7 @@ VARIANTS = {
 
 
 def run(config: TrainConfig, folder: Path, held_out: Sequence[ConversationRow]) -> dict[str, Any]:
-    """Train, and score on the frozen model in bfloat16; every drawn budget is scored."""
+    """Train, and score on the frozen model in bfloat16; every drawn budget and rule is scored."""
     model, tokenizer = ccm.load_default_model(dtype=torch.bfloat16 if config.bf16 else torch.float32)
     trainer = Trainer(model, tokenizer, config, folder)
     with Progress(console=Console(stderr=True)) as bar:
@@ -121,6 +126,12 @@ def run(config: TrainConfig, folder: Path, held_out: Sequence[ConversationRow]) 
         "loss": [round(sum(part) / len(part), 4) for part in parts],
         "nll": per_row(parallel_nll(compressor, held_out, FIRST)),
     }
+    by_rule: dict[str, list[float]] = {}
+    for rule in config.rule_choices:
+        with under_rule(compressor, rule):
+            by_rule[rule] = per_row(parallel_nll(compressor, held_out, FIRST))
+    if by_rule:
+        result["nll_by_rule"] = by_rule
     fewer = {
         k: parallel_nll(compressor, held_out, FIRST, slots=k) for k in sorted(set(config.slot_choices))[:-1]
     }
@@ -169,11 +180,11 @@ def summarize(result: dict[str, Any]) -> None:
             scored["difference"], *scored["difference_ci"] = share_interval(
                 references, scored["nll"], runs[BASELINE]["nll"]
             )
-        fewer = scored.get("nll_with_fewer_slots", {})
-        if fewer:
-            scored["recovered_share_with_fewer_slots"] = {
-                k: share_interval(references, nll) for k, nll in fewer.items()
-            }
+        for drawn in ("with_fewer_slots", "by_rule"):
+            if f"nll_{drawn}" in scored:
+                scored[f"recovered_share_{drawn}"] = {
+                    k: share_interval(references, nll) for k, nll in scored[f"nll_{drawn}"].items()
+                }
 
 
 def read_stored(path: Path, schedule: dict[str, Any]) -> dict[str, Any] | None:
@@ -222,6 +233,14 @@ _BUDGETS = """\
 The adapter `nested` was trained with 1, 2 or 4 slots drawn for each pass, and is read with the first k of its slots;
 beside it adapters that were trained for one budget alone, all with the same tokens."""
 
+_RULES = """\
+## One adapter for both rules
+
+The adapter `both-rules` was trained with the rule drawn for each pass, and is read by either; beside it
+adapters that were trained for one rule alone, all with 4 COMP tokens a segment and the same tokens."""
+
+#: Rule -> the variant that was trained for it alone.
+_ONE_RULE = {"concat": BASELINE, "mean": "merge-4"}
 
 #: Slots a segment -> the variant that was trained for them alone.
 _ALONE = {"1": "slots-1", "2": "slots-2", "4": BASELINE}
@@ -260,6 +279,8 @@ def page(result: dict[str, Any]) -> str:
     parts = [lead, "\n".join(lines)]
     if {"nested", *_ALONE.values()} <= runs.keys():
         parts += [_BUDGETS, _budgets(runs)]
+    if {"both-rules", *_ONE_RULE.values()} <= runs.keys():
+        parts += [_RULES, _rules(runs)]
     return "\n\n".join(parts).replace("-0.", "−0.") + "\n"
 
 
@@ -270,6 +291,14 @@ def _budgets(runs: dict[str, Any]) -> str:
     for slots, alone in _ALONE.items():
         share = fewer[slots][0] if slots in fewer else nested["recovered_share"]
         lines.append(f"| {slots} | {share:.3f} | {runs[alone]['recovered_share']:.3f} (`{alone}`) |")
+    return "\n".join(lines)
+
+
+def _rules(runs: dict[str, Any]) -> str:
+    drawn = runs["both-rules"]["recovered_share_by_rule"]
+    lines = ["| rule | `both-rules` | trained for this rule |", "| --- | ---: | ---: |"]
+    for rule, alone in _ONE_RULE.items():
+        lines.append(f"| {rule} | {drawn[rule][0]:.3f} | {runs[alone]['recovered_share']:.3f} (`{alone}`) |")
     return "\n".join(lines)
 
 

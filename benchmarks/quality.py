@@ -5,20 +5,23 @@ more on the first rows). Beside each stands a window of sink and recent tokens t
 many KV bytes.
 
     python benchmarks/quality.py
+    python benchmarks/quality.py --only ccm-chat      these adapters; what is stored of the others is kept
 """
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
 import torch
-from common import parser, store
+from common import RESULTS, parser, store
 from rich.progress import track
 
 import ccm
 from ccm.data import load_chitchat
 from ccm.data.rows import ConversationRow, held_out_rows
+from ccm.errors import ConfigError
 from ccm.evaluation.share import Nll, bootstrap_share, parallel_nll, recovered_share, reference_nll, turn_nll
 from ccm.methods.compressed import shared_compressor
 from ccm.session import CHAT
@@ -75,7 +78,9 @@ def recurrent_gap(compressor: ccm.Compressor, row: ConversationRow, sizes: dict[
 
 @torch.inference_mode()
 def main() -> None:
-    arguments = parser(__doc__.splitlines()[0]).parse_args()
+    options = parser(__doc__.splitlines()[0])
+    options.add_argument("--only", nargs="+", metavar="ADAPTER", help="these adapters")
+    arguments = options.parse_args()
     torch.set_num_threads(arguments.threads)
     model, tokenizer = ccm.load_default_model()
     rows = held_out_rows(load_chitchat("test"), tokenizer)[: arguments.limit]
@@ -95,10 +100,20 @@ def main() -> None:
         }
 
     methods = {"none": report(none, [0] * len(rows)), "full": report(full, context)}
+    fingerprints: dict[str, str] = {}
+    if arguments.only:
+        stored = json.loads((RESULTS / "quality.json").read_text())
+        moved = [abs(stored["methods"][name]["nll"] - methods[name]["nll"]) for name in methods]
+        if stored["rows"] != len(rows) or max(moved) > 1e-3:
+            raise ConfigError("results/quality.json is of other rows or another model: measure all adapters")
+        methods, fingerprints = stored["methods"], stored["adapters"]
     for name, (adapter, sizes) in MEMORIES.items():
+        if arguments.only and adapter not in arguments.only:
+            continue
         compressor = shared_compressor(model, adapter)
         entries = [entries_before(compressor, row, sizes) for row in rows]
         last = [e[-1] for e in entries]
+        fingerprints[adapter] = compressor.fingerprint()
         methods[name] = report(parallel_nll(compressor, rows, **sizes), last)
         methods[name]["parallel_recurrent_gap"] = max(
             recurrent_gap(compressor, row, sizes) for row in rows[:2]
@@ -107,17 +122,15 @@ def main() -> None:
             window_nll(model, tokenizer, rows, entries, name), last
         )
         print(name, methods[name], methods[f"window of the same bytes as {name}"], flush=True)
+    order = ["none", "full", *(n for name in MEMORIES for n in (name, f"window of the same bytes as {name}"))]
     store(
         "quality",
         {
             "task": "chitchat, test users, rows of 10 turns, targets from turn 5 on",
             "rows": len(rows),
             "target_tokens": sum(none.tokens),
-            "adapters": {
-                name: shared_compressor(model, name).fingerprint()
-                for name in sorted({adapter for adapter, _ in MEMORIES.values()})
-            },
-            "methods": methods,
+            "adapters": fingerprints,
+            "methods": {name: methods[name] for name in order if name in methods},
         },
     )
 

@@ -217,6 +217,27 @@ def _span(roles: tuple[int, ...]) -> tuple[int, int]:
     return (scored[0], scored[-1] + 1) if scored else (1, 1)
 
 
+def test_rules_are_drawn_and_reported_one_by_one(
+    logs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trainer(tmp_path, logs, rule_choices=("concat", "mean"), window_choices=(), objective="ce")
+    report = run.run()
+    # the compressor's own rule is the mean
+    assert (
+        report["recovered_share"]
+        == report["recovered_share_rule_mean"]
+        != report["recovered_share_rule_concat"]
+    )
+    stage, seen = run.stage, set()
+    hidden = stage.compressor.hidden
+    monkeypatch.setattr(
+        stage.compressor, "hidden", lambda layout: (seen.add(stage.compressor.rule.name), hidden(layout))[1]
+    )
+    for seed in range(8):
+        stage.losses(stage.held_out.rows["jsonl"][:1], random.Random(seed))
+    assert seen == {"concat", "mean"} and stage.compressor.rule.name == "mean"
+
+
 def test_several_sources_are_learned_and_reported_one_by_one_and_together(logs: Path, tmp_path: Path) -> None:
     for n in range(4):
         (tmp_path / f"{n}.txt").write_text(" ".join(f"word {i * n}" for i in range(400)))

@@ -8,6 +8,7 @@ from typing import Any
 from ..config import CompressorConfig
 from ..errors import ConfigError, UnknownNameError
 from ..kinds import KINDS
+from ..rules import get_rule
 
 STAGES = ("memory", "base")
 OBJECTIVE_NAMES = ("distill", "ce", "target-ce")
@@ -38,6 +39,7 @@ class TrainConfig:
         reconstruction: weight of writing an earlier segment back from its slots; 0 switches it off.
         reconstruction_share: share of the passes that have such a segment at the end of their rows.
         slot_choices: numbers of slots to draw from at each pass (first k of n); empty means always all.
+        rule_choices: rules to draw from at each pass, so that one adapter serves several; empty means its own.
         window_choices: recent windows, in tokens, to draw from at each pass; empty means the configured one.
         sink_with_window: sink tokens in the passes that have a window.
         resegment: share of the rows whose segments are joined and split at random.
@@ -75,6 +77,7 @@ class TrainConfig:
     reconstruction: float = 0.0
     reconstruction_share: float = 0.25
     slot_choices: tuple[int, ...] = ()
+    rule_choices: tuple[str, ...] = ()
     window_choices: tuple[int, ...] = ()
     sink_with_window: int = 4
     resegment: float = 0.0
@@ -129,6 +132,8 @@ class TrainConfig:
                 raise ConfigError(
                     f"TrainConfig.slot_choices: got {k}, expected 1 to compressor.slots = {self.compressor.slots}"
                 )
+        for rule in self.rule_choices:
+            get_rule(rule)
         if any(window < 0 for window in self.window_choices):
             raise ConfigError(
                 f"TrainConfig.window_choices: got {self.window_choices}, expected 0 or more each"
@@ -137,11 +142,12 @@ class TrainConfig:
             raise ConfigError(
                 "TrainConfig.stage: 'base' starts from the plain model; leave base_adapter, init_from out"
             )
-        if self.compressor.kind != "ccm" and any(self.window_choices):
-            raise ConfigError(
-                f"TrainConfig.window_choices: got {self.window_choices}, but compressor.kind "
-                f"{self.compressor.kind!r} has slots only; leave it empty"
-            )
+        for name in ("window_choices", "rule_choices"):
+            if self.compressor.kind != "ccm" and any(getattr(self, name)):
+                raise ConfigError(
+                    f"TrainConfig.{name}: got {getattr(self, name)}, but compressor.kind "
+                    f"{self.compressor.kind!r} has slots of its own only; leave it empty"
+                )
         if KINDS[self.compressor.kind].sequential and self.gradient_checkpointing:
             raise ConfigError(
                 f"TrainConfig.gradient_checkpointing: compressor.kind {self.compressor.kind!r} is trained over a "

@@ -9,13 +9,15 @@ the three are means weighted like the mixture.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..compressor import Compressor
+from ..rules import get_rule
 from .config import TrainConfig
 from .objectives import cross_entropy
 from .targets import Row, find_targets
@@ -51,7 +53,8 @@ class HeldOut:
     def __init__(self, rows: dict[str, list[Row]], config: TrainConfig):
         self.rows = rows
         self.weights = config.weights
-        self.budgets: dict[str, dict[str, int]] = {"recovered_share": {}}
+        self.budgets: dict[str, dict[str, Any]] = {"recovered_share": {}}
+        self.budgets |= {f"recovered_share_rule_{rule}": {"rule": rule} for rule in config.rule_choices}
         self.budgets |= {f"recovered_share_{k}_slots": {"slots": k} for k in config.slot_choices}
         self.budgets |= {
             f"recovered_share_window_{window}": {"window": window, "sink": config.sink_with_window}
@@ -100,9 +103,22 @@ class HeldOut:
         return round((none - own) / (none - full), 4)
 
 
-def _runner(compressor: Compressor, **sizes: int) -> Run:
+@contextmanager
+def under_rule(compressor: Compressor, rule: str | None) -> Iterator[None]:
+    """Passes go by another rule for a while; None is the compressor's own."""
+    own = compressor.rule
+    if rule is not None:
+        compressor.rule = get_rule(rule)
+    try:
+        yield
+    finally:
+        compressor.rule = own
+
+
+def _runner(compressor: Compressor, rule: str | None = None, **sizes: int) -> Run:
     def run(rows: Sequence[Row]) -> tuple[Tensor, Sequence[Sequence[tuple[int, int]]]]:
-        layout = compressor.lay_out([row.segments for row in rows], **sizes)
-        return compressor.hidden(layout), layout.spans
+        with under_rule(compressor, rule):
+            layout = compressor.lay_out([row.segments for row in rows], **sizes)
+            return compressor.hidden(layout), layout.spans
 
     return run

@@ -25,7 +25,7 @@ from ..reader import base_name
 from ..storage import base_stage
 from ..storage.adapter_folder import CHANGEABLE
 from .config import TrainConfig
-from .held_out import HeldOut, mean_nll
+from .held_out import HeldOut, mean_nll, under_rule
 from .objectives import OBJECTIVES, cross_entropy
 from .targets import ECHO, RECALL, TEXT, Row, find_targets, only_last, resegmented, scored_from, with_echo
 
@@ -108,8 +108,10 @@ class MemoryStage(Stage):
     def losses(self, rows: Sequence[Row], draw: random.Random) -> Losses:
         config, compressor = self.config, self.compressor
         rows = self._varied(rows, draw)
-        layout = compressor.lay_out([row.segments for row in rows], **self._sizes(draw))
-        student = compressor.hidden(layout)
+        sizes = self._sizes(draw)
+        with under_rule(compressor, draw.choice(config.rule_choices) if config.rule_choices else None):
+            layout = compressor.lay_out([row.segments for row in rows], **sizes)
+            student = compressor.hidden(layout)
         teacher = None
         if config.objective == "distill":
             with torch.no_grad():
