@@ -484,6 +484,8 @@ def test_baselines_have_slots_only(kind, adapters):
         compressor(ROWS, sink=2)
     with pytest.raises(ConfigError, match="window_choices"):
         TrainConfig(compressor=CompressorConfig(kind=kind, rule=rule), window_choices=(0, 64))
+    with pytest.raises(ConfigError, match="rule_choices"):
+        TrainConfig(compressor=CompressorConfig(kind=kind, rule=rule), rule_choices=("concat",))
 
 
 def test_bad_kinds_are_refused():

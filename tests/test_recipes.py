@@ -76,6 +76,7 @@ def test_overrides_reach_inside_and_win(tmp_path: Path) -> None:
         ("model: 3", [], ["model", "text or null"]),
         ("slot_choices: 4", [], ["slot_choices", "list of a whole number"]),
         ("slot_choices: [1, x]", [], ["slot_choices[1]", "'x'"]),
+        ("rule_choices: [conca]", [], ["rule", "conca", "concat"]),
         ("slot_choices: [9]", [], ["slot_choices", "9", "compressor.slots = 4"]),
         ("window_choices: [-1]", [], ["window_choices", "0 or more"]),
         ("compressor: 4", [], ["compressor", "keys with values"]),

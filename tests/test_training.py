@@ -229,6 +229,12 @@ def test_rules_are_drawn_and_reported_one_by_one(
         != report["recovered_share_rule_concat"]
     )
     stage, seen = run.stage, set()
+    # a rule that is drawn is the one that a user would load (of the best weights, rounded in the file)
+    own, other = (
+        stage.held_out.evaluate(Compressor.from_pretrained(runs.model(), run.adapter, rule=rule))
+        for rule in ("mean", "concat")
+    )
+    assert own["recovered_share_rule_concat"] == other["recovered_share"] != own["recovered_share"]
     hidden = stage.compressor.hidden
     monkeypatch.setattr(
         stage.compressor, "hidden", lambda layout: (seen.add(stage.compressor.rule.name), hidden(layout))[1]

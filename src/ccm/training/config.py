@@ -146,7 +146,7 @@ class TrainConfig:
             if self.compressor.kind != "ccm" and any(getattr(self, name)):
                 raise ConfigError(
                     f"TrainConfig.{name}: got {getattr(self, name)}, but compressor.kind "
-                    f"{self.compressor.kind!r} has slots of its own only; leave it empty"
+                    f"{self.compressor.kind!r} is trained with slots of its own rule only; leave it empty"
                 )
         if KINDS[self.compressor.kind].sequential and self.gradient_checkpointing:
             raise ConfigError(
