@@ -38,6 +38,7 @@ DISTANCES = (1, 2, 4, 8, 16, 32, 64, 100)
 LENGTH = 104
 MEMORIES: dict[str, tuple[str, dict[str, int]]] = {
     "ccm-concat": ("ccm-concat", {}),
+    "ccm-chat": ("ccm-chat", {}),
     "chat: ccm-concat + sink + window": ("ccm-concat", dict(CHAT)),
     "chat: ccm-merge + sink + window": ("ccm-merge", dict(CHAT)),
 }
