@@ -119,8 +119,8 @@ def main() -> None:
         )
         print(name, results[name], flush=True)
     path = RESULTS / "foreign_memory.json"
-    stored = json.loads(path.read_text()) if path.exists() else {"rows": 0}
-    if stored["rows"] == len(rows):  # what was measured of other adapters stays
+    stored = json.loads(path.read_text()) if path.exists() else {}
+    if stored.get("rows") == len(rows):  # what was measured of other adapters stays
         results = stored["adapters"] | results
     store(
         "foreign_memory",

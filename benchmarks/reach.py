@@ -31,7 +31,7 @@ from ccm.data import load_chitchat
 from ccm.data.facts import Fact, draw_facts
 from ccm.data.rows import render_turns
 from ccm.methods import Run
-from ccm.methods.compressed import shared_compressor
+from ccm.methods.compressed import CompressedRun, shared_compressor
 from ccm.session import CHAT
 
 DISTANCES = (1, 2, 4, 8, 16, 32, 64, 100)
@@ -63,16 +63,17 @@ def answers(run: Run, tokenizer: Any, fact: Fact) -> torch.Tensor:
 def remember(model: Any, tokenizer: Any, histories: list[list[Any]]) -> dict[str, list[Run]]:
     """Every memory after each whole history, all histories turn by turn in one batch."""
     runs: dict[str, list[Run]] = {}
-    for name, (method, options) in MEMORIES.items():
-        memory = None
+    for name, (adapter, sizes) in MEMORIES.items():
+        compressor = shared_compressor(model, adapter)
+        memory: Any = None
         for turns in track(list(zip(*histories, strict=True)), description=name):
             width = max(len(turn.ids) for turn in turns)
             ids = torch.tensor([turn.ids + (0,) * (width - len(turn.ids)) for turn in turns])
             mask = torch.tensor([[1] * len(turn.ids) + [0] * (width - len(turn.ids)) for turn in turns])
-            memory = shared_compressor(model, method).compress(ids, memory, mask, **options)
+            memory = compressor.compress(ids, memory, mask, **sizes)
         runs[name] = []
         for k in range(len(histories)):
-            run = ccm.get_method(method, **options).open(model, tokenizer)
+            run = CompressedRun(compressor, **sizes)
             run.memory = memory[k]
             runs[name].append(run)
     return runs

@@ -26,7 +26,7 @@ from ccm.data.carriers import MULTIEMO, TOPICAL_CHAT
 from ccm.data.command import app
 from ccm.data.conversation import SPLITS, Turn, split_of
 from ccm.data.frames import read_frame
-from ccm.data.icl import TEXT_TOKENS, demonstration, icl_row, other_names
+from ccm.data.icl import TEXT_TOKENS, demonstration, icl_row
 from ccm.data.jsonl import read_jsonl
 from ccm.data.lamp import load_lamp
 from ccm.data.rows import ConversationRow
@@ -364,17 +364,6 @@ def test_labels_are_balanced_and_cannot_be_counted():
         assert Counter(row[place] for row in rows)[" yes"] / 1500 == pytest.approx(0.5, abs=0.03)
     one_sided = [row[4] for row in rows if row[:4].count(" yes") == 3]
     assert one_sided.count(" yes") / len(one_sided) == pytest.approx(0.5, abs=0.06)
-
-
-def test_other_names_stand_for_the_labels_of_a_row():
-    words = tasks.Task("words", (tasks.Item("An apple, some Pears; it is a plum", "x"),), ("x",), "none")
-    rng = random.Random(0)
-    names = other_names(task(), words, rng)
-    assert set(names) == {"no", "yes"} and len(set(names.values())) == 2
-    assert set(names.values()) <= {"apple", "some", "ears", "plum"}
-    row = icl_row(task(), TOKENIZER, 4, rng, names)
-    for text, label in zip(texts(row), scored(row), strict=True):
-        assert label == f" {names[text.split()[0]]}"
 
 
 def test_few_items_are_used_up_and_too_few_are_refused():

@@ -217,7 +217,7 @@ STREAMS = (
 #: On a model that a first stage has taught to learn from its context.
 TUNED = ("none", "full", "ccm-tasks", "streaming-llm@ccm-tasks", "mean-pool")
 #: For two cores and the embedded model: quick takes some twelve minutes, paper five hours, streams two; in bfloat16,
-#: where the processor has units for it, less, and tuned twenty minutes of one core. The paper's own data are in hub,
+#: where the processor has units for it, less, and tuned half an hour of one core. The paper's own data are in hub,
 #: which needs a model hub.
 SUITES: dict[str, Suite] = {
     suite.name: suite
