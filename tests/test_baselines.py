@@ -14,7 +14,7 @@ import yaml
 from tiny import CASES, pad, random_rows, scramble, tiny_compressor, tiny_model, tiny_tokenizer
 from torch import Tensor
 
-from ccm import attention, get_method, soft_prompts
+from ccm import attention, blocks, get_method, soft_prompts
 from ccm.chat import render
 from ccm.compressor import Compressor, CompressorConfig
 from ccm.errors import ConfigError
@@ -160,7 +160,7 @@ def test_what_is_compressed_may_see_what_its_kind_says_and_no_more(kind, change)
 def test_a_block_of_queries_meets_all_the_keys_it_sees(kind, monkeypatch):
     compressor = baseline(kind)
     expected = parallel(compressor)
-    monkeypatch.setattr(attention, "BLOCK", 8)
+    monkeypatch.setattr(blocks, "BLOCK", 8)
     assert distance(expected, parallel(compressor)) < TOLERANCE
 
 
