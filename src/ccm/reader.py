@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,27 @@ from .memory import KV, Memory, Row
 from .rotary import Rotary, unrotate
 
 Ids: TypeAlias = Tensor | Sequence[Sequence[int]]
+
+
+class Pass(NamedTuple):
+    """What one pass over a memory leaves: its tokens, and the cache that it filled.
+
+    Attributes:
+        memory: that was read.
+        ids, mask: (B, T) left-padded.
+        cache: keys and values of the memory, then of the tokens.
+        positions: (B, T) of the tokens.
+    """
+
+    memory: Memory
+    ids: Tensor
+    mask: Tensor
+    cache: DynamicCache
+    positions: Tensor
+
+    def is_of(self, memory: Memory, ids: Tensor, mask: Tensor) -> bool:
+        """Whether these tokens would run over this very memory again."""
+        return self.memory is memory and torch.equal(self.ids, ids) and torch.equal(self.mask, mask)
 
 
 class Reader(nn.Module):
@@ -43,6 +64,8 @@ class Reader(nn.Module):
         self.family = get_family(model)
         self.model = model
         self.rotary = Rotary(model)
+        self._ahead = False
+        self._last: Pass | None = None
         attention.register()
         model.set_attn_implementation("ccm_" + choose_backend(model, self.family))
 
@@ -60,6 +83,8 @@ class Reader(nn.Module):
         ids, mask, order, memory = self._prepare(input_ids, memory, attention_mask)
         cache, call = self._over(memory, ids, mask)
         out = self.model(input_ids=ids, past_key_values=cache, **call).logits
+        if self._ahead:
+            self._last = Pass(memory, ids, mask, cache, call["position_ids"])
         back = order.argsort(1).unsqueeze(-1).expand_as(out)
         return out.gather(1, back)
 
@@ -70,6 +95,19 @@ class Reader(nn.Module):
         """Position-free keys and values of live tokens that read the memory, one (L, H, T, D) pair per row."""
         ids, mask, _, memory = self._prepare(input_ids, memory, attention_mask)
         return [raw for raw, _ in self._step(memory, ids, mask, None)]
+
+    @contextmanager
+    def reading_ahead(self) -> Iterator[None]:
+        """Within it, tokens whose logits were the last to be asked for do not run again when they are then read.
+
+        A stream is scored segment by segment, each over the memory that it joins next. The keys and values are
+        those of the pass that scored it, which stay until the next one.
+        """
+        self._ahead = True
+        try:
+            yield
+        finally:
+            self._ahead, self._last = False, None
 
     @torch.no_grad()
     def generate(
@@ -159,14 +197,11 @@ class Reader(nn.Module):
             its COMP tokens, in fp32.
         """
         n = 0 if comp is None else comp.shape[-2]
-        cache, call = self._over(memory, ids, mask, n, at, gate)
-        embeds = self.model.get_input_embeddings()(ids)
-        if comp is not None:
-            embeds = torch.cat([embeds, comp.to(embeds.dtype).expand(len(ids), -1, -1)], dim=1)
-        if not torch.is_grad_enabled():  # what the last layer puts out is of no use here
-            call[attention.PLAN].stop_at = self.model.config.num_hidden_layers - 1
-        with suppress(attention.StatesDone):
-            self.model.base_model(inputs_embeds=embeds, past_key_values=cache, **call)
+        plain = comp is None and gate is None
+        if plain and self._last is not None and self._last.is_of(memory, ids, mask):
+            cache, positions = self._last.cache, self._last.positions
+        else:
+            cache, positions = self._pass(memory, ids, mask, comp, at, gate)
         result = []
         for r in range(len(ids)):
             text = mask[r].nonzero().squeeze(1)[:keep]
@@ -177,10 +212,30 @@ class Reader(nn.Module):
                 )  # (L, H, K, D)
                 for layers in zip(*((layer.keys, layer.values) for layer in cache.layers), strict=True)
             )
-            kv = KV(unrotate(keys, *self.rotary.stacked(call["position_ids"][r, new])), values)
+            kv = KV(unrotate(keys, *self.rotary.stacked(positions[r, new])), values)
             split = len(text)
             result.append((kv.slice(0, split).to(self.model.dtype), kv.slice(split).to(torch.float32)))
         return result
+
+    def _pass(
+        self,
+        memory: Memory,
+        ids: Tensor,
+        mask: Tensor,
+        comp: Tensor | None,
+        at: Tensor | None,
+        gate: slice | None,
+    ) -> tuple[DynamicCache, Tensor]:
+        """One forward pass for its keys and values: the cache, and the positions (B, T + n) of what ran."""
+        cache, call = self._over(memory, ids, mask, 0 if comp is None else comp.shape[-2], at, gate)
+        embeds = self.model.get_input_embeddings()(ids)
+        if comp is not None:
+            embeds = torch.cat([embeds, comp.to(embeds.dtype).expand(len(ids), -1, -1)], dim=1)
+        if not torch.is_grad_enabled():  # what the last layer puts out is of no use here
+            call[attention.PLAN].stop_at = self.model.config.num_hidden_layers - 1
+        with suppress(attention.StatesDone):
+            self.model.base_model(inputs_embeds=embeds, past_key_values=cache, **call)
+        return cache, call["position_ids"]
 
     def _over(
         self,

@@ -33,9 +33,10 @@ class StreamingRun(Run):
 
     def resize(self, entries: int) -> None:
         """Keep at most so many tokens from now on, sink included; a budget below 8 has one sink token."""
-        self.sink = min(entries, self.most_sink, self.most_sink if entries >= 8 else 1)
-        self.window = entries - self.sink
-        self._trim()
+        sink = min(entries, self.most_sink, self.most_sink if entries >= 8 else 1)
+        if (sink, entries - sink) != (self.sink, self.window):
+            self.sink, self.window = sink, entries - sink
+            self._trim()
 
     def _trim(self) -> None:
         held, length = self.held, self.held.length
