@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 
 from .load import Results, Row
 
@@ -121,6 +121,14 @@ def pooled(rows: Sequence[Row]) -> Estimate | None:
     below = math.hypot(*(log.value - log.low for log in logs)) / len(logs)
     above = math.hypot(*(log.high - log.value for log in logs)) / len(logs)
     return Estimate(math.exp(mean), math.exp(mean - below), math.exp(mean + above))
+
+
+def slowdown(rows: Sequence[Row]) -> float | None:
+    """How many times as long a segment of a stream takes in its last quarter as in its first: medians over blocks."""
+    seconds = [(row.fold_seconds or 0.0) + (row.ttft_seconds or 0.0) for row in rows]
+    quarter = max(1, len(seconds) // 4)
+    first, last = median(seconds[:quarter]), median(seconds[-quarter:])
+    return last / first if first else None
 
 
 def kv_bytes(results: Results, task: str, method: str) -> float | None:

@@ -21,6 +21,7 @@ from .measures import (
     metrics_of,
     overall,
     pooled,
+    slowdown,
 )
 
 MOST_POSITIONS = 6
@@ -134,7 +135,7 @@ def steps_table(results: Results, task: str, metric: Metric, extras: bool = True
 
 
 def stream_table(results: Results, task: str) -> str:
-    """Perplexity by position for a few positions and over all blocks."""
+    """Perplexity by position for a few positions and over all blocks; bytes; and whether a segment's time grows."""
     steps = results.steps(task, "perplexity")
     last = len(steps) - 1
     places = sorted({round(i * last / (MOST_POSITIONS - 1)) for i in range(MOST_POSITIONS)})
@@ -146,8 +147,11 @@ def stream_table(results: Results, task: str) -> str:
         cells = [f"`{method}`", with_interval(whole, 2) if whole else ""]
         cells += [number(by_step[step].value, 1) if step in by_step else "" for step in shown]
         end = found[-1]
-        rows.append([*cells, size(end.kv_bytes), size(end.peak_kv_bytes), f"{end.step:,}"])
-    header = ["method", "all blocks", *(f"at {step:,}" for step in shown), "KV bytes", "peak", "tokens read"]
+        slower = slowdown(found)
+        cells += [size(end.kv_bytes), size(end.peak_kv_bytes), "" if slower is None else number(slower, 2)]
+        rows.append([*cells, f"{end.step:,}"])
+    positions = (f"at {step:,}" for step in shown)
+    header = ["method", "all blocks", *positions, "KV bytes", "peak", "time, last quarter / first", "tokens read"]
     return markdown(header, rows)
 
 
