@@ -302,7 +302,8 @@ def test_a_segment_of_a_stream_runs_once(
     opened = open_run(text, adapters)
     passes: list[int] = []
     opened.reader.model.base_model.register_forward_pre_hook(
-        lambda module, args, kwargs: passes.append(kwargs["past_key_values"].get_seq_length()), with_kwargs=True
+        lambda module, args, kwargs: passes.append(kwargs["past_key_values"].get_seq_length()),
+        with_kwargs=True,
     )
     once = run_item(opened, item)
     ran = len(passes)

@@ -151,7 +151,15 @@ def stream_table(results: Results, task: str) -> str:
         cells += [size(end.kv_bytes), size(end.peak_kv_bytes), "" if slower is None else number(slower, 2)]
         rows.append([*cells, f"{end.step:,}"])
     positions = (f"at {step:,}" for step in shown)
-    header = ["method", "all blocks", *positions, "KV bytes", "peak", "time, last quarter / first", "tokens read"]
+    header = [
+        "method",
+        "all blocks",
+        *positions,
+        "KV bytes",
+        "peak",
+        "time, last quarter / first",
+        "tokens read",
+    ]
     return markdown(header, rows)
 
 
