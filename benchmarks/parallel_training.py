@@ -3,7 +3,7 @@
 Rows have 16 segments of chitchat, of about 16 and of about 64 tokens. Both ways give the cross-entropy of the
 same tokens and the same gradient, which is checked in the run (float32). Timings are taken in turns; peak memory is
 that of a process of its own for each. The recursion reads and folds a segment in one forward pass, and goes
-through the rows of a batch in step. A processor without bfloat16 units would take hours for that part: leave it out.
+through the rows of a batch in step. Leave bfloat16 out on a processor without units for it: it would take hours.
 
     python benchmarks/parallel_training.py
     python benchmarks/parallel_training.py --dtypes float32
