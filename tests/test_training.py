@@ -710,6 +710,20 @@ def test_echoed_turns_repeat_an_earlier_one() -> None:
     assert repeats(1.0) > repeats(0.0) + 10
 
 
+@pytest.mark.parametrize(("units", "told"), [([], True), (["AMX"], False), (None, False)])
+def test_bfloat16_on_a_processor_without_units_for_it_is_told(
+    units: list[str] | None,
+    told: bool,
+    logs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("ccm.training.trainer.bfloat16_units", lambda: units)
+    trainer(tmp_path, logs, bf16=True)
+    assert ("bf16=false" in caplog.text) == told
+
+
 @pytest.mark.slow
 def test_a_few_steps_on_the_embedded_model_improve_held_out_quality(tmp_path: Path) -> None:
     model, tokenizer = load_default_model()
@@ -721,6 +735,7 @@ def test_a_few_steps_on_the_embedded_model_improve_held_out_quality(tmp_path: Pa
         eval_every=24,
         eval_rows=8,
         warmup=4,
+        bf16=False,  # on a processor without units for it the test would run out of time
     )
     run = Trainer(model, tokenizer, config, tmp_path)
     before = run.evaluate()["recovered_share"]

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -93,9 +92,7 @@ def _hardware() -> Iterator[Check]:
     yield _check(
         "CPU threads", threads <= cores, found, f"set OMP_NUM_THREADS to {cores} or less", required=False
     )
-    # get_capabilities is absent from older releases of torch
-    features: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    fast = [label for key, label in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX-512")) if features.get(key)]
+    fast = models.bfloat16_units()
     found = (
         f"bfloat16 in hardware ({', '.join(fast)})" if fast else "no bfloat16 in hardware: float32 is faster"
     )

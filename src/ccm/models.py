@@ -48,6 +48,16 @@ _OPTIONS: dict[str, Any] = {"trust_remote_code": False}
 _JSON_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
 
 
+def bfloat16_units() -> list[str] | None:
+    """The processor's instruction sets for products in bfloat16; None where torch cannot tell."""
+    # get_capabilities is absent from older releases of torch, and these names from other architectures
+    features: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    names = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512"}
+    return (
+        [label for key, label in names.items() if features[key]] if names.keys() <= features.keys() else None
+    )
+
+
 def load_default_model(
     dtype: torch.dtype = torch.float32, device: str | torch.device | None = None, progress: bool = True
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

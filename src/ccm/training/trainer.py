@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from ..data.rows import ConversationRow
 from ..errors import CCMError, ConfigError
+from ..models import bfloat16_units
 from ..reader import base_name, model_fingerprint
 from ..storage.atomic import write_atomically
 from . import checkpoint
@@ -67,6 +68,8 @@ class Trainer:
         self.processes = Processes(config, self.folder)
         model.requires_grad_(False)
         if config.bf16:
+            if model.device.type == "cpu" and bfloat16_units() == []:
+                log.warning("this processor has no units for bfloat16: bf16=false may be many times as fast")
             model.to(torch.bfloat16)
         self.fingerprint = model_fingerprint(model)
         self.processes.place(model)
