@@ -53,6 +53,11 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {name: str(folder / name) for name in ("concat", "merge")}
 
 
+def in_hand(folder: Path) -> list[Path]:
+    """The saved states of items that were not finished."""
+    return sorted(folder.glob("in-hand-*.pt"))
+
+
 def open_run(text: str, adapters: dict[str, str], model: Any = None) -> Run:
     for name, folder in adapters.items():
         text = text.replace(name, folder)
@@ -328,28 +333,28 @@ def test_an_item_goes_on_from_its_saved_state_to_equal_numbers(
     key = ("toy", text, "stream")
     item = stream_item(12)
     whole = run_item(open_run(text, adapters), item)
-    with Records(tmp_path, EMPTY) as store:
-        opened = open_run(text, adapters)
+    store = Records(tmp_path, EMPTY)
+    opened = open_run(text, adapters)
 
-        def stop(state: State) -> None:
-            store.hold(key, state, opened)
-            if state.step == 9:
-                raise KeyboardInterrupt
+    def stop(state: State) -> None:
+        store.hold(key, state, opened)
+        if state.step == 9:
+            raise KeyboardInterrupt
 
-        with pytest.raises(KeyboardInterrupt):
-            run_item(opened, item, on_step=stop)
-        store.save()
-    with Records(tmp_path, EMPTY) as store:
-        opened, steps = open_run(text, adapters), []
-        assert store.held(("toy", text, "another"), opened) is None
-        state = store.held(key, opened)
-        assert state is not None and state.step == 9
-        record = run_item(opened, item, resume=state, on_step=lambda state: steps.append(state.step))
-        store.add(key, record)
+    with pytest.raises(KeyboardInterrupt):
+        run_item(opened, item, on_step=stop)
+    store.save()
+    store = Records(tmp_path, EMPTY)
+    opened, steps = open_run(text, adapters), []
+    assert store.held(("toy", text, "another"), opened) is None
+    state = store.held(key, opened)
+    assert state is not None and state.step == 9
+    record = run_item(opened, item, resume=state, on_step=lambda state: steps.append(state.step))
+    store.add(key, record)
     assert steps == [10, 11, 12]
     assert no_clock(record) == no_clock(whole)
     assert record["seconds"] > state.measured["seconds"]
-    assert not (tmp_path / "in-hand.pt").exists()
+    assert not in_hand(tmp_path)
     # the control: from an empty run the numbers are others
     if text != "none":
         begun = run_item(opened, item, resume=State(9, open_run(text, adapters), state.measured))
@@ -359,37 +364,37 @@ def test_an_item_goes_on_from_its_saved_state_to_equal_numbers(
 def test_a_state_is_saved_once_a_minute(
     adapters: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with Records(tmp_path, EMPTY) as store:
-        opened = open_run("full", adapters)
-        run_item(opened, stream_item(3), on_step=lambda state: store.hold(("a", "b", "c"), state, opened))
-        assert not (tmp_path / "in-hand.pt").exists()
-        monkeypatch.setattr(records, "SAVE_EVERY", 0.0)
-        run_item(opened, stream_item(3), on_step=lambda state: store.hold(("a", "b", "c"), state, opened))
-        assert (tmp_path / "in-hand.pt").exists()
-        (tmp_path / "in-hand.pt").write_bytes(b"half")
-        assert store.held(("a", "b", "c"), opened) is None, "a damaged state only costs the item in hand"
+    store = Records(tmp_path, EMPTY)
+    opened = open_run("full", adapters)
+    run_item(opened, stream_item(3), on_step=lambda state: store.hold(("a", "b", "c"), state, opened))
+    assert not in_hand(tmp_path)
+    monkeypatch.setattr(records, "SAVE_EVERY", 0.0)
+    run_item(opened, stream_item(3), on_step=lambda state: store.hold(("a", "b", "c"), state, opened))
+    assert in_hand(tmp_path)
+    in_hand(tmp_path)[0].write_bytes(b"half")
+    assert store.held(("a", "b", "c"), opened) is None, "a damaged state only costs the item in hand"
 
 
 def test_a_run_that_cannot_be_saved_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with Records(tmp_path, EMPTY) as store:
-        opened = get_method("full").open(tiny_model())
-        run = opened.fork()
-        run.extra = object()  # type: ignore[attr-defined]
-        store.hold(("a", "b", "c"), State(1, run, {}), opened)
-        store.save()
-    assert "starts anew" in caplog.text and not (tmp_path / "in-hand.pt").exists()
+    store = Records(tmp_path, EMPTY)
+    opened = get_method("full").open(tiny_model())
+    run = opened.fork()
+    run.extra = object()  # type: ignore[attr-defined]
+    store.hold(("a", "b", "c"), State(1, run, {}), opened)
+    store.save()
+    assert "starts anew" in caplog.text and not in_hand(tmp_path)
 
 
 def test_half_a_line_is_dropped_and_a_broken_one_is_named(tmp_path: Path) -> None:
-    with Records(tmp_path, EMPTY) as store:
-        for item in ("one", "two"):
-            store.add(("t", "m", item), {"item": item, "é": 1})
+    store = Records(tmp_path, EMPTY)
+    for item in ("one", "two"):
+        store.add(("t", "m", item), {"item": item, "é": 1})
     path = tmp_path / "records.jsonl"
     whole = path.read_bytes()
     path.write_bytes(whole[:-3])
-    with Records(tmp_path, EMPTY) as store:
-        assert [record["item"] for record in store.all()] == ["one"]
-        store.add(("t", "m", "two"), {"item": "two", "é": 1})
+    store = Records(tmp_path, EMPTY)
+    assert [record["item"] for record in store.all()] == ["one"]
+    store.add(("t", "m", "two"), {"item": "two", "é": 1})
     assert path.read_bytes() == whole
     path.write_bytes(b"nonsense\n" + whole)
     with pytest.raises(DataError, match="line 1 is not a record"):
@@ -403,12 +408,11 @@ def test_a_folder_keeps_to_its_settings(tmp_path: Path) -> None:
         "tasks": {"x": {"limit": 2}},
         "methods": {"m": "1"},
     }
-    with Records(tmp_path, settings), pytest.raises(ConfigError, match="in use"):
-        Records(tmp_path, settings)
     more = {**settings, "tasks": {"y": {"limit": 3}}, "methods": {"n.a=1": "2"}}
-    with Records(tmp_path, more) as store:
-        assert store.settings["tasks"] == {"x": {"limit": 2}, "y": {"limit": 3}}
-        assert store.settings["methods"] == {"m": "1", "n.a=1": "2"}
+    first = Records(tmp_path, settings)
+    store = Records(tmp_path, more)
+    assert store.settings["tasks"] == {"x": {"limit": 2}, "y": {"limit": 3}}
+    assert store.settings["methods"] == {"m": "1", "n.a=1": "2"}
     for change, words in (
         ({"seed": 1}, "seed: it has 0, got 1"),
         ({"model": {"name": "b"}}, "model name: it has a, got b"),
@@ -418,8 +422,10 @@ def test_a_folder_keeps_to_its_settings(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=words) as error:
             Records(tmp_path, {**settings, **change})
         assert "--out" in str(error.value)
-    with Records(tmp_path, settings):
-        pass
+    assert first.settings["tasks"] == {"x": {"limit": 2}}
+    store.add(("y", "m", "item"), {"item": "item"})
+    first.refresh()
+    assert first.settings == Records(tmp_path, settings).settings == store.settings
 
 
 # ---------------------------------------------------------------------- whole evaluations
@@ -480,7 +486,7 @@ def test_a_killed_evaluation_loses_nothing_that_was_finished(tmp_path: Path, one
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     before = (tmp_path / "killed" / "records.jsonl").read_text()
-    assert (tmp_path / "killed" / "in-hand.pt").exists()
+    assert in_hand(tmp_path / "killed")
     texts = ("none", "full", "streaming-llm:sink=2,window=9")
     first = evaluation(plan({}, *texts)).run(tmp_path / "whole")
     resumed = evaluation(plan({}, *texts)).run(tmp_path / "killed")
@@ -910,6 +916,23 @@ def test_bad_input_is_one_line_and_code_2(
     assert not (tmp_path / "out").exists()
 
 
+def test_two_processes_from_the_command_line(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], one_thread: None
+) -> None:
+    """Each makes its own evaluation of the same options: model, adapter, suite and methods."""
+    path = write(tmp_path / "chats.jsonl", CHATS)
+    arguments = [str(path), "--methods", "none,full", "--adapter", str(home / "merge"), "--json"]
+    results = []
+    for count in ("1", "2"):
+        out = str(tmp_path / count)
+        assert run_command(home, *arguments, "--processes", count, "--threads", "1", "--out", out) == 0
+        results.append(json.loads(capsys.readouterr().out))
+    assert [result["machine"]["processes"] for result in results] == [1, 2]
+    assert no_clock(results[0]["rows"]) == no_clock(results[1]["rows"])
+    lines = (tmp_path / "2" / "records.jsonl").read_text().splitlines()
+    assert len(lines) == len((tmp_path / "1" / "records.jsonl").read_text().splitlines())
+
+
 def test_an_interrupt_saves_and_says_how_to_go_on(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -928,7 +951,7 @@ def test_an_interrupt_saves_and_says_how_to_go_on(
         assert run_command(home, *arguments) == 130
     assert "the same command goes on" in " ".join(capsys.readouterr().out.split())
     assert len((tmp_path / "out" / "records.jsonl").read_text().splitlines()) == 1
-    assert (tmp_path / "out" / "in-hand.pt").exists()
+    assert in_hand(tmp_path / "out")
     assert run_command(home, *arguments) == 0
     assert run_command(home, *arguments[:-1], str(tmp_path / "other")) == 0
     rows = [json.loads((tmp_path / f"{name}.json").read_text())["rows"] for name in ("out", "other")]

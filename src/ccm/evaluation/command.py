@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,9 +14,54 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from .runner import Evaluation
+    from .suites import Plan, Suite
 
 DTYPES = ("float32", "bfloat16", "float16")
 EPILOG = "Example: ccm eval quick --methods none,full,ccm-concat,streaming-llm@ccm-concat --limit 2"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured, as it was asked for; every process makes its evaluation from it."""
+
+    suite: str
+    methods: tuple[str, ...]
+    tasks: tuple[str, ...]
+    limit: int | None
+    model: str | None
+    adapter: str | None
+    first_stage: str | None
+    dtype: str | None
+    threads: int | None
+
+    def chosen(self) -> tuple[Suite, list[Plan]]:
+        """The suite, and its tasks with their methods."""
+        from .suites import get_suite, own_suite
+
+        own = Path(self.suite)
+        suite = own_suite(own) if own.suffix == ".jsonl" else get_suite(self.suite)
+        return suite, suite.plans(self.tasks, self.methods, self.limit, self.added())
+
+    def added(self) -> tuple[str, ...]:
+        return (self.adapter, f"streaming-llm@{self.adapter}") if self.adapter else ()
+
+
+def prepare(options: Options) -> Evaluation:
+    """The evaluation, its model and adapters loaded."""
+    import torch
+
+    from ..models import load_model
+    from ..storage import adapter_folder, base_stage
+    from .runner import Evaluation
+
+    suite, plans = options.chosen()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    model, tokenizer = load_model(options.model, getattr(torch, options.dtype) if options.dtype else None)
+    if first_stage := options.first_stage or suite.first_stage:
+        base_stage.attach(model, adapter_folder.first_stage(first_stage))
+        base_stage.merge(model)
+    return Evaluation(model, tokenizer, suite.name, plans, [*options.methods, *options.added()])
 
 
 def evaluate(
@@ -73,8 +119,17 @@ def evaluate(
             show_default="results/eval/ and the suite's name",
         ),
     ] = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Processes that share out the work.",
+            show_default="one a core, as far as memory and work reach; one with an accelerator",
+        ),
+    ] = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads.", show_default="torch's choice")
+        int | None,
+        typer.Option(min=1, help="CPU threads of each process.", show_default="the cores, shared out"),
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object on stdout, everything else on stderr.")
@@ -83,36 +138,21 @@ def evaluate(
     """Measure methods on tasks; Ctrl-C saves, the same command goes on."""
     from rich.console import Console
 
-    from .suites import get_suite, own_suite, parse_method, split_methods
+    from ..errors import UnknownNameError
+    from .suites import parse_method, split_methods
 
-    own = Path(suite)
-    chosen = own_suite(own) if own.suffix == ".jsonl" else get_suite(suite)
-    named = split_methods(methods or "")
-    added = [adapter, f"streaming-llm@{adapter}"] if adapter else []
-    plans = chosen.plans(_names(tasks), named, limit, added)
+    named = tuple(split_methods(methods or ""))
+    options = Options(suite, named, _names(tasks), limit, model, adapter, first_stage, dtype, threads)
+    chosen, plans = options.chosen()
     for text in {text for plan in plans for text in plan.methods}:
         parse_method(text).method()  # a wrong name shows before anything is loaded
-    folder = out or Path("results") / "eval" / chosen.name
-    console = Console(stderr=as_json)
-    import torch
-
-    from ..errors import UnknownNameError
-    from ..models import load_model
-    from .runner import Evaluation
-
     if dtype not in (None, *DTYPES):
         raise UnknownNameError("type of weights", dtype, list(DTYPES))
-    if threads:
-        torch.set_num_threads(threads)
-    language_model, tokenizer = load_model(model, getattr(torch, dtype) if dtype else None)
-    if first_stage := first_stage or chosen.first_stage:
-        from ..storage import adapter_folder, base_stage
-
-        base_stage.attach(language_model, adapter_folder.first_stage(first_stage))
-        base_stage.merge(language_model)
+    folder = out or Path("results") / "eval" / chosen.name
+    console = Console(stderr=as_json)
     with console.status("Reading the tasks"):
-        evaluation = Evaluation(language_model, tokenizer, chosen.name, plans, [*named, *added])
-    result = _run(evaluation, folder, console)
+        evaluation = prepare(options)
+    result = _run(evaluation, options, folder, processes, console)
     if as_json:
         print(json.dumps(result))
     else:
@@ -124,14 +164,24 @@ def evaluate(
     console.print(f"results: {folder}.json", highlight=False, soft_wrap=True)
 
 
-def _names(text: str | None) -> list[str]:
-    return [name.strip() for name in (text or "").split(",") if name.strip()]
+def _names(text: str | None) -> tuple[str, ...]:
+    return tuple(name.strip() for name in (text or "").split(",") if name.strip())
 
 
-def _run(evaluation: Evaluation, folder: Path, console: Console) -> dict[str, Any]:
+def _run(
+    evaluation: Evaluation, options: Options, folder: Path, processes: int | None, console: Console
+) -> dict[str, Any]:
+    """Measure, with a bar and with helpers."""
+    import torch
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     from .runner import Progress as Place
+    from .workers import Workers, how_many
+
+    count = processes or how_many(evaluation.model, evaluation.left(folder))
+    if count > 1:
+        options = replace(options, threads=options.threads or max(1, torch.get_num_threads() // count))
+        torch.set_num_threads(options.threads)
 
     columns = (BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
     if (folder / "records.jsonl").exists():
@@ -144,7 +194,8 @@ def _run(evaluation: Evaluation, folder: Path, console: Console) -> dict[str, An
             bar.update(task, completed=place.done, total=place.total, description=where)
 
         try:
-            return evaluation.run(folder, on_progress)
+            with Workers(count - 1, prepare, options, folder):
+                return evaluation.run(folder, on_progress, count)
         except KeyboardInterrupt:
             bar.stop()
             console.print(f"saved in {folder}; the same command goes on", highlight=False, soft_wrap=True)

@@ -2,11 +2,15 @@
 
 FOLDER/settings.json    what was asked; records under other settings are never mixed
 FOLDER/records.jsonl    one line per (task, method, item), written and synced when it is finished
-FOLDER/in-hand.pt       the state of a long item, saved every minute; gone when its record is there
+FOLDER/in-hand-KEY.pt   the state of a long item, saved every minute; gone when its record is there
+FOLDER/.claim-KEY       locked while a process measures an item; the system lets go of it when the process dies
+
+Any number of processes may share a folder: each claims an item before it measures it, and sees what others have done.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import logging
@@ -14,7 +18,7 @@ import os
 import pickle
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +34,11 @@ from .protocol import State
 
 log = logging.getLogger(__name__)
 
-SETTINGS, RECORDS, IN_HAND = "settings.json", "records.jsonl", "in-hand.pt"
+SETTINGS, RECORDS = "settings.json", "records.jsonl"
 #: Seconds between two savings of the item in hand.
 SAVE_EVERY = 60.0
+#: Seconds that a process may take to add one line.
+_LOCKED = 60.0
 #: Settings that grow when more tasks or methods are asked for; their entries must not change.
 _GROWING = ("tasks", "methods")
 
@@ -41,14 +47,14 @@ Key = tuple[str, str, str]
 
 
 class Records:
-    """The records of one evaluation in a folder; used as a context, which keeps other processes out.
+    """The records of one evaluation in a folder, which other processes may fill as well.
 
     Args:
         folder: made if it is not there.
         settings: plain JSON of all that the numbers depend on.
 
     Raises:
-        ConfigError: the folder holds records of other settings (every difference is named), or is in use.
+        ConfigError: the folder holds records of other settings (every difference is named).
         DataError: its files are damaged.
         StorageError: it cannot be written.
     """
@@ -56,38 +62,33 @@ class Records:
     def __init__(self, folder: Path, settings: Mapping[str, Any]):
         self.folder = folder
         self._done: dict[Key, dict[str, Any]] = {}
+        self._read_bytes = self._read_lines = 0
         self._in_hand: tuple[Key, State, Run] | None = None
         self._saved = time.monotonic()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._lock = FileLock(folder / ".lock")
-            self._lock.acquire(timeout=0)
-        except Timeout as error:
-            raise ConfigError(
-                f"{folder} is in use by another ccm eval; wait for it, or give --out another folder"
-            ) from error
         except OSError as error:
-            raise StorageError(
-                f"cannot write {folder}: {error.strerror or error}; give --out another folder"
-            ) from error
-        try:
+            raise StorageError(_cannot_write(folder, error)) from error
+        with self._locked():
             self.settings = self._agree(json.loads(json.dumps(settings)))
             self._read()
-        except BaseException:
-            self.close()
-            raise
 
-    def __enter__(self) -> Records:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Let other processes at the folder."""
-        with suppress(OSError):  # some systems delete no open file
-            Path(self._lock.lock_file).unlink()
-        self._lock.release()
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """No other process reads or writes the files meanwhile."""
+        lock = FileLock(self.folder / ".lock")
+        try:
+            lock.acquire(timeout=_LOCKED)
+        except Timeout as error:
+            raise StorageError(
+                f"{lock.lock_file} is held by a process that does not let go of it; stop that process"
+            ) from error
+        except OSError as error:
+            raise StorageError(_cannot_write(self.folder, error)) from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     # ------------------------------------------------------------------ finished items
 
@@ -99,8 +100,35 @@ class Records:
         return list(self._done.values())
 
     def get(self, key: Key) -> dict[str, Any] | None:
-        """The record of an item, None before it is finished."""
+        """The record of an item, None before it is finished; as of the last :meth:`refresh`."""
         return self._done.get(key)
+
+    def refresh(self) -> None:
+        """Take in what other processes have finished and the tasks and methods that they have added."""
+        path = self.folder / RECORDS
+        if path.exists() and path.stat().st_size != self._read_bytes:
+            with self._locked():
+                self._read()
+                self.settings = self._known()
+
+    @contextmanager
+    def claim(self, key: Key) -> Iterator[bool]:
+        """Keep other processes from an item while it is measured; False if one of them is at it."""
+        lock = FileLock(self.folder / f".claim-{_short(key)}")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            yield False
+            return
+        except OSError as error:
+            raise StorageError(_cannot_write(self.folder, error)) from error
+        try:
+            self.refresh()
+            yield True
+        finally:
+            with suppress(OSError):  # some systems delete no open file
+                Path(lock.lock_file).unlink()
+            lock.release()
 
     def add(self, key: Key, measured: Mapping[str, Any]) -> None:
         """Append the record of a finished item; it is on the disk when this returns.
@@ -110,16 +138,21 @@ class Records:
         """
         record = {"task": key[0], "method": key[1], **measured}
         path = self.folder / RECORDS
-        try:
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            (self.folder / IN_HAND).unlink(missing_ok=True)
-        except OSError as error:
-            raise StorageError(
-                f"cannot write {path}: {error.strerror or error}; what was measured before is intact"
-            ) from error
+        with self._locked():
+            self._read()
+            line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
+            try:
+                with path.open("ab") as file:
+                    file.write(line)
+                    file.flush()
+                    os.fsync(file.fileno())
+                self._in_hand_file(key).unlink(missing_ok=True)
+            except OSError as error:
+                raise StorageError(
+                    f"cannot write {path}: {error.strerror or error}; what was measured before is intact"
+                ) from error
+            self._read_bytes += len(line)
+            self._read_lines += 1
         self._done[key] = record
         self._in_hand = None
 
@@ -157,7 +190,10 @@ class Records:
         torch.save(
             {"key": list(key), "step": state.step, "measured": json.dumps(state.measured), "run": run}, buffer
         )
-        write_atomically(self.folder / IN_HAND, buffer.getvalue())
+        write_atomically(self._in_hand_file(key), buffer.getvalue())
+
+    def _in_hand_file(self, key: Key) -> Path:
+        return self.folder / f"in-hand-{_short(key)}.pt"
 
     def held(self, key: Key, opened: Run) -> State | None:
         """The saved state of an item, as a run that goes on from there; None if there is none.
@@ -166,7 +202,7 @@ class Records:
             key: the item.
             opened: a new run of its method, which gives the model.
         """
-        path = self.folder / IN_HAND
+        path = self._in_hand_file(key)
         if not path.exists():
             return None
         try:
@@ -185,15 +221,7 @@ class Records:
 
     def _agree(self, wanted: dict[str, Any]) -> dict[str, Any]:
         """Settings of the folder and of this run together; refused if they contradict each other."""
-        path = self.folder / SETTINGS
-        known: dict[str, Any] = {}
-        if path.exists():
-            try:
-                known = json.loads(path.read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
-                raise DataError(
-                    f"{path} is damaged ({error}); give --out another folder, or delete this one"
-                ) from error
+        known = self._known()
         if known and (different := list(_differences(known, wanted))):
             raise ConfigError(
                 f"{self.folder} holds results of other settings ({'; '.join(different)}); give --out another "
@@ -201,18 +229,34 @@ class Records:
             )
         merged = wanted | {name: {**known.get(name, {}), **wanted.get(name, {})} for name in _GROWING}
         if merged != known:
-            write_atomically(path, (json.dumps(merged, indent=1, ensure_ascii=False) + "\n").encode())
+            text = json.dumps(merged, indent=1, ensure_ascii=False) + "\n"
+            write_atomically(self.folder / SETTINGS, text.encode())
         return merged
 
+    def _known(self) -> dict[str, Any]:
+        """Settings of the folder; empty if it is new."""
+        path = self.folder / SETTINGS
+        if not path.exists():
+            return {}
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"{path} is damaged ({error}); give --out another folder, or delete this one"
+            ) from error
+
     def _read(self) -> None:
+        """Take in the lines that are new since the last time. The folder is locked: nobody is writing one."""
         path = self.folder / RECORDS
         if not path.exists():
             return
-        content = path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):  # a kill may leave half a line
-            os.truncate(path, whole)
-        for number, line in enumerate(content[:whole].splitlines(), 1):
+        with path.open("rb") as file:
+            file.seek(self._read_bytes)
+            new = file.read()
+        whole = new.rfind(b"\n") + 1
+        if whole < len(new):  # a kill may leave half a line
+            os.truncate(path, self._read_bytes + whole)
+        for number, line in enumerate(new[:whole].splitlines(), self._read_lines + 1):
             try:
                 record = json.loads(line)
                 self._done[record["task"], record["method"], record["item"]] = record
@@ -220,6 +264,17 @@ class Records:
                 raise DataError(
                     f"{path}, line {number} is not a record ({error}); delete the line, and it is measured again"
                 ) from error
+        self._read_bytes += whole
+        self._read_lines += new[:whole].count(b"\n")
+
+
+def _short(key: Key) -> str:
+    """A key as a part of a file's name."""
+    return hashlib.sha256("\0".join(key).encode()).hexdigest()[:16]
+
+
+def _cannot_write(folder: Path, error: OSError) -> str:
+    return f"cannot write {folder}: {error.strerror or error}; give --out another folder"
 
 
 def _differences(known: Any, wanted: Any, name: str = "") -> Iterator[str]:

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -30,6 +31,8 @@ from .suites import MethodSpec, Plan, in_order
 FORMAT, SCHEMA, SEED = "ccm-eval/1", 1, 0
 #: What a forward pass costs beside its tokens, in tokens; for the progress bar.
 _PASS = 24
+#: Seconds between two looks at what other processes are doing.
+_PATIENCE = 0.5
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,29 @@ class Progress:
     item: str
     done: int
     total: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """One method on one item of a task.
+
+    Attributes:
+        cost: work in tokens.
+    """
+
+    task: str
+    spec: MethodSpec
+    item: Item
+    cost: int
+
+    @property
+    def key(self) -> Key:
+        """Of its record."""
+        return self.task, self.spec.text, self.item.name
+
+    def waits_for(self) -> Key | None:
+        """Of the record that gives the method its sizes."""
+        return (self.task, self.spec.same_as, self.item.name) if self.spec.same_as else None
 
 
 class Evaluation:
@@ -131,78 +157,117 @@ class Evaluation:
         }
 
     def run(
-        self, folder: Path, on_progress: Callable[[Progress], None] = lambda progress: None
+        self,
+        folder: Path,
+        on_progress: Callable[[Progress], None] = lambda progress: None,
+        processes: int = 1,
     ) -> dict[str, Any]:
         """Measure what is not measured yet; returns the summary, which is in ``FOLDER.json`` too.
 
+        Other processes may do so in the same folder at the same time (:meth:`measure`); it returns when all is there.
         An interrupt saves the item in hand and is raised again.
 
+        Args:
+            folder: of the records.
+            on_progress: called before and after every item, and at every step of one.
+            processes: how many are at it, for the record.
+
         Raises:
-            ConfigError: the folder holds results of other settings, or is in use.
+            ConfigError: the folder holds results of other settings.
             StorageError: it cannot be written.
         """
-        with Records(folder, self.settings()) as records:
-            try:
-                self._measure(records, on_progress)
-            except BaseException:
-                records.save()
-                raise
-            result = self.summary(records)
-            text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
-            write_atomically(folder.with_name(folder.name + ".json"), text.encode())
-            return result
+        records = self.measure(folder, on_progress)
+        result = self.summary(records, processes)
+        text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
+        write_atomically(folder.with_name(folder.name + ".json"), text.encode())
+        return result
 
-    def _measure(self, records: Records, on_progress: Callable[[Progress], None]) -> None:
-        total = sum(len(specs) * sum(map(_cost, items)) for _, specs, items in self.work)
-        done = 0
-        for plan, specs, items in self.work:
-            for item in items:  # all methods of an item: what is stopped early still compares them
-                for spec in specs:
-                    key = plan.task.name, spec.text, item.name
-                    on_progress(Progress(*key, done, total))
-                    if records.get(key) is None:
-                        self._item(
-                            records,
-                            key,
-                            spec,
-                            item,
-                            lambda now: on_progress(Progress(*key, done + now, total)),  # noqa: B023
-                        )
-                    done += _cost(item)
-                    on_progress(Progress(*key, done, total))
+    def left(self, folder: Path) -> int:
+        """Work that is not done yet, in tokens; raises as :meth:`run`."""
+        return _left(Records(folder, self.settings()), self._jobs())
 
-    def _item(
-        self, records: Records, key: Key, spec: MethodSpec, item: Item, on_work: Callable[[int], None]
-    ) -> None:
+    def _jobs(self) -> list[Job]:
+        return [
+            Job(plan.task.name, spec, item, _cost(item))
+            for plan, specs, items in self.work
+            for item in items  # all methods of an item: what is stopped early still compares them
+            for spec in specs
+        ]
+
+    def measure(
+        self, folder: Path, on_progress: Callable[[Progress], None] = lambda progress: None
+    ) -> Records:
+        """Measure what neither this process nor another has measured; returns when all of it is there."""
+        records, jobs = Records(folder, self.settings()), self._jobs()
+        total = sum(job.cost for job in jobs)
+        try:
+            while jobs:
+                left = [job for job in jobs if not self._measure(records, job, jobs, total, on_progress)]
+                if len(left) == len(jobs):  # other processes are at what is left
+                    time.sleep(_PATIENCE)
+                    records.refresh()
+                jobs = left
+        except BaseException:
+            records.save()
+            raise
+        return records
+
+    def _measure(
+        self,
+        records: Records,
+        job: Job,
+        jobs: Sequence[Job],
+        total: int,
+        on_progress: Callable[[Progress], None],
+    ) -> bool:
+        """Do a job unless it is done; False if another process is at it, or at what it waits for."""
+
+        def report(now: int = 0) -> None:
+            on_progress(Progress(*job.key, total - _left(records, jobs) + now, total))
+
+        if records.get(job.key) is None:
+            if (first := job.waits_for()) and records.get(first) is None:
+                return False
+            with records.claim(job.key) as ours:
+                if not ours:
+                    return False
+                report()
+                if records.get(job.key) is None:
+                    self._item(records, job, report)
+        report()
+        return True
+
+    def _item(self, records: Records, job: Job, on_work: Callable[[int], None]) -> None:
         entries: Sequence[int] = ()
-        if spec.same_as:
-            reference = records.get((key[0], spec.same_as, key[2])) or {}
+        if first := job.waits_for():
+            reference = records.get(first) or {}
             if "error" in reference:
-                records.add(key, {"item": item.name, "error": f"{spec.same_as}: {reference['error']}"})
+                error = f"{job.spec.same_as}: {reference['error']}"
+                records.add(job.key, {"item": job.item.name, "error": error})
                 return
             entries = reference["entries"]
-        opened = self.methods[spec.text].open(self.model, self.tokenizer)
+        opened = self.methods[job.spec.text].open(self.model, self.tokenizer)
 
         def on_step(state: State) -> None:
-            records.hold(key, state, opened)
-            on_work(_cost(item, state.step))
+            records.hold(job.key, state, opened)
+            on_work(_cost(job.item, state.step))
 
         try:
             measured = run_item(
                 opened,
-                item,
+                job.item,
                 self.tokenizer,
                 entries=entries,
-                resume=records.held(key, opened),
+                resume=records.held(job.key, opened),
                 on_step=on_step,
             )
         except ConfigError as error:  # a segment that does not fit beside what is kept
-            measured = {"item": item.name, "error": str(error)}
-        records.add(key, measured)
+            measured = {"item": job.item.name, "error": str(error)}
+        records.add(job.key, measured)
 
     # ------------------------------------------------------------------ the result
 
-    def summary(self, records: Records) -> dict[str, Any]:
+    def summary(self, records: Records, processes: int = 1) -> dict[str, Any]:
         """The results of all records of a folder, in the schema of ``results/eval``."""
         tasks, methods = list(records.settings["tasks"]), list(records.settings["methods"])
         # the order of the plans, whatever the order in which they were measured
@@ -225,10 +290,16 @@ class Evaluation:
             "machine": {
                 "system": f"{platform.system()} {platform.machine()}",
                 "cores": os.cpu_count(),
+                "processes": processes,
                 "threads": torch.get_num_threads(),
                 "device": str(self.model.device),
             },
         }
+
+
+def _left(records: Records, jobs: Sequence[Job]) -> int:
+    """Work of the jobs that have no record, in tokens."""
+    return sum(job.cost for job in jobs if records.get(job.key) is None)
 
 
 def _cost(item: Item, until: int | None = None) -> int:

@@ -210,7 +210,15 @@ STREAMS = ("ccm-stream", "streaming-llm@ccm-stream", "streaming-llm:sink=0@ccm-s
 #: And other adapters of the same size, for shorter ones.
 MORE_STREAMS = (*STREAMS, "ccm-general:sink=4,window=128,rule=bounded", "ccm-merge:sink=4,window=128")
 #: On a model that a first stage has taught to learn from its context.
-TUNED = ("none", "full", "ccm-tasks", "streaming-llm@ccm-tasks", "mean-pool")
+TUNED = (
+    "none",
+    "full",
+    "ccm-tasks",
+    "ccm-tasks:sink=4,window=64",
+    "streaming-llm@ccm-tasks",
+    "streaming-llm@ccm-tasks:sink=4,window=64",
+    "mean-pool",
+)
 #: For two cores and the embedded model: quick takes some twelve minutes, paper five hours, streams one and a half; in
 #: bfloat16, where the processor has units for it, less, and tuned half an hour of one core. The paper's own data are
 #: in hub, which needs a model hub.
