@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from runs import environment
 from test_evaluation import EMPTY, evaluation, no_clock, plan
@@ -163,5 +164,5 @@ def test_as_many_processes_as_cores_memory_and_work_allow(monkeypatch: pytest.Mo
     assert how_many(model, 10**6) == 4
     assert how_many(model, 3 * workers._WORTH) == 3
     assert how_many(model, 0) == 1
-    monkeypatch.setattr(model, "get_memory_footprint", lambda: os.sysconf("SC_PHYS_PAGES") * 4096)
+    monkeypatch.setattr(model, "get_memory_footprint", lambda: psutil.virtual_memory().total)
     assert how_many(model, 10**6) == 1, "the weights fit only once"

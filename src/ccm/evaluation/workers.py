@@ -17,6 +17,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -40,10 +42,7 @@ def how_many(model: PreTrainedModel, tokens: int) -> int:
     if model.device.type != "cpu":
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    room = _MOST
-    with suppress(AttributeError, ValueError, OSError):  # not every system tells
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        room = free // (_COPIES * model.get_memory_footprint())
+    room = int(psutil.virtual_memory().available // (_COPIES * model.get_memory_footprint()))
     return max(1, min(cores, room, tokens // _WORTH, _MOST))
 
 
