@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -914,6 +915,24 @@ def test_bad_input_is_one_line_and_code_2(
     out, err = capsys.readouterr()
     assert out == "" and words in err and len(err.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_the_page_on_evaluation_says_what_there_is(tmp_path: Path) -> None:
+    """Its data are read, its methods and suites are all that there are, its commands are understood."""
+    page = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text()
+    chats, items, row = re.findall(r"```json\n(.*?)\n```", page, re.DOTALL)
+    for text, name in ((chats, "own-chats"), (items, "own-items")):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text(text)
+        task = own_task(path)
+        assert task.name == name
+        assert len(list(task.items(tiny_tokenizer(), 9))) == len(text.splitlines())
+    first_cells = " ".join(re.findall(r"^\| (`.*?) \|", page, re.MULTILINE))
+    assert set(re.findall(r"`([\w-]+)`", first_cells)) == {*list_methods(), *SUITES}
+    for method, task_names in re.findall(r"ccm eval quick --methods (\S+) --tasks (\S+)", page):
+        assert get_suite("quick").plans(task_names.split(","), split_methods(method))
+    rows = evaluation(plan({}, "none", "full")).run(tmp_path / "out")["rows"]
+    assert json.loads(row).keys() == rows[0].keys()
 
 
 def test_two_processes_from_the_command_line(
