@@ -74,6 +74,19 @@ def test_an_item_is_claimed_by_one(tmp_path: Path) -> None:
     assert first.all() == second.all() == Records(tmp_path, EMPTY).all()
 
 
+def test_methods_that_another_process_adds_are_in_the_summary(tmp_path: Path) -> None:
+    mine = evaluation(plan({}, "none", "full", limit=1))
+    folder, seen = tmp_path / "out", []
+
+    def meanwhile(progress: Any) -> None:
+        seen.append(progress)
+        if len(seen) == 1:
+            evaluation(plan({}, "mean-pool", limit=1)).measure(folder)
+
+    rows = mine.run(folder, meanwhile)["rows"]
+    assert {row["method"] for row in rows} == {"none", "full", "mean-pool"}
+
+
 def hold_for_ever(folder: Path) -> None:
     with Records(folder, EMPTY).claim(KEY):
         (folder / "held").touch()

@@ -109,7 +109,6 @@ class Records:
         if path.exists() and path.stat().st_size != self._read_bytes:
             with self._locked():
                 self._read()
-                self.settings = self._known()
 
     @contextmanager
     def claim(self, key: Key) -> Iterator[bool]:
@@ -246,7 +245,7 @@ class Records:
             ) from error
 
     def _read(self) -> None:
-        """Take in the lines that are new since the last time. The folder is locked: nobody is writing one."""
+        """Take in the lines that are new, and the settings they go with. The folder is locked: nobody is writing."""
         path = self.folder / RECORDS
         if not path.exists():
             return
@@ -264,8 +263,10 @@ class Records:
                 raise DataError(
                     f"{path}, line {number} is not a record ({error}); delete the line, and it is measured again"
                 ) from error
-        self._read_bytes += whole
-        self._read_lines += new[:whole].count(b"\n")
+        if whole:
+            self._read_bytes += whole
+            self._read_lines += new.count(b"\n")
+            self.settings = self._known()
 
 
 def _short(key: Key) -> str:
