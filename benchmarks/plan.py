@@ -50,7 +50,9 @@ def main() -> None:
         LlamaConfig(**LARGE).save_pretrained(folder)
         measured = ["--store", database.url]
         plans = {
-            "ccm-merge": shown(*load, "--gpu-memory", "80", *measured, threads=arguments.threads),
+            "ccm-merge": shown(
+                *load, "--adapter", "ccm-merge", "--gpu-memory", "80", *measured, threads=arguments.threads
+            ),
             "ccm-concat": shown(*load, "--adapter", "ccm-concat", *measured, threads=arguments.threads),
             "8b": shown(
                 *load,

@@ -12,17 +12,19 @@ A window of sink and recent tokens stands beside each memory, with as many KV by
 gain is the difference of their evidence on the same facts, by distance and for all facts that the window has lost.
 
     python benchmarks/reach.py
+    python benchmarks/reach.py --only ccm-chat      this memory; what is stored of the others is kept
 """
 
 from __future__ import annotations
 
+import json
 import random
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from common import parser, store
+from common import RESULTS, parser, store
 from rich.progress import track
 
 import ccm
@@ -39,6 +41,7 @@ LENGTH = 104
 MEMORIES: dict[str, tuple[str, dict[str, int]]] = {
     "ccm-concat": ("ccm-concat", {}),
     "ccm-chat": ("ccm-chat", {}),
+    "chat: ccm-chat + sink + window": ("ccm-chat", dict(CHAT)),
     "chat: ccm-concat + sink + window": ("ccm-concat", dict(CHAT)),
     "chat: ccm-merge + sink + window": ("ccm-merge", dict(CHAT)),
 }
@@ -60,10 +63,13 @@ def answers(run: Run, tokenizer: Any, fact: Fact) -> torch.Tensor:
     return asked.logits(stem.ids[: stem.content[1] - 1])[-1].log_softmax(-1)[firsts]
 
 
-def remember(model: Any, tokenizer: Any, histories: list[list[Any]]) -> dict[str, list[Run]]:
+def remember(
+    model: Any, tokenizer: Any, histories: list[list[Any]], names: Sequence[str]
+) -> dict[str, list[Run]]:
     """Every memory after each whole history, all histories turn by turn in one batch."""
     runs: dict[str, list[Run]] = {}
-    for name, (adapter, sizes) in MEMORIES.items():
+    for name in names:
+        adapter, sizes = MEMORIES[name]
         compressor = shared_compressor(model, adapter)
         memory: Any = None
         for turns in track(list(zip(*histories, strict=True)), description=name):
@@ -87,9 +93,29 @@ def read_raw(model: Any, tokenizer: Any, history: list[Any], method: str, turns:
     return run
 
 
+def beside(stored: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+    """The result with what is stored of full context and of other memories, in the order of ``MEMORIES``."""
+    if any(stored[key] != result[key] for key in ("task", "conversations", "chance")):
+        raise SystemExit("results/reach.json was made on other conversations: run it without --only")
+    places = ["full", *(name for memory in MEMORIES for name in (memory, window_of(memory)))]
+    methods = stored["methods"] | result["methods"]
+    merged = {**result, "methods": {name: methods[name] for name in places if name in methods}}
+    for part in ("rows", "gain_by_distance", "gain_beyond_the_window"):
+        kept = [row for row in stored[part] if row["method"] not in result["methods"]]
+        merged[part] = sorted(kept + result[part], key=lambda row: places.index(row["method"]))
+    return merged
+
+
+def window_of(name: str) -> str:
+    return f"window of the same bytes as {name}"
+
+
 @torch.inference_mode()
 def main() -> None:
-    arguments = parser(__doc__.splitlines()[0]).parse_args()
+    options = parser(__doc__.splitlines()[0])
+    options.add_argument("--only", nargs="+", metavar="MEMORY", choices=MEMORIES, help="these memories")
+    arguments = options.parse_args()
+    memories = arguments.only or list(MEMORIES)
     torch.set_num_threads(arguments.threads)
     model, tokenizer = ccm.load_default_model()
     talks = [t for s in ("test", "validation") for t in load_chitchat(s, cap_per_user=None)]
@@ -104,18 +130,18 @@ def main() -> None:
         histories.append(render_turns(talk, tokenizer)[:LENGTH])
         for distance, fact in planted[-1].items():
             histories[-1][LENGTH - distance] = render(tokenizer, "user", fact.statement)
-    remembered = remember(model, tokenizer, histories)
+    remembered = remember(model, tokenizer, histories, memories)
     nothing = ccm.get_method("full").open(model, tokenizer)  # the question is then its only context
     for k, (facts, history) in enumerate(track(list(zip(planted, histories, strict=True)), "questions")):
-        runs = {"full": read_raw(model, tokenizer, history, "full", 16)}
-        for name in MEMORIES:
+        runs = {} if arguments.only else {"full": read_raw(model, tokenizer, history, "full", 16)}
+        for name in memories:
             runs[name] = remembered[name][k]
             held = runs[name].memory.length
-            beside = f"window of the same bytes as {name}"
             # eight turns at a time: the window sees a little more than it may hold, never less
-            runs[beside] = read_raw(model, tokenizer, history, "window", 8, sink=4, window=held - 4)
+            window = read_raw(model, tokenizer, history, "window", 8, sink=4, window=held - 4)
+            runs[window_of(name)] = window
             lengths = [len(turn.ids) for turn in reversed(history)]
-            reached[beside].append(sum(sum(lengths[: i + 1]) <= held for i in range(LENGTH)))
+            reached[window_of(name)].append(sum(sum(lengths[: i + 1]) <= held for i in range(LENGTH)))
         without = {d: answers(nothing, tokenizer, fact) for d, fact in facts.items()}
         for name, run in runs.items():
             sizes[name].append(run.kv_bytes)
@@ -132,49 +158,46 @@ def main() -> None:
 
     def over_window(name: str, distances: Sequence[int]) -> dict[str, Any]:
         """Evidence of a memory less that of its window, by conversation."""
-        beside = f"window of the same bytes as {name}"
-        pairs = [(evidence[name, d], evidence[beside, d]) for d in distances]
+        pairs = [(evidence[name, d], evidence[window_of(name), d]) for d in distances]
         each = [sum(a[i] - b[i] for a, b in pairs) / len(pairs) for i in range(len(talks))]
         return {"gain": round(sum(each) / len(each), 3), "gain_ci": interval(each), "n": len(each)}
 
-    store(
-        "reach",
-        {
-            "task": f"planted facts in {LENGTH} turns of held-out conversations",
-            "conversations": len(talks),
-            "chance": 1 / 8,
-            "methods": {
-                name: {
-                    "kv_bytes": round(sum(sizes[name]) / len(sizes[name])),
-                    "turns_held_raw": round(turns_held(name), 1) if reached[name] else None,
-                }
-                for name in names
-            },
-            "rows": [
-                {
-                    "method": name,
-                    "distance": distance,
-                    "accuracy": round(sum(right[name, distance]) / len(talks), 3),
-                    "accuracy_ci": interval(right[name, distance]),
-                    "evidence": round(sum(evidence[name, distance]) / len(talks), 3),
-                    "evidence_ci": interval(evidence[name, distance]),
-                    "n": len(talks),
-                }
-                for name in names
-                for distance in DISTANCES
-            ],
-            "gain_by_distance": [
-                {"method": name, "distance": d, **over_window(name, [d])}
-                for name in MEMORIES
-                for d in DISTANCES
-            ],
-            "gain_beyond_the_window": [
-                {"method": name, "distances": far, **over_window(name, far)}
-                for name in MEMORIES
-                for far in [[d for d in DISTANCES if d > turns_held(f"window of the same bytes as {name}")]]
-            ],
+    result = {
+        "task": f"planted facts in {LENGTH} turns of held-out conversations",
+        "conversations": len(talks),
+        "chance": 1 / 8,
+        "methods": {
+            name: {
+                "kv_bytes": round(sum(sizes[name]) / len(sizes[name])),
+                "turns_held_raw": round(turns_held(name), 1) if reached[name] else None,
+            }
+            for name in names
         },
-    )
+        "rows": [
+            {
+                "method": name,
+                "distance": distance,
+                "accuracy": round(sum(right[name, distance]) / len(talks), 3),
+                "accuracy_ci": interval(right[name, distance]),
+                "evidence": round(sum(evidence[name, distance]) / len(talks), 3),
+                "evidence_ci": interval(evidence[name, distance]),
+                "n": len(talks),
+            }
+            for name in names
+            for distance in DISTANCES
+        ],
+        "gain_by_distance": [
+            {"method": name, "distance": d, **over_window(name, [d])} for name in memories for d in DISTANCES
+        ],
+        "gain_beyond_the_window": [
+            {"method": name, "distances": far, **over_window(name, far)}
+            for name in memories
+            for far in [[d for d in DISTANCES if d > turns_held(window_of(name))]]
+        ],
+    }
+    if arguments.only:
+        result = beside(json.loads((RESULTS / "reach.json").read_text()), result)
+    store("reach", result)
 
 
 if __name__ == "__main__":

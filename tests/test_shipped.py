@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 
 import pytest
 import torch
 
 import ccm
+from ccm import cli
+from ccm.chat import render
 from ccm.data import load_chitchat
 from ccm.data.rows import held_out_rows
 from ccm.evaluation.share import parallel_nll, recovered_share, reference_nll, turn_nll
 from ccm.methods.compressed import shared_compressor
+from ccm.planning.command import plan as plan_command
+from ccm.planning.plan import plan
+from ccm.serving.build import Options
+from ccm.serving.command import serve
+from ccm.session import CHAT
 from ccm.storage.adapter_folder import SHIPPED
 
-ADAPTERS = ["ccm-concat", "ccm-merge"]
+DEFAULT = Options(store="").adapter
+ADAPTERS = ["ccm-chat", "ccm-concat", "ccm-merge"]
 
 
 @pytest.mark.parametrize("name", ccm.shipped_adapters())
@@ -74,11 +83,40 @@ def test_a_chat_recalls_what_was_folded(embedded) -> None:
     session.append("What a lovely dog! I would like to meet him.", role="assistant")
     session.append("You should come by, we go out to the lake every weekend when it is warm.")
     assert session.stats()["tokens_folded"] > 0
-    from ccm.chat import render
-
     answer = render(tokenizer, "assistant", "Biscuit loves the lake, he is such a good dog.")
     with_memory, n = turn_nll(
         session.compressor.logits([list(answer.ids)], session.memory)[0], answer.ids, answer.content
     )
     without, _ = turn_nll(session.compressor.logits([list(answer.ids)])[0], answer.ids, answer.content)
     assert with_memory / n < without / n - 0.3
+
+
+@pytest.mark.slow
+def test_the_default_of_a_chat_knows_what_its_window_has_lost(embedded) -> None:
+    """The name of a dog, twenty turns ago. The control is ccm-merge, whose few slots cannot tell."""
+    model, tokenizer = embedded
+    talk = next(talk for talk in load_chitchat("test", cap_per_user=None) if len(talk.turns) >= 20)
+    stem = render(tokenizer, "assistant", "Your dog is called x")
+    asked = list(stem.ids[: stem.content[1] - 2])
+    names = ("Max", "Bella", "Rocky", "Daisy")
+    first = [tokenizer.encode(f" {name}", add_special_tokens=False)[0] for name in names]
+    evidence = {}
+    for adapter in (DEFAULT, "ccm-merge"):
+        compressor = shared_compressor(model, adapter)
+        told = []  # a row for each name: log-probabilities of all of them
+        for name in names:
+            session = ccm.Session(compressor, tokenizer, **CHAT)
+            session.append(f"I have a dog, its name is {name}.")
+            for turn in talk.turns[:20]:
+                session.append(turn.text, role=turn.role)
+            assert session.stats()["tokens_folded"] > 100
+            session.append("What is the name of my dog?")
+            told.append(compressor.logits([asked], session.memory)[0, -1].log_softmax(-1)[first])
+        table = torch.stack(told)
+        evidence[adapter] = float(table.diag().mean() - (table.sum() - table.trace()) / 12)
+    assert evidence[DEFAULT] > 1.0 and abs(evidence["ccm-merge"]) < 0.5, evidence
+
+
+def test_every_command_has_the_same_default() -> None:
+    for command in (cli.chat, serve, plan_command, plan):
+        assert inspect.signature(command).parameters["adapter"].default == DEFAULT

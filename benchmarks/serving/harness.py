@@ -51,6 +51,8 @@ class Server:
     def __init__(self, folder: Path, threads: int, *options: str):
         self.log = folder / "server.log"
         self.command = [str(CCM), "serve", "--port", "0", "--threads", str(threads), *options]
+        if "--adapter" not in options:
+            self.command += ["--adapter", "ccm-merge"]  # of all figures in results/serving
         if "--store" not in options:
             self.command += ["--store", f"sqlite://{folder}/memories.db"]
         self.environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}

@@ -101,10 +101,10 @@ def _options(
 # ---------------------------------------------------------------------- chat
 
 
-@app.command(epilog="Example: ccm chat --adapter ccm-merge --window 64 --system 'You are a travel agent.'")
+@app.command(epilog="Example: ccm chat --window 128 --system 'You are a travel agent.'")
 def chat(
     model: Model = None,
-    adapter: Annotated[str, typer.Option(help="Shipped adapter, folder or hub id.")] = "ccm-merge",
+    adapter: Annotated[str, typer.Option(help="Shipped adapter, folder or hub id.")] = "ccm-chat",
     slots: Annotated[
         int | None, typer.Option(help="Slots per segment.", show_default="the adapter's")
     ] = None,

@@ -25,7 +25,7 @@ def plan(
     ] = None,
     adapter: Annotated[
         str, typer.Option(help="Gives rule and slots; it may be one for another model.")
-    ] = "ccm-merge",
+    ] = "ccm-chat",
     slots: Annotated[
         int | None, typer.Option(min=1, help="Slots per segment.", show_default="the adapter's")
     ] = None,

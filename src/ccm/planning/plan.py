@@ -99,7 +99,7 @@ def plan(
     load: Load,
     *,
     model: str | None = None,
-    adapter: str = "ccm-merge",
+    adapter: str = "ccm-chat",
     slots: int | None = None,
     sink: int = CHAT["sink"],
     window: int = CHAT["window"],

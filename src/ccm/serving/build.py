@@ -46,7 +46,7 @@ class Options:
 
     store: str
     model: str | None = None
-    adapter: str = "ccm-merge"
+    adapter: str = "ccm-chat"
     threads: int | None = None
     slots: int | None = None
     sink: int | None = 4

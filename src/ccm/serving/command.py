@@ -38,7 +38,7 @@ def serve(
         str | None,
         typer.Option(help="Folder or hub id of a causal language model.", show_default="embedded"),
     ] = None,
-    adapter: Annotated[str, typer.Option(help="Shipped adapter, folder or hub id.")] = "ccm-merge",
+    adapter: Annotated[str, typer.Option(help="Shipped adapter, folder or hub id.")] = "ccm-chat",
     api_keys: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Who may come in (ccm key); without it this machine alone."),
