@@ -12,7 +12,7 @@ A window of sink and recent tokens stands beside each memory, with as many KV by
 gain is the difference of their evidence on the same facts, by distance and for all facts that the window has lost.
 
     python benchmarks/reach.py
-    python benchmarks/reach.py --only ccm-chat      this memory; what is stored of the others is kept
+    python benchmarks/reach.py --only ccm-concat      this memory; what is stored of the others is kept
 """
 
 from __future__ import annotations
@@ -38,12 +38,13 @@ from ccm.session import CHAT
 
 DISTANCES = (1, 2, 4, 8, 16, 32, 64, 100)
 LENGTH = 104
-MEMORIES: dict[str, tuple[str, dict[str, int]]] = {
-    "ccm-concat": ("ccm-concat", {}),
-    "ccm-chat": ("ccm-chat", {}),
-    "chat: ccm-chat + sink + window": ("ccm-chat", dict(CHAT)),
-    "chat: ccm-concat + sink + window": ("ccm-concat", dict(CHAT)),
-    "chat: ccm-merge + sink + window": ("ccm-merge", dict(CHAT)),
+#: Name: an adapter, another rule than its own, and sizes.
+MEMORIES: dict[str, tuple[str, dict[str, str], dict[str, int]]] = {
+    "ccm-concat": ("ccm-concat", {}, {}),
+    "ccm-chat without a bound": ("ccm-chat", {"rule": "concat"}, {}),
+    "chat: ccm-chat + sink + window": ("ccm-chat", {}, dict(CHAT)),
+    "chat: ccm-concat + sink + window": ("ccm-concat", {}, dict(CHAT)),
+    "chat: ccm-merge + sink + window": ("ccm-merge", {}, dict(CHAT)),
 }
 
 
@@ -69,8 +70,8 @@ def remember(
     """Every memory after each whole history, all histories turn by turn in one batch."""
     runs: dict[str, list[Run]] = {}
     for name in names:
-        adapter, sizes = MEMORIES[name]
-        compressor = shared_compressor(model, adapter)
+        adapter, rule, sizes = MEMORIES[name]
+        compressor = shared_compressor(model, adapter, **rule)
         memory: Any = None
         for turns in track(list(zip(*histories, strict=True)), description=name):
             width = max(len(turn.ids) for turn in turns)

@@ -200,6 +200,18 @@ def test_what_may_be_changed_of_a_trained_adapter(folder):
         Compressor.from_pretrained(tiny_model(), folder, slots=3)
 
 
+def test_another_rule_leaves_the_options_of_the_first_behind(tmp_path):
+    config = CompressorConfig(slots=2, rule="bounded", rule_options={"blocks": 3})
+    Compressor(tiny_model(), config).save_pretrained(tmp_path)
+    for changes, options in (
+        ({}, {"blocks": 3}),
+        ({"rule": "bounded"}, {"blocks": 3}),
+        ({"rule": "concat"}, {}),
+        ({"rule": "ema", "rule_options": {"weight": 0.2}}, {"weight": 0.2}),
+    ):
+        assert Compressor.from_pretrained(tiny_model(), tmp_path, **changes).config.rule_options == options
+
+
 def test_an_empty_stack():
     with pytest.raises(CCMError):
         Memory.stack([])

@@ -95,6 +95,8 @@ def read(name: str | os.PathLike[str], model: PreTrainedModel, changes: dict[str
         raise ConfigError(f"adapter {name}: {folder} is incomplete or damaged ({error})") from error
     if unknown := set(changes) - set(CHANGEABLE):
         raise UnknownNameError("setting of a trained adapter", unknown.pop(), list(CHANGEABLE))
+    if changes.get("rule", config.rule) != config.rule:
+        changes = {"rule_options": {}, **changes}  # those of the adapter's own rule mean nothing to another
     config = replace(config, **changes)
     width = model.get_input_embeddings().weight.shape[1]
     trained_width = width
