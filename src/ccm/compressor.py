@@ -331,8 +331,8 @@ class Compressor(Reader):
             model: the base model it was trained for.
             name: "ccm-concat", "ccm-merge", a folder, or a hub id.
             base_adapter: a first stage in place of the adapter's own; where training on top of another one begins.
-            changes: of slots, rule, rule_options, sink and window, for instance ``window=64``. Another rule has its own
-                default options.
+            changes: of slots, rule, rule_options, sink and window, for instance ``window=64``. Another rule
+                begins with its own default options.
 
         Raises:
             ConfigError: there is no such adapter, or it is damaged.
