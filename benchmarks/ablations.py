@@ -4,7 +4,7 @@ interval.
 
 A variant resumes from its folder in ``runs/ablations``, is stored when it ends, and is then skipped: stop and
 start as you like. Intervals are over held-out rows; what other initial weights change is shown by the variant
-"seed". Slot mass is not built in (docs/decisions.md), so it has no variant.
+"seed". Slot mass was tried outside of the library, which has no place for it (docs/decisions.md).
 
     python benchmarks/ablations.py --list
     python benchmarks/ablations.py --only baseline no-recursion

@@ -125,7 +125,7 @@ def test_an_evaluation_waits_for_what_another_process_is_at(
         other.add(key, whole[key])
         claim.__exit__(None, None, None)
 
-    monkeypatch.setattr("ccm.evaluation.runner.time.sleep", wait)
+    monkeypatch.setattr("ccm.evaluation.runner.time", SimpleNamespace(sleep=wait))
     assert claim.__enter__()
     mine.run(tmp_path / "out")
     assert len(waits) == 1
