@@ -228,13 +228,13 @@ SUITES: dict[str, Suite] = {
         Suite(
             "quick",
             (
-                ("conversation", {"steps": (0, 1, 4, 8)}, 6, MAIN),
-                ("icl", {"steps": (0, 8), "inputs": 1}, 8, MAIN),
+                ("conversation", {"steps": (0, 1, 4, 8)}, 5, MAIN),
+                ("icl", {"steps": (0, 8), "inputs": 1}, 5, MAIN),
                 ("personalization", {"steps": (0, 8), "films": 2}, 3, MAIN),
                 ("squad", {"distances": (0, 3), "asked": (1,)}, 2, MAIN),
                 ("coqa", {"questions": 2}, 2, MAIN),
-                ("needles", {"steps": (2, 8), "facts": 1}, 3, MAIN),
-                ("updates", {"steps": (2, 8)}, 3, MAIN),
+                ("needles", {"steps": (2, 8), "facts": 1}, 2, MAIN),
+                ("updates", {"steps": (2, 8)}, 2, MAIN),
                 ("stream", {"tokens": 4096}, 1, MORE_STREAMS),
             ),
         ),
