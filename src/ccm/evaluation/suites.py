@@ -219,9 +219,8 @@ TUNED = (
     "streaming-llm@ccm-tasks:sink=4,window=64",
     "mean-pool",
 )
-#: For two cores and the embedded model: quick takes some twelve minutes, paper five hours, streams one and a half; in
-#: bfloat16, where the processor has units for it, less, and tuned half an hour of one core. The paper's own data are
-#: in hub, which needs a model hub.
+#: For the embedded model in float32 on two cores of 57 GFLOP/s each: quick takes a quarter of an hour, paper four
+#: hours or more, tuned two, streams one and a half. The paper's own data are in hub, which needs a model hub.
 SUITES: dict[str, Suite] = {
     suite.name: suite
     for suite in (
