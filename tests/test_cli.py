@@ -314,3 +314,5 @@ def test_a_window_plays_at_the_bytes_of_each_compressed_method() -> None:
         "window-merge": "ccm-merge",
     }
     assert [p.same_bytes_as for p in choose_players(["window"])] == [None, None, None]
+    shipped = {p.name: p for p in choose_players(["window", "ccm-chat"])}  # an adapter, not a method
+    assert shipped["window"].same_bytes_as == "ccm-chat" and shipped["ccm-chat"].method.adapter == "ccm-chat"

@@ -26,11 +26,12 @@ from transformers import PreTrainedModel
 from ..data import chitchat
 from ..data.rows import ConversationRow, held_out_rows
 from ..errors import ConfigError
-from ..methods import Method, get_method, list_methods
+from ..methods import Method, get_method
 from ..methods.compressed import Compressed
 from ..methods.streaming import StreamingRun
 from ..reader import Reader, base_name
 from .share import Nll, bootstrap_share, recovered_share, turn_nll
+from .suites import MethodSpec
 
 FIRST = 4  # index of the first target turn
 DEFAULT = ("none", "full", "window", "ccm-concat", "ccm-merge")
@@ -82,24 +83,21 @@ class Trace:
 
 
 def choose_players(names: Sequence[str]) -> list[Player]:
-    """Players by method name or adapter folder; "none" and "full" always play, the share needs them.
+    """Players by method or adapter; "none" and "full" always play, the share needs them.
 
     "window" becomes one player for each compressed one, at its KV bytes: ``window`` for the first, and
     ``window-merge`` for ``ccm-merge`` after it.
 
     Raises:
-        UnknownNameError: a name that is neither a method nor a folder with ``ccm_config.json``.
+        UnknownNameError: a name that is neither a method nor an adapter.
     """
     players = [Player(name, get_method(name)) for name in ("none", "full")]
     for name in dict.fromkeys(names):
         if name in ("none", "full", "window"):
             continue
-        if name not in list_methods() and (Path(name) / "ccm_config.json").is_file():
-            short = Path(name).name
-            taken = any(player.name == short for player in players)
-            players.append(Player(name if taken else short, Compressed(adapter=name)))
-        else:
-            players.append(Player(name, get_method(name)))
+        short = Path(name).name
+        taken = any(player.name == short for player in players)
+        players.append(Player(name if taken else short, MethodSpec(name, name).method()))
     if "window" in names:
         compressed = [player.name for player in players if isinstance(player.method, Compressed)]
         for index, name in enumerate(compressed):
