@@ -473,15 +473,6 @@ evaluation(plan({{}}, "none", "full", "streaming-llm:sink=2,window=9")).run(Path
 """
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Sums of floats depend on how many threads share them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def test_a_killed_evaluation_loses_nothing_that_was_finished(tmp_path: Path, one_thread: None) -> None:
     code = KILLED.format(tests=str(Path(__file__).parent), out=str(tmp_path / "killed"))
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)

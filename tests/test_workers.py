@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from runs import environment
 from test_evaluation import EMPTY, evaluation, no_clock, plan
 from tiny import tiny_model
@@ -33,6 +34,12 @@ def toys(limit: int) -> Evaluation:
     return evaluation(plan({}, *TEXTS, limit=limit))
 
 
+def toys_on_one_thread(limit: int) -> Evaluation:
+    """In a new process: the last digits depend on the number of threads, and other tests change it in this one."""
+    torch.set_num_threads(1)
+    return toys(limit)
+
+
 def wait_for(condition: Callable[[], Any], seconds: float = 90) -> Any:
     end = time.monotonic() + seconds
     while not (found := condition()):
@@ -47,9 +54,9 @@ def keys(folder: Path) -> list[tuple[str, str, str]]:
     return [(record["task"], record["method"], record["item"]) for record in map(json.loads, lines)]
 
 
-def test_two_processes_make_the_table_of_one(tmp_path: Path) -> None:
+def test_two_processes_make_the_table_of_one(tmp_path: Path, one_thread: None) -> None:
     alone = toys(6).run(tmp_path / "alone")
-    with Workers(2, toys, 6, tmp_path / "shared"):
+    with Workers(2, toys_on_one_thread, 6, tmp_path / "shared"):
         wait_for(lambda: len(keys(tmp_path / "shared")) == 24)
     found = keys(tmp_path / "shared")
     assert len(set(found)) == len(found) == 24, "nothing is measured twice"
