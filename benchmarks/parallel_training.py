@@ -2,15 +2,18 @@
 
 Rows have 16 segments of chitchat, of about 16 and of about 64 tokens. Both ways give the cross-entropy of the
 same tokens and the same gradient, which is checked in the run (float32). Timings are taken in turns; peak memory is
-that of a process of its own for each. The recursion reads and folds a segment in one forward pass, and goes
-through the rows of a batch in step. Leave bfloat16 out on a processor without units for it: it would take hours.
+that of a process of its own for each; on a GPU, that of torch's allocator. The recursion reads and folds a segment
+in one forward pass, and goes through the rows of a batch in step. Leave bfloat16 out on a processor without units for
+it: it would take hours.
 
     python benchmarks/parallel_training.py
     python benchmarks/parallel_training.py --dtypes float32
+    python benchmarks/parallel_training.py --device cuda
 """
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import random
 import resource
@@ -18,7 +21,7 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -33,27 +36,34 @@ from ccm.data.rows import ConversationRow, held_out_rows
 from ccm.training.recursion import parallel_losses, recurrent_losses
 
 SEGMENTS, REPEATS = 16, 5
-CASES = ((16, 1), (16, 4), (64, 1))  # tokens of a segment, rows of a batch
+CASES = {  # by device: tokens of a segment, rows of a batch
+    "cpu": ((16, 1), (16, 4), (64, 1)),
+    "cuda": ((16, 1), (16, 4), (16, 16), (64, 1), (64, 16)),
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WAYS = {"parallel": parallel_losses, "recurrent": recurrent_losses}
-TOLERANCE = 1e-3  # of the difference of gradients in float32; bfloat16 alone moves either by 0.16 in norm
+# of the difference of gradients in float32 (on a GPU without TF32, as torch has it by default, or it would be rounded
+# to 10 bits); bfloat16 alone moves either by 0.16 in norm
+TOLERANCE = 1e-3
 
 
-def load(dtype: str) -> tuple[Compressor, Any]:
+def load(dtype: str, device: str = "cpu") -> tuple[Compressor, Any]:
     """The embedded model with an adapter of the size of the shipped ones, and the tokenizer."""
-    model, tokenizer = ccm.load_default_model(dtype=DTYPES[dtype])
+    model, tokenizer = ccm.load_default_model(DTYPES[dtype], device)
     compressor = Compressor(model, CompressorConfig(slots=4, target_modules="all"))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():  # an untrained adapter changes nothing, and half of its gradient is zero
         for parameter in compressor.lora_parameters:
-            parameter.normal_(0, 0.02, generator=generator)
+            # drawn on the CPU, so that every device has the same numbers
+            parameter.copy_(torch.empty(parameter.shape).normal_(0, 0.02, generator=generator))
     return compressor, tokenizer
 
 
 def rows_of(tokenizer: Any, length: int, batch: int) -> list[ConversationRow]:
     """Rows of conversation, cut into segments of 3/4 to 5/4 of ``length`` tokens, all of which are scored."""
     held_out = held_out_rows(load_chitchat("validation"), tokenizer)
-    text = (token for row in held_out for segment in row.segments for token in segment)
+    # the largest batch takes more text than there is
+    text = cycle(token for row in held_out for segment in row.segments for token in segment)
     draw = random.Random(0)
     rows = []
     for r in range(batch):
@@ -106,15 +116,32 @@ def in_own_process(function: Callable[..., float], *arguments: Any) -> float:
         return pool.submit(function, *arguments).result()
 
 
-def seconds(compressor: Compressor, rows: list[ConversationRow], repeats: int) -> list[dict[str, float]]:
+def peak_on_gpu(compressor: Compressor, way: str, rows: list[ConversationRow]) -> float:
+    """Peak GPU memory of one step, in MB, with the model."""
+    compressor.zero_grad(set_to_none=True)
+    torch.cuda.reset_peak_memory_stats()
+    step(compressor, way, rows)
+    return torch.cuda.max_memory_allocated() / 2**20
+
+
+def now(device: str) -> float:
+    """Seconds of a clock, when all that was asked of the device is done."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def seconds(
+    compressor: Compressor, rows: list[ConversationRow], repeats: int, device: str
+) -> list[dict[str, float]]:
     """Seconds of a step each way, taken in turns."""
     times = []
     for _ in range(repeats):
         taken = {}
         for way in WAYS:
-            start = time.perf_counter()
+            start = now(device)
             step(compressor, way, rows)
-            taken[way] = time.perf_counter() - start
+            taken[way] = now(device) - start
         times.append(taken)
     return times
 
@@ -122,26 +149,37 @@ def seconds(compressor: Compressor, rows: list[ConversationRow], repeats: int) -
 def main() -> None:
     options = parser(__doc__.splitlines()[0])
     options.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="of the model")
+    options.add_argument("--device", choices=CASES, default="cpu", help="of the model")
     arguments = options.parse_args()
     torch.set_num_threads(arguments.threads)
     repeats = arguments.limit or REPEATS
-    cases = [(dtype, *case) for dtype in arguments.dtypes for case in CASES]
-    threads = arguments.threads
-    loaded = {dtype: in_own_process(peak_memory, dtype, None, 16, 1, threads) for dtype in arguments.dtypes}
-    memory = {
-        (*case, way): in_own_process(peak_memory, case[0], way, *case[1:], threads)
-        for case in cases
-        for way in WAYS
-    }
+    device, threads = arguments.device, arguments.threads
+    loaded: dict[str, float] = {}
+    memory: dict[tuple[str, int, int, str], float] = {}
+    if device == "cpu":
+        loaded = {
+            dtype: in_own_process(peak_memory, dtype, None, 16, 1, threads) for dtype in arguments.dtypes
+        }
+        memory = {
+            (dtype, *case, way): in_own_process(peak_memory, dtype, way, *case, threads)
+            for dtype in arguments.dtypes
+            for case in CASES[device]
+            for way in WAYS
+        }
     results = []
     for dtype in arguments.dtypes:
-        compressor, tokenizer = load(dtype)
-        for _, length, batch in [case for case in cases if case[0] == dtype]:
+        compressor, tokenizer = load(dtype, device)
+        if device == "cuda":
+            loaded[dtype] = torch.cuda.memory_allocated() / 2**20
+        for length, batch in CASES[device]:
             rows = rows_of(tokenizer, length, batch)
             difference = gradient_difference(compressor, rows)  # warms up, too
             if dtype == "float32" and max(difference.values()) > TOLERANCE:
                 raise RuntimeError(f"gradients differ by {difference}, more than {TOLERANCE}")
-            times = seconds(compressor, rows, repeats)
+            times = seconds(compressor, rows, repeats, device)
+            if device == "cuda":
+                for way in WAYS:
+                    memory[dtype, length, batch, way] = peak_on_gpu(compressor, way, rows)
             ratios = [taken["recurrent"] / taken["parallel"] for taken in times]
             tokens = sum(row.tokens for row in rows)
             result: dict[str, Any] = {
@@ -163,16 +201,18 @@ def main() -> None:
                     "peak_mb": round(memory[dtype, length, batch, way]),
                 }
             results.append(result)
-            print(result, flush=True)
-    store(
-        "parallel_training",
-        {
-            "task": "one step (forward and backward, cross-entropy, no teacher), chitchat text",
-            "repeats": repeats,
-            "gradient_tolerance_float32": TOLERANCE,
-            "rows": results,
-        },
-    )
+            store(  # row by row: what is cut off keeps those that it has
+                "parallel_training" if device == "cpu" else f"parallel_training_{device}",
+                {
+                    "task": "one step (forward and backward, cross-entropy, no teacher), chitchat text",
+                    "device": torch.cuda.get_device_name() if device == "cuda" else device,
+                    "repeats": repeats,
+                    "gradient_tolerance_float32": TOLERANCE,
+                    "rows": results,
+                },
+            )
+        del compressor
+        gc.collect()  # its hooks refer to each other, and the next model's memory is measured without it
 
 
 if __name__ == "__main__":

@@ -896,6 +896,7 @@ def test_a_broken_line_is_named(
         (["quick", "--tasks", "conversation,nonsense"], "unknown task of suite quick 'nonsense'"),
         (["quick", "--limit", "0"], "--limit"),
         (["quick", "--threads", "0"], "--threads"),
+        (["quick", "--device", "abacus"], "cannot put the model on device 'abacus'"),
         ([], "SUITE"),
     ],
 )

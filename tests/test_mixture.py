@@ -103,6 +103,15 @@ def test_resume_with_another_number_of_processes():
     assert take(alone, 30) == single[10:]
 
 
+def test_rows_drawn_ahead_are_the_same():
+    """Two processes draw; the stream, and where it goes on, are those of one."""
+    here = take(mixture(), 3 * POOL)
+    assert take(mixture(workers=2), 3 * POOL) == here
+    later = mixture(workers=2)
+    later.served = POOL + 3
+    assert take(later, POOL) == here[POOL + 3 : 2 * POOL + 3]
+
+
 def test_too_long_rows_are_drawn_again_or_refused():
     batches = take(Mixture([Letters(1, 50, 150)], [1], 100, 4, 0), POOL)
     assert all(row.tokens <= 100 for batch in batches for row in batch)

@@ -26,7 +26,7 @@ from ccm.data.carriers import MULTIEMO, TOPICAL_CHAT
 from ccm.data.command import app
 from ccm.data.conversation import SPLITS, Turn, split_of
 from ccm.data.frames import read_frame
-from ccm.data.icl import TEXT_TOKENS, demonstration, icl_row
+from ccm.data.icl import TEXT_TOKENS, demonstration, icl_row, other_names
 from ccm.data.jsonl import read_jsonl
 from ccm.data.lamp import load_lamp
 from ccm.data.rows import ConversationRow
@@ -364,6 +364,19 @@ def test_labels_are_balanced_and_cannot_be_counted():
         assert Counter(row[place] for row in rows)[" yes"] / 1500 == pytest.approx(0.5, abs=0.03)
     one_sided = [row[4] for row in rows if row[:4].count(" yes") == 3]
     assert one_sided.count(" yes") / len(one_sided) == pytest.approx(0.5, abs=0.06)
+
+
+def test_arbitrary_words_can_stand_for_labels():
+    """A word for each label, the same in all of a row, from another task's texts."""
+    words = tasks.Task(
+        "words", (tasks.Item("nine brown foxes", "a"), tasks.Item("hens sleep", "a")), ("a",), "none"
+    )
+    names = other_names(task(), words, random.Random(1))
+    assert set(names) == {"no", "yes"} and len(set(names.values())) == 2
+    assert set(names.values()) <= {"nine", "brown", "foxes", "hens", "sleep"}
+    row = icl_row(task(), TOKENIZER, 8, random.Random(0), names)
+    plain = icl_row(task(), TOKENIZER, 8, random.Random(0))
+    assert scored(row) == [f" {names[label.strip()]}" for label in scored(plain)]
 
 
 def test_few_items_are_used_up_and_too_few_are_refused():

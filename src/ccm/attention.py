@@ -11,7 +11,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -42,8 +42,8 @@ class StatesDone(Exception):
     """Every layer's keys and values are in the cache, and the pass was for nothing else."""
 
 
-#: Where the tokens with the adapter are in a pass: (rows, columns) in (B, Q), or the same columns of every row.
-Places = tuple[Tensor, Tensor] | slice
+#: Where the tokens with the adapter are in a pass: indices into (B Q), or the same columns of every row.
+Places: TypeAlias = Tensor | slice
 
 
 @dataclass
@@ -85,6 +85,7 @@ class ParallelPlan(Plan):
     query_tables: dict[str | None, Tables]
     pooling: Pooling | None
     chunks: Chunks | None
+    held: int  # sink tokens of the row that has most
     _by_window: dict[int | None, Tensor] = field(default_factory=dict)
     _blocks: dict[int, list[Blocks]] = field(default_factory=dict)
 
@@ -112,7 +113,7 @@ class ParallelPlan(Plan):
         slot_position = layout.sink.unsqueeze(1) + place.to(layout.sink.device)
         return cls(
             adapter=adapter,
-            gate=adapted.nonzero(as_tuple=True) if groups else None,
+            gate=adapted.flatten().nonzero().squeeze(1) if groups else None,
             layout=layout,
             rule=rule,
             mask=additive(parallel_mask(layout, rule), dtype),
@@ -123,6 +124,7 @@ class ParallelPlan(Plan):
             query_tables=rotary.tables(layout.position) if layout.windowed else {},
             pooling=pooling,
             chunks=parts,
+            held=int(layout.sink.max()),
         )
 
     def extend(
@@ -137,9 +139,8 @@ class ParallelPlan(Plan):
         states, contents = (self.rule.columns(block) for block in blocks)
         states = rotate(states, *_heads(self.slot_tables[kind])).to(key.dtype)
         contents = contents.to(value.dtype)
-        held = int(self.layout.sink.max())
-        memory = torch.cat([key[:, :, :held], states], dim=2)
-        contents = torch.cat([value[:, :, :held], contents, value], dim=2)
+        memory = torch.cat([key[:, :, : self.held], states], dim=2)
+        contents = torch.cat([value[:, :, : self.held], contents, value], dim=2)
         if not self.layout.windowed:
             return query, torch.cat([memory, key], dim=2), contents, self._mask(sliding)
         # Text and slots live in two frames: the query is held in both, each half meets the keys of its frame.

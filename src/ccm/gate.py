@@ -43,13 +43,14 @@ class LayerGate:
             places = self.places
             if places is None:
                 return
-            where = (slice(None), places) if isinstance(places, slice) else places
-            x = args[0][where].to(down.dtype)
-            delta = linear(linear(x, down) * scaling, up).to(out.dtype)
-            if isinstance(places, slice):
-                out[where].add_(delta)
-            else:  # index_put_ of (row, column) pairs takes three times as long, or more
-                out.view(-1, out.shape[-1]).index_add_(0, places[0] * out.shape[1] + places[1], delta)
+            # (row, column) pairs would take three times as long, or more, forward and backward
+            flat = isinstance(places, Tensor)
+            x = args[0].flatten(0, 1).index_select(0, places) if flat else args[0][:, places]
+            delta = linear(linear(x.to(down.dtype), down) * scaling, up).to(out.dtype)
+            if flat:
+                out.view(-1, out.shape[-1]).index_add_(0, places, delta)
+            else:
+                out[:, places].add_(delta)
 
         return add
 

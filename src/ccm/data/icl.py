@@ -7,13 +7,14 @@ A segment is one demonstration, ``text``, a new line, ``Label: …`` and a new l
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import DataError
 from .conversation import check_split
 from .rows import ConversationRow, answers
-from .sources import HeldOut, Source, numbers, register_source
+from .sources import HeldOut, Source, numbers, register_source, share
 from .tasks import ARCHIVES, TEST_TASKS, TRAIN_TASKS, Task, load_task
 
 #: Longer texts are cut to so many tokens.
@@ -31,8 +32,14 @@ def demonstration(tokenizer: Any, text: str, label: str) -> tuple[tuple[int, ...
     return (*head, *answer, *encode("\n")), (len(head), len(head) + len(answer))
 
 
-def icl_row(task: Task, tokenizer: Any, demonstrations: int, rng: random.Random) -> ConversationRow:
-    """``demonstrations`` items of a task and one more, without an item twice.
+def icl_row(
+    task: Task,
+    tokenizer: Any,
+    demonstrations: int,
+    rng: random.Random,
+    names: Mapping[str, str] | None = None,
+) -> ConversationRow:
+    """``demonstrations`` items of a task and one more, without an item twice; ``names`` are written for its labels.
 
     At every place each label is as likely as any other, whatever came before: labels are balanced in the order of
     appearance, and nothing can be learned from counting them. (Only a label without unused items drops out.)
@@ -53,10 +60,25 @@ def icl_row(task: Task, tokenizer: Any, demonstrations: int, rng: random.Random)
             pass
         used.add(item)
         left[label] -= 1
-        ids, columns = demonstration(tokenizer, item[1], label)
+        ids, columns = demonstration(tokenizer, item[1], names[label] if names else label)
         segments.append(ids)
         content.append(columns)
     return ConversationRow(task.name, tuple(segments), tuple(content), answers(content))
+
+
+def other_names(task: Task, words: Task, rng: random.Random) -> dict[str, str]:
+    """A word for each label of a task, from the texts of another one.
+
+    A model that knows a task by its texts knows its labels as well, and needs no memory of them. These it can only
+    have from the demonstrations.
+    """
+    names: dict[str, str] = {}
+    for label in task.options:
+        found: set[str] = set()
+        while not found:
+            found = set(re.findall(r"[a-z]{4,10}", rng.choice(words.items).text)) - set(names.values())
+        names[label] = rng.choice(sorted(found))
+    return names
 
 
 @register_source
@@ -67,6 +89,7 @@ class InContextLearning(Source):
 
     Args:
         demonstrations: before the item that ends a row; training rows draw one of these, held-out rows have the most.
+        relabel: share of the training rows in which arbitrary words stand for the labels.
     """
 
     name, title = (
@@ -78,13 +101,19 @@ class InContextLearning(Source):
     origin = ", ".join(str(archive) for archive in ARCHIVES)
     archives = ARCHIVES
 
-    def __init__(self, tokenizer: Any, demonstrations: int | Sequence[int] = (4, 8, 16)):
+    def __init__(
+        self, tokenizer: Any, demonstrations: int | Sequence[int] = (4, 8, 16), relabel: float = 0.0
+    ):
         super().__init__(tokenizer)
         self.demonstrations = numbers("demonstrations", demonstrations, 1)
+        self.relabel = share("relabel", relabel)
 
     def draw(self, rng: random.Random) -> ConversationRow:
         task = load_task(rng.choice(TRAIN_TASKS), "train")
-        return icl_row(task, self.tokenizer, rng.choice(self.demonstrations), rng)
+        names = None
+        if self.relabel and rng.random() < self.relabel:
+            names = other_names(task, load_task(rng.choice(TRAIN_TASKS), "train"), rng)
+        return icl_row(task, self.tokenizer, rng.choice(self.demonstrations), rng, names)
 
     def held_out(self, split: HeldOut, limit: int) -> list[ConversationRow]:
         check_split(split)

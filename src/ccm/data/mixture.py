@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from itertools import count
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset
 
 from ..errors import ConfigError
 from .rows import ConversationRow
@@ -30,6 +34,8 @@ class Mixture:
         max_rows: most rows of a batch.
         seed: of everything that is drawn.
         rank, world: which process this is, of how many.
+        workers: processes that draw rows ahead of time, so that an accelerator need not wait for them; 0 draws them
+            here. The batches are the same.
 
     Attributes:
         served: batches that all processes together have taken from the stream; it may be set, also to what a run
@@ -49,6 +55,7 @@ class Mixture:
         seed: int,
         rank: int = 0,
         world: int = 1,
+        workers: int = 0,
     ):
         if not sources or len(sources) != len(weights):
             raise ConfigError(
@@ -64,10 +71,11 @@ class Mixture:
             raise ConfigError(f"rank is {rank} of {world}: expected 0 to {world - 1}")
         self.sources, self.weights = tuple(sources), tuple(weights)
         self.tokens_per_batch, self.max_rows, self.seed = tokens_per_batch, max_rows, seed
-        self.rank, self.world = rank, world
+        self.rank, self.world, self.workers = rank, world, workers
         self.served = 0
         self._number = -1
         self._batches: list[list[ConversationRow]] = []
+        self._pools: Iterator[list[list[ConversationRow]]] = iter(())
 
     def __iter__(self) -> Iterator[list[ConversationRow]]:
         return self
@@ -75,11 +83,28 @@ class Mixture:
     def __next__(self) -> list[ConversationRow]:
         number, place = divmod(self.served + self.rank, POOL)
         if number != self._number:
-            self._batches, self._number = self._pool(number), number
+            if number != self._number + 1 or self._number < 0:
+                self._pools = self._from(number)
+            self._batches, self._number = next(self._pools), number
         self.served += self.world
         return self._batches[place]
 
-    def _pool(self, number: int) -> list[list[ConversationRow]]:
+    def _from(self, number: int) -> Iterator[list[list[ConversationRow]]]:
+        """Pools from ``number`` on."""
+        if not self.workers:
+            return map(self.pool, count(number))
+        bare = Mixture(self.sources, self.weights, self.tokens_per_batch, self.max_rows, self.seed)
+        loader: DataLoader[Any] = DataLoader(
+            _Pools(bare),
+            sampler=count(number),
+            batch_size=None,
+            num_workers=self.workers,
+            collate_fn=list,
+            multiprocessing_context="spawn",  # a fork of a process with threads may hang
+        )
+        return iter(loader)
+
+    def pool(self, number: int) -> list[list[ConversationRow]]:
         """Pool ``number``: as many rows as fill exactly ``POOL`` batches, cut by length, in a random order."""
         rng = random.Random(f"{self.seed}-{number}")
         rows: list[ConversationRow] = []
@@ -102,6 +127,16 @@ class Mixture:
             f"rows of source {source.name} are too long: {TRIES} of them had more than {self.tokens_per_batch} "
             f"tokens, the last one {row.tokens}; set tokens_per_batch higher or give the source shorter rows"
         )
+
+
+class _Pools(Dataset[list[list[ConversationRow]]]):
+    """The pools of a mixture by number, for a loader."""
+
+    def __init__(self, mixture: Mixture):
+        self.mixture = mixture
+
+    def __getitem__(self, number: int) -> list[list[ConversationRow]]:
+        return self.mixture.pool(number)
 
 
 def cut(rows: Sequence[ConversationRow], tokens: int, most: int) -> list[list[ConversationRow]]:

@@ -32,6 +32,7 @@ class Options:
     adapter: str | None
     first_stage: str | None
     dtype: str | None
+    device: str | None
     threads: int | None
 
     def chosen(self) -> tuple[Suite, list[Plan]]:
@@ -57,7 +58,8 @@ def prepare(options: Options) -> Evaluation:
     suite, plans = options.chosen()
     if options.threads:
         torch.set_num_threads(options.threads)
-    model, tokenizer = load_model(options.model, getattr(torch, options.dtype) if options.dtype else None)
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    model, tokenizer = load_model(options.model, dtype, options.device)
     if first_stage := options.first_stage or suite.first_stage:
         base_stage.attach(model, adapter_folder.first_stage(first_stage))
         base_stage.merge(model)
@@ -108,6 +110,9 @@ def evaluate(
             show_default="the checkpoint's",
         ),
     ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Where the model runs, such as cuda.", show_default="cpu")
+    ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Items of each task.", show_default="the suite's")
     ] = None,
@@ -142,7 +147,7 @@ def evaluate(
     from .suites import parse_method, split_methods
 
     named = tuple(split_methods(methods or ""))
-    options = Options(suite, named, _names(tasks), limit, model, adapter, first_stage, dtype, threads)
+    options = Options(suite, named, _names(tasks), limit, model, adapter, first_stage, dtype, device, threads)
     chosen, plans = options.chosen()
     for text in {text for plan in plans for text in plan.methods}:
         parse_method(text).method()  # a wrong name shows before anything is loaded

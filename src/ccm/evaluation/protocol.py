@@ -316,8 +316,9 @@ class _EndOfAnswer(StoppingCriteria):
         self.first = 0.0
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        last = int(input_ids[0, -1])  # waits for the device
         self.first = self.first or time.perf_counter()
-        over = int(input_ids[0, -1]) in self.ends or "\n" in self._text(input_ids[0]).lstrip()
+        over = last in self.ends or "\n" in self._text(input_ids[0]).lstrip()
         return torch.full((len(input_ids),), over, device=input_ids.device)
 
     def answer(self, ids: Tensor) -> str:

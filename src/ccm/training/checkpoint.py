@@ -46,7 +46,8 @@ def load(folder: Path, config: TrainConfig, fingerprint: str) -> dict[str, Any] 
     if not path.exists():
         return None
     try:
-        state = torch.load(path, weights_only=True)
+        # the optimizer puts its state on the device of this run, which may be another one
+        state = torch.load(path, weights_only=True, map_location="cpu")
         known = state.get("format") == FORMAT
     except (OSError, RuntimeError, EOFError, AttributeError, pickle.UnpicklingError) as error:
         raise ConfigError(

@@ -16,7 +16,7 @@ PARALLEL = ("ddp", "fsdp2")
 
 #: What may differ when a run goes on: it changes how long and where the run is made, not what is learned.
 FREE = {"steps", "minutes", "save_every", "eval_every", "model", "tensorboard", "push_to_hub", "require"}
-FREE |= {"parallel", "compile", "gradient_checkpointing"}
+FREE |= {"parallel", "compile", "gradient_checkpointing", "data_workers"}
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class TrainConfig:
         rows: most rows per forward pass.
         tokens_per_batch: most tokens per forward pass, padding counted.
         accumulate: forward passes per step and process.
+        data_workers: processes beside each one that draw rows ahead of time; 0 draws them in between.
         lr: peak learning rate, reached after ``warmup`` steps, then cosine down to a tenth.
         weight_decay: of AdamW.
         eval_every: steps between evaluations on held-out rows.
@@ -86,6 +87,7 @@ class TrainConfig:
     rows: int = 4
     tokens_per_batch: int = 4096
     accumulate: int = 1
+    data_workers: int = 0
     lr: float = 2e-3
     warmup: int = 20
     weight_decay: float = 0.0
@@ -118,7 +120,9 @@ class TrainConfig:
             ),
             1,
         )
-        least |= dict.fromkeys(("minutes", "weight_decay", "recall_weight", "reconstruction"), 0)
+        least |= dict.fromkeys(
+            ("minutes", "data_workers", "weight_decay", "recall_weight", "reconstruction"), 0
+        )
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ConfigError(f"TrainConfig.{name}: got {getattr(self, name)}, expected at least {low}")

@@ -25,15 +25,17 @@ from .targets import Row, find_targets
 #: Rows -> last hidden states (B, Q, d) and the columns of every segment.
 Run = Callable[[Sequence[Row]], tuple[Tensor, Sequence[Sequence[tuple[int, int]]]]]
 
-BATCH = 4
+#: Rows of a pass, on a processor and on an accelerator.
+BATCH, BATCH_THERE = 4, 32
 
 
 @torch.no_grad()
-def mean_nll(rows: Sequence[Row], run: Run, head: Any) -> float:
-    """Negative log-likelihood, nats per scored token."""
+def mean_nll(rows: Sequence[Row], run: Run, head: Any, device: torch.device) -> float:
+    """Negative log-likelihood, nats per scored token, of a model on a device."""
     total, count = 0.0, 0
-    for k in range(0, len(rows), BATCH):
-        part = rows[k : k + BATCH]
+    batch = BATCH if device.type == "cpu" else BATCH_THERE
+    for k in range(0, len(rows), batch):
+        part = rows[k : k + batch]
         hidden, spans = run(part)
         for targets in find_targets(part, spans).values():
             if len(targets):
@@ -76,7 +78,8 @@ class HeldOut:
         report: dict[str, float] = {}
         for figure, sizes in self.budgets.items():
             run = _runner(compressor, **sizes)
-            nll = {name: mean_nll(rows, run, compressor.head) for name, rows in self.rows.items()}
+            head, device = compressor.head, compressor.model.device
+            nll = {name: mean_nll(rows, run, head, device) for name, rows in self.rows.items()}
             if not sizes:
                 mean = sum(self.weights[name] * value for name, value in nll.items())
                 report["perplexity"] = round(math.exp(mean), 3)
@@ -89,7 +92,11 @@ class HeldOut:
         """NLL without context and with the whole of it."""
         run, rows = _runner(compressor), self.rows[name]
         alone = [row.part(i, i + 1) for row in rows for i in range(len(row.segments)) if any(row.roles[i])]
-        return mean_nll(alone, run, compressor.head), mean_nll([r.flat() for r in rows], run, compressor.head)
+        none, full = (
+            mean_nll(part, run, compressor.head, compressor.model.device)
+            for part in (alone, [row.flat() for row in rows])
+        )
+        return none, full
 
     def _share(self, nll: dict[str, float]) -> float:
         none, full, own = (

@@ -36,7 +36,14 @@ def training_rows(config: TrainConfig, sources: dict[str, Source], rank: int, wo
     """The mixture of a run; together the processes see every batch once."""
     weights = [config.weights[name] for name in sources]
     return Mixture(
-        list(sources.values()), weights, config.tokens_per_batch, config.rows, config.seed, rank, world
+        list(sources.values()),
+        weights,
+        config.tokens_per_batch,
+        config.rows,
+        config.seed,
+        rank,
+        world,
+        config.data_workers,
     )
 
 

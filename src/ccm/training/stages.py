@@ -214,7 +214,8 @@ class BaseStage(Stage):
 
     def evaluate(self) -> dict[str, float]:
         nll = sum(
-            self.weights[name] * mean_nll(rows, self._run, self._head) for name, rows in self.held_out.items()
+            self.weights[name] * mean_nll(rows, self._run, self._head, self.model.device)
+            for name, rows in self.held_out.items()
         )
         return {"perplexity": round(math.exp(nll), 3), "log_likelihood": round(-nll, 5)}
 
