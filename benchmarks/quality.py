@@ -28,13 +28,11 @@ from ccm.session import CHAT
 
 FIRST = 4
 MEMORIES: dict[str, tuple[str, dict[str, int]]] = {
-    "ccm-concat, 4 slots a turn": ("ccm-concat", {}),
-    "ccm-chat, 4 slots a turn": ("ccm-chat", {}),
+    "ccm-chat, 4 slots a turn": ("ccm-chat", {}),  # ccm-concat has the same weights
     "ccm-chat, 2 slots a turn": ("ccm-chat", {"slots": 2}),
     "ccm-merge, 16 slots": ("ccm-merge", {}),
     "ccm-merge, 8 slots": ("ccm-merge", {"slots": 8}),
     "chat: ccm-merge, 16 slots + sink + window": ("ccm-merge", dict(CHAT)),
-    "chat: ccm-concat, 4 slots a turn + sink + window": ("ccm-concat", {"sink": 4, "window": 32}),
     "chat: ccm-chat, 4 slots a turn + sink + window": ("ccm-chat", {"sink": 4, "window": 32}),
 }
 

@@ -41,9 +41,7 @@ LENGTH = 104
 #: Name: an adapter, another rule than its own, and sizes.
 MEMORIES: dict[str, tuple[str, dict[str, str], dict[str, int]]] = {
     "ccm-concat": ("ccm-concat", {}, {}),
-    "ccm-chat without a bound": ("ccm-chat", {"rule": "concat"}, {}),
     "chat: ccm-chat + sink + window": ("ccm-chat", {}, dict(CHAT)),
-    "chat: ccm-concat + sink + window": ("ccm-concat", {}, dict(CHAT)),
     "chat: ccm-merge + sink + window": ("ccm-merge", {}, dict(CHAT)),
 }
 

@@ -164,7 +164,7 @@ def test_a_plain_causal_mask_breaks_it(family, backend, rule, monkeypatch):
 
     def causal(layout, rule):
         batch, width = layout.segment.shape
-        states = rule.column_states(*layout.comp_index.shape[1:])[0].numel()
+        states = rule.placed(*layout.comp_index.shape[1:]).place.numel()
         text = torch.ones(batch, 1, width, width, dtype=torch.bool).tril()
         return torch.cat([text.new_zeros(batch, 1, width, states), text], dim=-1)
 

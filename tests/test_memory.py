@@ -72,12 +72,19 @@ def test_rules_by_hand(name, options, expected):
 def test_columns_of_the_parallel_pass_are_the_states(name, options, expected):
     rule = get_rule(name, **options)
     columns = rule.columns(torch.stack(FOUR, 2)).flatten().tolist()
-    made, place = rule.column_states(len(FOUR), 2)
-    assert len(columns) == len(made) == len(place)
+    first, last, place = rule.placed(len(FOUR), 2)
+    assert len(columns) == len(first) == len(last) == len(place)
     for step, state in enumerate(expected, 1):
-        seen = (made <= step) if rule.append_only else (made == step)
+        seen = (first <= step) & (step <= last)
         assert [c for c, s in zip(columns, seen.tolist(), strict=True) if s] == pytest.approx(state)
         assert place[seen].tolist() == list(range(len(state)))
+
+
+@pytest.mark.parametrize("overflow", ["merge", "drop"])
+def test_a_bounded_memory_with_room_takes_the_columns_of_concat(overflow):
+    bounded, concat = get_rule("bounded", blocks=4, overflow=overflow), get_rule("concat")
+    assert torch.equal(bounded.columns(torch.stack(FOUR, 2)), concat.columns(torch.stack(FOUR, 2)))
+    assert len(bounded.placed(4, 2).place) == 8 and len(bounded.placed(6, 2).place) == 8 + 2 * 8
 
 
 def test_sizes_do_not_grow_unless_they_should():

@@ -178,6 +178,17 @@ def test_the_page_says_what_is_missing_and_how_it_was_made(written: Path) -> Non
         assert said in page
 
 
+def test_other_weights_of_the_same_name_are_told(tmp_path: Path) -> None:
+    """An adapter that was trained on between two suites; the control has the same weights in both."""
+    old, new = (made_up(suite, ("none", "full", "ccm-concat"), ("icl",)) for suite in ("old", "quick"))
+    results = [read(stored(tmp_path, content, f"{content['suite']}.json")) for content in (old, new)]
+    assert "other weights" not in build(results)[0]
+    old["adapters"] |= {"ccm-concat": "f1b6.a015-0000"}
+    page, _ = build([read(stored(tmp_path, old, "old.json")), results[1]])
+    assert page.count("Not the adapters of suite `quick`, but other weights: `ccm-concat`.") == 1
+    assert page.count("Not the adapters of suite `old`, but other weights: `ccm-concat`.") == 1
+
+
 def test_the_same_rows_give_the_same_bytes(written: Path, results: Results) -> None:
     rows = tuple(row for row in results.rows if row.method in ("none", "full", "ccm-merge", STREAMED[1]))
     some = Results("quick", tuple(row for row in rows if row.task in ("icl", "stream")))

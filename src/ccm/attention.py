@@ -109,7 +109,7 @@ class ParallelPlan(Plan):
             start, stop = layout.comp_index.flatten(1), layout.chunk_stop.flatten(1)
             parts = chunks(start, stop, layout.segment.shape[1])
         adapted = layout.adapted if conditional else layout.segment >= 0
-        place = rule.column_states(groups, n)[1] if groups else torch.empty(0, dtype=torch.long)
+        place = rule.placed(groups, n).place if groups else torch.empty(0, dtype=torch.long)
         slot_position = layout.sink.unsqueeze(1) + place.to(layout.sink.device)
         return cls(
             adapter=adapter,

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -21,6 +22,23 @@ from transformers import PreTrainedModel
 
 from .attention import PLAN, Places, Plan
 from .errors import ConfigError
+
+
+class _AddRows(torch.autograd.Function):
+    """out[places] += delta, in place, for out (B, Q, d) as rows of a matrix; as an operation on a view of it, its
+    gradient would be copied four times."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, delta: Tensor, places: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(places)
+        out.flatten(0, 1).index_add_(0, places, delta)
+        ctx.mark_dirty(out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (places,) = ctx.saved_tensors
+        return grad, grad.flatten(0, 1).index_select(0, places), None
 
 
 class LayerGate:
@@ -48,7 +66,7 @@ class LayerGate:
             x = args[0].flatten(0, 1).index_select(0, places) if flat else args[0][:, places]
             delta = linear(linear(x.to(down.dtype), down) * scaling, up).to(out.dtype)
             if flat:
-                out.view(-1, out.shape[-1]).index_add_(0, places, delta)
+                _AddRows.apply(out, delta, places)
             else:
                 out[:, places].add_(delta)
 

@@ -7,7 +7,8 @@ reach it position-free (un-rotated), so that what it averages is in one phase.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,12 +16,27 @@ from torch import Tensor
 from .errors import ConfigError, UnknownNameError
 
 
+class Columns(NamedTuple):
+    """The columns that the states of a memory take in the parallel pass, S of them.
+
+    Attributes:
+        first, last: (S,) fewest and most folds of the states that a column is in.
+        place: (S,) among the slots of these states.
+    """
+
+    first: Tensor
+    last: Tensor
+    place: Tensor
+
+
 class Rule(ABC):
-    """Base of all rules. A subclass gives ``name``, :meth:`update` and :meth:`size`."""
+    """Base of all rules. A subclass gives ``name``, :meth:`update` and :meth:`size`.
+
+    For the parallel pass every state of the memory gets columns of its own (:meth:`columns`, :meth:`placed`). A
+    subclass may give both anew, with the same states in fewer columns or in fewer steps.
+    """
 
     name = ""
-    #: Whether a slot, once made, never changes or moves: then the parallel pass needs one column for it.
-    append_only = False
     #: Segments after which information is dropped rather than folded (None: never).
     drops_after: int | None = None
 
@@ -33,34 +49,41 @@ class Rule(ABC):
         return n if steps else 0
 
     def columns(self, blocks: Tensor) -> Tensor:
-        """Every state of the memory side by side, for the parallel pass: (B, H, G, n, D) -> (B, H, S, D)."""
-        if self.append_only:
-            return blocks.flatten(2, 3)
+        """The states of the memory side by side: (B, H, G, n, D) -> (B, H, S, D)."""
         states = [blocks[:, :, 0]]
         for g in range(1, blocks.shape[2]):
             states.append(self.update(states[-1], blocks[:, :, g], g + 1))
         return torch.cat(states, dim=2)
 
-    def column_states(self, groups: int, n: int) -> tuple[Tensor, Tensor]:
-        """For each column: the number of folds that made it, and its place among the slots. Both (S,)."""
-        if self.append_only:
-            return torch.arange(1, groups + 1).repeat_interleave(n), torch.arange(groups * n)
-        sizes = [self.size(g + 1, n) for g in range(groups)]
-        states = [torch.full((size,), g + 1) for g, size in enumerate(sizes)]
-        return torch.cat(states), torch.cat([torch.arange(size) for size in sizes])
+    def placed(self, groups: int, n: int) -> Columns:
+        """Which states each column is in, and where."""
+        return self._states(range(1, groups + 1), n)
+
+    def _states(self, steps: Sequence[int], n: int) -> Columns:
+        sizes = [self.size(step, n) for step in steps]
+        state = torch.tensor(steps, dtype=torch.long).repeat_interleave(torch.tensor(sizes, dtype=torch.long))
+        place = [torch.arange(size) for size in sizes]
+        return Columns(state, state, torch.cat(place) if place else state)
 
 
 class Concat(Rule):
     """CCM-concat: Mem(t) = [Mem(t-1); h(t)] (paper, section 3.1). Grows by n slots a step."""
 
     name = "concat"
-    append_only = True
 
     def update(self, slots: Tensor, block: Tensor, step: int) -> Tensor:
         return torch.cat([slots, block], dim=-2)
 
     def size(self, steps: int, n: int) -> int:
         return steps * n
+
+    def columns(self, blocks: Tensor) -> Tensor:
+        """A slot never changes and never moves: one column is in all states from its own on."""
+        return blocks.flatten(2, 3)
+
+    def placed(self, groups: int, n: int) -> Columns:
+        made = torch.arange(1, groups + 1).repeat_interleave(n)
+        return Columns(made, torch.full_like(made, groups), torch.arange(groups * n))
 
 
 class Mean(Rule):
@@ -72,9 +95,8 @@ class Mean(Rule):
         return block if step == 1 else slots + (block - slots) / step
 
     def columns(self, blocks: Tensor) -> Tensor:
-        """All means at once: an accelerator would wait for its host between one update and the next."""
-        count = torch.arange(1, blocks.shape[2] + 1, device=blocks.device)
-        return (blocks.cumsum(2) / count.view(-1, 1, 1)).flatten(2, 3)
+        """All at once: an accelerator would wait for its host between one update and the next."""
+        return _means(blocks).flatten(2, 3)
 
 
 class EMA(Rule):
@@ -129,6 +151,29 @@ class Bounded(Rule):
 
     def size(self, steps: int, n: int) -> int:
         return min(steps, self.blocks) * n
+
+    def columns(self, blocks: Tensor) -> Tensor:
+        """As long as there is room it is concat; after that every state moves all of its slots."""
+        groups = blocks.shape[2]
+        pool = torch.cat([_means(blocks), blocks], dim=2) if groups > self.blocks else blocks
+        chosen = list(range(min(groups, self.blocks)))
+        if groups > self.blocks:
+            chosen = [groups + g for g in chosen]
+        for gone in range(1, groups - self.blocks + 1):  # blocks that have no place of their own any more
+            oldest = gone if self.overflow == "merge" else groups + gone
+            chosen += [oldest, *range(groups + gone + 1, groups + gone + self.blocks)]
+        return pool.index_select(2, torch.tensor(chosen, device=blocks.device)).flatten(2, 3)
+
+    def placed(self, groups: int, n: int) -> Columns:
+        room = Concat().placed(min(groups, self.blocks), n)
+        full = self._states(range(self.blocks + 1, groups + 1), n)
+        return Columns(*(torch.cat(part) for part in zip(room, full, strict=True)))
+
+
+def _means(blocks: Tensor) -> Tensor:
+    """Of the first 1, 2, ... blocks: (B, H, G, n, D) -> the same shape."""
+    count = torch.arange(1, blocks.shape[2] + 1, device=blocks.device)
+    return blocks.cumsum(2) / count.view(-1, 1, 1)
 
 
 RULES: dict[str, type[Rule]] = {rule.name: rule for rule in (Concat, Mean, EMA, Replace, Bounded)}

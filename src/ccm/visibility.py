@@ -51,9 +51,8 @@ def parallel_mask(layout: Layout, rule: Rule) -> Tensor:
     if groups:
         sink_column = torch.arange(int(layout.sink.max()), device=device) < layout.sink.view(-1, 1, 1)
         parts.append((seen > 0) & sink_column)
-        state, _ = rule.column_states(groups, n)
-        state = state.to(device)
-        parts.append(seen >= state if rule.append_only else seen == state)
+        first, last, _ = (part.to(device) for part in rule.placed(groups, n))
+        parts.append((first <= seen) & (seen <= last))
     parts = [part.expand(batch, width, -1) for part in parts]
     return torch.cat([*parts, visible], dim=-1).unsqueeze(1)
 

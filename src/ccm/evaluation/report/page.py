@@ -63,15 +63,29 @@ def build(results: Sequence[Results]) -> tuple[str, dict[str, bytes]]:
     for result in results:
         drawn = draw(result, methods)
         figures.update(drawn)
-        parts += _suite(result, list(drawn))
+        parts += _suite(result, list(drawn), _other_versions(result, results))
     return "\n\n".join(parts) + "\n", figures
 
 
-def _suite(results: Results, figures: Sequence[str]) -> list[str]:
+def _other_versions(results: Results, others: Sequence[Results]) -> list[str]:
+    """A line for every suite that has adapters of these names with other weights."""
+    lines = []
+    own = results.about.get("adapters", {})
+    for other in others:
+        theirs = other.about.get("adapters", {})
+        names = [f"`{name}`" for name in own if name in theirs and theirs[name] != own[name]]
+        if names:
+            lines.append(
+                f"- Not the adapters of suite `{other.suite}`, but other weights: {', '.join(names)}."
+            )
+    return lines
+
+
+def _suite(results: Results, figures: Sequence[str], remarks: Sequence[str]) -> list[str]:
     name = results.suite
     plain = [task for task in results.tasks if not is_stream(results, task) and metrics_of(results, task)]
     streams = [task for task in results.tasks if is_stream(results, task)]
-    parts = [f"## Suite `{name}`", "### At a glance", glance(results), *_notes(results)]
+    parts = [f"## Suite `{name}`", "### At a glance", glance(results), *_notes(results, remarks)]
     parts += _claims(results)
     parts += [_picture(figure) for figure in figures if figure.startswith(("steps-", "pareto-"))]
     for task in plain:
@@ -93,8 +107,11 @@ def _picture(file: str) -> str:
     return f"![{file.removesuffix('.png').replace('-', ', ', 1)}]({FIGURES}/{file})"
 
 
-def _notes(results: Results) -> list[str]:
-    lines = [f"- `{method}` has no rows: {reason}." for method, reason in results.skipped.items()]
+def _notes(results: Results, remarks: Sequence[str]) -> list[str]:
+    lines = [
+        *remarks,
+        *(f"- `{method}` has no rows: {reason}." for method, reason in results.skipped.items()),
+    ]
     told = results.warnings or [
         f"{task}: {method} changed nothing: its scores are those without any context"
         for method, task in results.no_effect()
