@@ -317,9 +317,14 @@ def wait_for_log(process: subprocess.Popen, out: Path, lines: int) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_ctrl_c_and_sigterm_save(number: int, code: int, logs: Path, tmp_path: Path) -> None:
-    recipe = runs.write_recipe(tmp_path, logs, steps=100_000, save_every=100_000, eval_every=100_000)
+@pytest.mark.parametrize(
+    ("number", "code", "workers"),
+    [(signal.SIGINT, 130, 0), (signal.SIGTERM, 143, 0), (signal.SIGINT, 130, 1)],
+)
+def test_ctrl_c_and_sigterm_save(number: int, code: int, workers: int, logs: Path, tmp_path: Path) -> None:
+    """A terminal sends Ctrl-C to all processes, those that draw rows included."""
+    endless = {"steps": 100_000, "save_every": 100_000, "eval_every": 100_000}
+    recipe = runs.write_recipe(tmp_path, logs, **endless, data_workers=workers)
     out = tmp_path / "out"
     process = subprocess.Popen(
         runs.command(recipe, out),
@@ -327,9 +332,10 @@ def test_ctrl_c_and_sigterm_save(number: int, code: int, logs: Path, tmp_path: P
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     wait_for_log(process, out, 5)
-    process.send_signal(number)
+    os.killpg(process.pid, number)
     shown, errors = process.communicate(timeout=60)
     assert process.returncode == code, errors
     saved = torch.load(out / "checkpoint.pt", weights_only=True)["counters"][0]

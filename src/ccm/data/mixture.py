@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 from collections.abc import Iterator, Sequence
 from itertools import count
 from typing import Any
@@ -100,6 +101,7 @@ class Mixture:
             batch_size=None,
             num_workers=self.workers,
             collate_fn=list,
+            worker_init_fn=_deaf,
             multiprocessing_context="spawn",  # a fork of a process with threads may hang
         )
         return iter(loader)
@@ -137,6 +139,11 @@ class _Pools(Dataset[list[list[ConversationRow]]]):
 
     def __getitem__(self, number: int) -> list[list[ConversationRow]]:
         return self.mixture.pool(number)
+
+
+def _deaf(worker: int) -> None:
+    """A terminal sends Ctrl-C to all processes: the run at hand still takes rows then, and ends the others."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def cut(rows: Sequence[ConversationRow], tokens: int, most: int) -> list[list[ConversationRow]]:
