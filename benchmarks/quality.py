@@ -33,7 +33,7 @@ MEMORIES: dict[str, tuple[str, dict[str, int]]] = {
     "ccm-merge, 16 slots": ("ccm-merge", {}),
     "ccm-merge, 8 slots": ("ccm-merge", {"slots": 8}),
     "chat: ccm-merge, 16 slots + sink + window": ("ccm-merge", dict(CHAT)),
-    "chat: ccm-chat, 4 slots a turn + sink + window": ("ccm-chat", {"sink": 4, "window": 32}),
+    "chat: ccm-chat, 4 slots a turn + sink + window": ("ccm-chat", dict(CHAT)),
 }
 
 

@@ -43,6 +43,11 @@ def test_an_adapter_is_complete_and_small(name: str) -> None:
     assert {"config", "versions", "report"} <= record.keys()
 
 
+def test_the_chat_adapter_and_the_one_that_keeps_all_are_the_same_weights() -> None:
+    for file in ("adapter_model.safetensors", "comp_embeddings.safetensors"):
+        assert (SHIPPED / "ccm-chat" / file).read_bytes() == (SHIPPED / "ccm-concat" / file).read_bytes()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_parallel_equals_recurrent_with_trained_weights(name: str, embedded) -> None:

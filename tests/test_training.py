@@ -319,10 +319,10 @@ def wait_for_log(process: subprocess.Popen, out: Path, lines: int) -> None:
 
 @pytest.mark.parametrize(
     ("number", "code", "workers"),
-    [(signal.SIGINT, 130, 0), (signal.SIGTERM, 143, 0), (signal.SIGINT, 130, 1)],
+    [(signal.SIGINT, 130, 0), (signal.SIGTERM, 143, 0), (signal.SIGINT, 130, 1), (signal.SIGTERM, 143, 1)],
 )
 def test_ctrl_c_and_sigterm_save(number: int, code: int, workers: int, logs: Path, tmp_path: Path) -> None:
-    """A terminal sends Ctrl-C to all processes, those that draw rows included."""
+    """Terminals and schedulers stop all processes, those that draw rows included."""
     endless = {"steps": 100_000, "save_every": 100_000, "eval_every": 100_000}
     recipe = runs.write_recipe(tmp_path, logs, **endless, data_workers=workers)
     out = tmp_path / "out"

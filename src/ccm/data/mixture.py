@@ -142,8 +142,9 @@ class _Pools(Dataset[list[list[ConversationRow]]]):
 
 
 def _deaf(worker: int) -> None:
-    """A terminal sends Ctrl-C to all processes: the run at hand still takes rows then, and ends the others."""
+    """Terminals and schedulers stop all processes: the run at hand still takes rows then, and ends the others."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def cut(rows: Sequence[ConversationRow], tokens: int, most: int) -> list[list[ConversationRow]]:
