@@ -87,6 +87,7 @@ def shares(nll: dict[str, Sequence[float]], draws: int = 2000) -> dict[str, Any]
 def main() -> None:
     arguments = parser(__doc__.splitlines()[0])
     arguments.add_argument("adapters", nargs="*", default=ADAPTERS, help="names or folders")
+    arguments.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model")
     given = arguments.parse_args()
     torch.set_num_threads(given.threads)
     tokenizer = ccm.load_default_model()[1]
@@ -96,7 +97,7 @@ def main() -> None:
     references: dict[str | None, dict[str, Sequence[float]]] = {}  # by the first stage that the model has
     results: dict[str, Any] = {}
     for name in given.adapters:
-        model, _ = ccm.load_default_model(dtype=torch.bfloat16)
+        model, _ = ccm.load_default_model(dtype=getattr(torch, given.dtype))
         compressor = Compressor.from_pretrained(model, name)
         if (stage := base_stage.present(model)) not in references:
             references[stage] = {
@@ -113,7 +114,7 @@ def main() -> None:
             "foreign": parallel_nll(compressor, others, last).total,
         }
         results[name] = (
-            {"keys": sum(entries) / len(entries)}
+            {"keys": sum(entries) / len(entries), "dtype": given.dtype}
             | shares(nll)
             | {k: round(sum(v), 1) for k, v in nll.items()}
         )
@@ -129,7 +130,7 @@ def main() -> None:
             "rows": len(rows),
             "adapters": results,
         },
-        "bfloat16",
+        given.dtype,
     )
 
 

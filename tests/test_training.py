@@ -29,7 +29,7 @@ from ccm.errors import CCMError, ConfigError, MismatchError, MissingPackageError
 from ccm.evaluation.share import parallel_nll, recovered_share, reference_nll
 from ccm.models import load_default_model
 from ccm.storage import base_stage
-from ccm.training import TrainConfig, Trainer
+from ccm.training import TrainConfig, Trainer, checkpoint
 from ccm.training.objectives import OBJECTIVES, summed_loss
 from ccm.training.signals import StopRequest
 from ccm.training.targets import (
@@ -93,6 +93,23 @@ def test_the_teacher_is_the_full_context(logs: Path, tmp_path: Path, batch: list
     assert losses.tokens > 50 and abs(float(losses.loss.detach())) / losses.tokens < 1e-6
     losses = trainer(tmp_path / "b", logs, window_choices=()).stage.losses(batch, random.Random(0))
     assert float(losses.loss.detach()) / losses.tokens > 1e-3
+
+
+def test_recall_is_learned_from_the_text_or_from_the_teacher(logs: Path, tmp_path: Path) -> None:
+    """A student that sees all is at one with its teacher about facts too, and never quite with the text."""
+    sees_all: dict[str, Any] = {"window_choices": (100_000,), "slot_choices": ()}
+    told = trainer(tmp_path / "a", logs, data=runs.data(logs, facts=1.0), **sees_all)
+    batch = [marked(row) for row in next(iter(told.rows))]
+    of_text = told.stage.losses(batch, random.Random(0))
+    seeing = trainer(tmp_path / "b", logs, recall_from="teacher", **sees_all)
+    of_teacher = seeing.stage.losses(batch, random.Random(0))
+    assert of_text.recall_tokens == of_teacher.recall_tokens > 0
+    assert of_text.recall / of_text.recall_tokens > 0.1
+    assert abs(of_teacher.recall) / of_teacher.recall_tokens < 1e-6
+    folding = trainer(tmp_path / "c", logs, recall_from="teacher", window_choices=())
+    assert folding.stage.losses(batch, random.Random(0)).recall > 1e-3
+    with pytest.raises(ConfigError, match=r"recall_from.*distill"):
+        trainer(tmp_path / "d", logs, recall_from="teacher", objective="ce")
 
 
 def test_losses_equal_those_of_the_public_forward_pass(logs: Path, tmp_path: Path, batch: list[Row]) -> None:
@@ -286,6 +303,55 @@ def test_a_killed_run_continues_to_the_same_weights(logs: Path, tmp_path: Path) 
         assert torch.equal(a, b)
     assert log_of(tmp_path / "killed") == log_of(tmp_path / "whole")
     assert resumed.tokens == whole.tokens and resumed.best == whole.best
+
+
+@pytest.mark.parametrize("at", ["evaluate", "append_log", "save"])
+@pytest.mark.parametrize("step", [3, 6])
+def test_a_kill_in_or_after_an_evaluation_costs_no_step(
+    step: int, at: str, logs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Evaluations may take minutes, the last one too; it is made again, and best weights and log are the same."""
+    settings = {"steps": 6, "eval_every": 3, "save_every": 100}
+    whole = trainer(tmp_path / "whole", logs, **settings)
+    whole.run()
+
+    class Killed(BaseException):
+        pass
+
+    killed = trainer(tmp_path / "killed", logs, **settings)
+    evaluate, save, append = killed.evaluate, killed.save, checkpoint.append_log
+
+    def no_more(where: str) -> None:
+        if where == at and killed.step == step:
+            raise Killed
+
+    def append_log(folder: Path, report: dict[str, Any]) -> None:
+        append(folder, report)
+        no_more("append_log")
+
+    def save_unless_evaluated() -> None:
+        if killed.evaluated == killed.step:
+            no_more("save")
+        save()
+
+    monkeypatch.setattr(killed, "evaluate", lambda: no_more("evaluate") or evaluate())
+    monkeypatch.setattr(killed, "save", save_unless_evaluated)
+    monkeypatch.setattr(checkpoint, "append_log", append_log)
+    with pytest.raises(Killed):
+        killed.run()
+    monkeypatch.undo()
+    resumed = trainer(tmp_path / "killed", logs, **settings)
+    assert resumed.step == step
+    assert resumed.run()["step"] == 6
+    for a, b in zip(whole.parameters, resumed.parameters, strict=True):
+        assert torch.equal(a, b)
+    assert log_of(tmp_path / "killed") == log_of(tmp_path / "whole")
+    assert resumed.best == whole.best
+    best = [
+        (tmp_path / name / "adapter/adapter_model.safetensors").read_bytes() for name in ("killed", "whole")
+    ]
+    assert best[0] == best[1]
+    assert trainer(tmp_path / "killed", logs, **settings).run() == {}
 
 
 def test_kill_9_in_the_middle_loses_nothing(logs: Path, tmp_path: Path) -> None:

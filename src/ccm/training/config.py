@@ -12,6 +12,7 @@ from ..rules import get_rule
 
 STAGES = ("memory", "base")
 OBJECTIVE_NAMES = ("distill", "ce", "target-ce")
+RECALL_FROM = ("text", "teacher")
 PARALLEL = ("ddp", "fsdp2")
 
 #: What may differ when a run goes on: it changes how long and where the run is made, not what is learned.
@@ -34,8 +35,9 @@ class TrainConfig:
         data: source -> its options, and its ``weight`` in the mixture (1 by default).
         objective: "distill" (KL to the base model with the whole context), "ce" (the text itself) or "target-ce"
             (the text of the last segment of each row, as in the paper).
-        recall_weight: weight of tokens that can only be known from an earlier segment; they are learned from the
-            text, because the teacher forgets too.
+        recall_weight: weight of tokens that can only be known from an earlier segment.
+        recall_from: what they are learned from: the "text", because a teacher forgets too, or the "teacher", where a
+            first stage has taught it to use them.
         reconstruction: weight of writing an earlier segment back from its slots; 0 switches it off.
         reconstruction_share: share of the passes that have such a segment at the end of their rows.
         slot_choices: numbers of slots to draw from at each pass (first k of n); empty means always all.
@@ -75,6 +77,7 @@ class TrainConfig:
     data: dict[str, dict[str, Any]] = field(default_factory=lambda: {"chitchat": {}})
     objective: str = "distill"
     recall_weight: float = 1.0
+    recall_from: str = "text"
     reconstruction: float = 0.0
     reconstruction_share: float = 0.25
     slot_choices: tuple[int, ...] = ()
@@ -104,7 +107,13 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, known in (("stage", STAGES), ("objective", OBJECTIVE_NAMES), ("parallel", PARALLEL)):
+        choices = {
+            "stage": STAGES,
+            "objective": OBJECTIVE_NAMES,
+            "recall_from": RECALL_FROM,
+            "parallel": PARALLEL,
+        }
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise UnknownNameError(name, getattr(self, name), list(known))
         least: dict[str, float] = dict.fromkeys(
@@ -129,6 +138,11 @@ class TrainConfig:
         for name in ("reconstruction_share", "resegment"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"TrainConfig.{name}: got {getattr(self, name)}, expected a share, 0 to 1")
+        if self.recall_from == "teacher" and (self.objective != "distill" or self.stage != "memory"):
+            raise ConfigError(
+                f"TrainConfig.recall_from: got 'teacher' with stage {self.stage!r} and objective {self.objective!r}, "
+                "which have none; set stage memory and objective distill, or recall_from text"
+            )
         if not self.lr > 0:
             raise ConfigError(f"TrainConfig.lr: got {self.lr}, expected more than 0")
         for k in self.slot_choices:

@@ -122,12 +122,12 @@ class MemoryStage(Stage):
         for role, weight in ((TEXT, 1.0), (RECALL, config.recall_weight), (ECHO, config.reconstruction)):
             if not (targets := found[role]).ids:
                 continue
-            if role == TEXT:
-                loss = loss + targets.loss(student, teacher, compressor.head, self.objective)
-                continue
-            extra = targets.loss(student, None, compressor.head, cross_entropy)
-            loss = loss + weight * extra
-            recall += float(extra.detach())
+            if role == TEXT or (role == RECALL and config.recall_from == "teacher"):
+                part = targets.loss(student, teacher, compressor.head, self.objective)
+            else:
+                part = targets.loss(student, None, compressor.head, cross_entropy)
+            loss = loss + weight * part
+            recall += float(part.detach()) if role != TEXT else 0.0
         known = len(found[RECALL].ids) + len(found[ECHO].ids)
         return Losses(loss, len(found[TEXT].ids) + known, recall, known)
 

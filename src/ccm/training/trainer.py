@@ -93,7 +93,8 @@ class Trainer:
         self.rows = training_rows(config, sources, self.processes.rank, self.processes.world)
         self.step, self.tokens, self.seconds, self.best, self.recall = 0, 0, 0.0, -math.inf, 0.0
         self.slice = (0, 0.0)  # step and seconds at which the schedule began
-        self.saved = 0  # step of the last checkpoint
+        self.saved = self.evaluated = 0  # steps of the last checkpoint and of the last evaluation
+        self.report: dict[str, Any] = {}  # of the last step
         self._resume()
         if extend and self.progress >= 1.0:
             self.slice = (self.step, self.seconds)
@@ -165,24 +166,31 @@ class Trainer:
         report: dict[str, Any] = {}
         self.processes.open_curves(self.step)
         with StopRequest() as stop:
-            while self.progress < 1.0:
-                loss = self.train_step(batches)
-                done = self.progress >= 1.0
-                report = self._report(loss)
-                if done or self.step % self.config.eval_every == 0:
+            while self.progress < 1.0 or self._to_be_evaluated:
+                if not self._to_be_evaluated:  # else the run was stopped in the middle of its evaluation
+                    self.report = self._report(self.train_step(batches))
+                report = self.report
+                if due := self._to_be_evaluated:
+                    self.save()  # evaluations may take minutes
                     report |= self.evaluate()
                     self._keep_the_best(report)
+                    self.evaluated = self.step
                 stopped = self.processes.most(stop.signal)
                 if self.processes.main:
                     checkpoint.append_log(self.folder, report)
                     self.processes.curve(report)
-                if done or stopped or self.step % self.config.save_every == 0:
+                if due or stopped or self.step % self.config.save_every == 0:
                     self.save()
                 if on_report:
                     on_report(report)
                 if stopped:
                     raise_for(stopped)
         return report
+
+    @property
+    def _to_be_evaluated(self) -> bool:
+        due = self.progress >= 1.0 or self.step % self.config.eval_every == 0
+        return due and self.evaluated < self.step
 
     def _report(self, loss: float) -> dict[str, Any]:
         return {
@@ -235,6 +243,8 @@ class Trainer:
                 "parameters": [p.detach().cpu() for p in self.parameters],
                 "optimizer": self.optimizer.state_dict(),
                 "counters": [self.step, self.tokens, self.seconds, self.best, self.recall, *self.slice],
+                "evaluated": self.evaluated,
+                "report": self.report,
                 "served": self.rows.served,
             }
             checkpoint.save(self.folder, self.config, self.fingerprint, state)
@@ -248,12 +258,14 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
             self.step, self.tokens, self.seconds, self.best, self.recall, *begun = state["counters"]
             self.slice = (begun[0], begun[1])
+            self.evaluated = state.get("evaluated", self.step)  # older checkpoints came after the evaluation
+            self.report = state.get("report", {})
             self.rows.served = state["served"]
             self.saved = self.step
             log.info("resumed at step %d", self.step)
         self.processes.wait()
         if self.processes.main:
-            checkpoint.prepare(self.folder, self.step)
+            checkpoint.prepare(self.folder, self.step - self._to_be_evaluated)
 
 
 def _without_paths(value: Any) -> Any:
