@@ -219,9 +219,9 @@ TUNED = (
     "streaming-llm@ccm-tasks:sink=4,window=64",
     "mean-pool",
 )
-#: For the embedded model in float32 on two cores of 57 GFLOP/s each: quick takes a quarter of an hour, paper seven and
-#: a half hours, tuned two and a quarter, streams one and a half. The paper's own data are in hub, which needs a model
-#: hub.
+#: For the embedded model in float32 on two cores of 57 GFLOP/s each: quick takes a quarter of an hour, paper seven
+#: and a half hours, tuned two and a quarter, streams one and a half. The paper's own data are in hub, which needs a
+#: model hub.
 SUITES: dict[str, Suite] = {
     suite.name: suite
     for suite in (
