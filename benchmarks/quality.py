@@ -1,11 +1,14 @@
-"""Held-out chitchat, rows of ten turns, turns from the fifth on as targets: what each memory recovers.
+"""Held-out chitchat: what each memory recovers of what the earlier turns tell about a turn.
+
+Rows of ten turns, of which turns from the fifth on are targets; or of ``--turns`` turns, of which the last ten are.
 
 Memories are scored by parallel passes, which equal the recurrent ones (tests/test_contract.py; checked here once
 more on the first rows). Beside each stands a window of sink and recent tokens that holds, turn by turn, exactly as
 many KV bytes.
 
     python benchmarks/quality.py
-    python benchmarks/quality.py --only ccm-chat      these adapters; what is stored of the others is kept
+    python benchmarks/quality.py --only ccm-chat      memories with this in their name; the stored others are kept
+    python benchmarks/quality.py --turns 40 --only chat:
 """
 
 from __future__ import annotations
@@ -26,7 +29,6 @@ from ccm.evaluation.share import Nll, bootstrap_share, parallel_nll, recovered_s
 from ccm.methods.compressed import shared_compressor
 from ccm.session import CHAT
 
-FIRST = 4
 MEMORIES: dict[str, tuple[str, dict[str, int]]] = {
     "ccm-chat, 4 slots a turn": ("ccm-chat", {}),  # ccm-concat has the same weights
     "ccm-chat, 2 slots a turn": ("ccm-chat", {"slots": 2}),
@@ -34,6 +36,7 @@ MEMORIES: dict[str, tuple[str, dict[str, int]]] = {
     "ccm-merge, 8 slots": ("ccm-merge", {"slots": 8}),
     "chat: ccm-merge, 16 slots + sink + window": ("ccm-merge", dict(CHAT)),
     "chat: ccm-chat, 4 slots a turn + sink + window": ("ccm-chat", dict(CHAT)),
+    "chat: ccm-chat, 2 slots a turn + sink + window": ("ccm-chat", {"slots": 2, **CHAT}),
 }
 
 
@@ -44,7 +47,7 @@ def entries_before(compressor: ccm.Compressor, row: ConversationRow, sizes: dict
 
 
 def window_nll(
-    model: Any, tokenizer: Any, rows: list[ConversationRow], entries: list[list[int]], name: str
+    model: Any, tokenizer: Any, rows: list[ConversationRow], entries: list[list[int]], first: int, name: str
 ) -> Nll:
     """Sink and recent tokens with the same number of keys at every turn."""
     totals, counts = [], []
@@ -55,7 +58,7 @@ def window_nll(
             if turn:
                 run.resize(budget[turn])
                 run.append(row.segments[turn - 1])
-            if turn >= FIRST:
+            if turn >= first:
                 nll, tokens = turn_nll(run.logits(ids), ids, content)
                 total, count = total + nll, count + tokens
         totals.append(total)
@@ -77,14 +80,20 @@ def recurrent_gap(compressor: ccm.Compressor, row: ConversationRow, sizes: dict[
 @torch.inference_mode()
 def main() -> None:
     options = parser(__doc__.splitlines()[0])
-    options.add_argument("--only", nargs="+", metavar="ADAPTER", help="these adapters")
+    options.add_argument("--turns", type=int, default=10, help="of a row")
+    options.add_argument("--only", default="", metavar="TEXT", help="memories with this in their name")
     arguments = options.parse_args()
     torch.set_num_threads(arguments.threads)
+    turns, first = arguments.turns, max(4, arguments.turns - 10)
+    memories = {name: memory for name, memory in MEMORIES.items() if arguments.only in name}
+    if turns <= 4 or not memories:
+        raise ConfigError(f"got --turns {turns} --only {arguments.only!r}: more than 4, and part of a name")
     model, tokenizer = ccm.load_default_model()
-    rows = held_out_rows(load_chitchat("test"), tokenizer)[: arguments.limit]
+    rows = held_out_rows(load_chitchat("test"), tokenizer, turns)[: arguments.limit]
     reader = shared_compressor(model, "ccm-concat")
     per_token = reader.kv_bytes_per_token()
-    none, full = (reference_nll(reader, rows, context) for context in ("none", "full"))
+    batch = max(1, 40 // turns)
+    none, full = (reference_nll(reader, rows, context, first, batch) for context in ("none", "full"))
     context = [row.tokens - len(row.segments[-1]) for row in rows]
 
     def report(nll: Nll, entries: list[int]) -> dict[str, Any]:
@@ -97,34 +106,34 @@ def main() -> None:
             "times_less_kv": round(sum(context) / max(1, sum(entries)), 2),
         }
 
+    file = "quality" if turns == 10 else f"quality_{turns}_turns"
     methods = {"none": report(none, [0] * len(rows)), "full": report(full, context)}
     fingerprints: dict[str, str] = {}
-    if arguments.only:
-        stored = json.loads((RESULTS / "quality.json").read_text())
+    if arguments.only and (RESULTS / f"{file}.json").is_file():
+        stored = json.loads((RESULTS / f"{file}.json").read_text())
         moved = [abs(stored["methods"][name]["nll"] - methods[name]["nll"]) for name in methods]
         if stored["rows"] != len(rows) or max(moved) > 1e-3:
-            raise ConfigError("results/quality.json is of other rows or another model: measure all adapters")
+            raise ConfigError(f"results/{file}.json is of other rows or another model: measure all memories")
         methods, fingerprints = stored["methods"], stored["adapters"]
-    for name, (adapter, sizes) in MEMORIES.items():
-        if arguments.only and adapter not in arguments.only:
-            continue
+    for name, (adapter, sizes) in memories.items():
         compressor = shared_compressor(model, adapter)
         entries = [entries_before(compressor, row, sizes) for row in rows]
         last = [e[-1] for e in entries]
         fingerprints[adapter] = compressor.fingerprint()
-        methods[name] = report(parallel_nll(compressor, rows, **sizes), last)
+        methods[name] = report(parallel_nll(compressor, rows, first, batch, **sizes), last)
         methods[name]["parallel_recurrent_gap"] = max(
             recurrent_gap(compressor, row, sizes) for row in rows[:2]
         )
-        methods[f"window of the same bytes as {name}"] = report(
-            window_nll(model, tokenizer, rows, entries, name), last
-        )
-        print(name, methods[name], methods[f"window of the same bytes as {name}"], flush=True)
+        beside = f"window of the same bytes as {name}"
+        # a window knows no adapter, only sizes
+        if methods.get(beside, {}).get("kv_bytes") != methods[name]["kv_bytes"]:
+            methods[beside] = report(window_nll(model, tokenizer, rows, entries, first, name), last)
+        print(name, methods[name], methods[beside], flush=True)
     order = ["none", "full", *(n for name in MEMORIES for n in (name, f"window of the same bytes as {name}"))]
     store(
-        "quality",
+        file,
         {
-            "task": "chitchat, test users, rows of 10 turns, targets from turn 5 on",
+            "task": f"chitchat, test users, rows of {turns} turns, targets from turn {first + 1} on",
             "rows": len(rows),
             "target_tokens": sum(none.tokens),
             "adapters": fingerprints,

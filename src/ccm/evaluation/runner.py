@@ -287,6 +287,7 @@ class Evaluation:
             "versions": settings["versions"],
             "revision": _revision(),
             "settings": settings["tasks"],
+            "seconds": round(sum(record.get("seconds", 0.0) for record in found), 1),  # of one process
             "machine": {
                 "system": f"{platform.system()} {platform.machine()}",
                 "cores": os.cpu_count(),

@@ -228,13 +228,14 @@ def _limit(axes: Axes, metric: Metric, rows: Sequence[Row]) -> None:
     if metric.name != "perplexity":
         return
     values = sorted(row.value for row in rows)
-    most = 2.5 * values[len(values) // 2]
-    if values[-1] > most:
-        inside = [value for value in values if value <= most]
-        margin = 0.12 * (inside[-1] - inside[0]) or 0.1 * most
-        axes.set_ylim(inside[0] - margin, inside[-1] + 2 * margin)
+    inside = [value for value in values if value <= 2.5 * values[len(values) // 2]]
+    margin = 0.12 * (inside[-1] - inside[0]) or 0.1 * inside[-1]
+    top = inside[-1] + 2 * margin
+    outside = dict.fromkeys(row.method for row in rows if row.value > top)
+    if outside:
+        axes.set_ylim(inside[0] - margin, top)
         axes.annotate(
-            fill("above the panel: " + ", ".join(dict.fromkeys(row.method for row in rows if row.value > most)), 90),
+            fill("above the panel: " + ", ".join(outside), 90),
             (0.5, 0.985), xycoords="axes fraction", ha="center", va="top", fontsize=8, color="0.3",
         )  # fmt: skip
 
