@@ -20,7 +20,7 @@ from lamp_files import write_lamp
 from tiny import tiny_tokenizer
 from typer.testing import CliRunner
 
-from ccm.data import Conversation, archives, books, get_source, list_sources, movielens, tasks
+from ccm.data import Conversation, archives, books, get_source, list_sources, movielens, notes, tasks
 from ccm.data.archives import Archive
 from ccm.data.carriers import MULTIEMO, TOPICAL_CHAT
 from ccm.data.command import app
@@ -573,6 +573,47 @@ def test_topical_chat():
     assert len(talks) == len({talk.id for talk in talks}) == 1078
     assert sorted(len(talk.turns) for talk in talks)[539] == 21
     check_rows(get_source("topical-chat", TOKENIZER))
+
+
+# ---------------------------------------------------------------------- notes
+
+
+def test_notes():
+    source = get_source("notes", TOKENIZER, messages=[8, 16])
+    rows = check_rows(source)
+    for row in rows:
+        values = [TOKENIZER.decode(row.segments[k][a:b]) for k, a, b in row.recall]
+        assert all(
+            value.strip() in " ".join(texts(row)[:k])
+            for (k, *_), value in zip(row.recall, values, strict=True)
+        )
+        assert [k for k, _, _ in row.recall] == [k for k, (a, b) in enumerate(row.content) if b > a]
+    rng = random.Random(0)
+    trained = {text for _ in range(300) for text in texts(source.draw(rng))}
+    for split in ("validation", "test"):
+        assert not trained & {text for row in source.held_out(split, 20) for text in texts(row)}
+
+
+def test_notes_ask_for_what_holds_now_and_for_the_order(monkeypatch):
+    source = get_source("notes", TOKENIZER, messages=16, changed=1.0)
+    for kind in (notes.OWN[0], notes.EVENTS[0]):
+        monkeypatch.setattr(notes, "_kinds", lambda *_, kind=kind: [kind])
+        row, asked = (
+            source.draw(random.Random(1)),
+            {k: (a, b) for k, a, b in source.draw(random.Random(1)).recall},
+        )
+        told: list[str] = []
+        for k, text in enumerate(texts(row)):
+            if k not in asked:
+                told += [value for value in kind.values if value in text]
+                continue
+            value = TOKENIZER.decode(row.segments[k][slice(*asked[k])]).strip()
+            before = [name for name in told if f"after {name}" in text]
+            expected = (
+                told[-1] if kind in notes.OWN else told[told.index(before[0]) + 1] if before else told[0]
+            )
+            assert value == expected
+        assert len(told) == 16 and len(asked) == 8
 
 
 def r_vector(lines: list[str]) -> bytes:

@@ -36,7 +36,7 @@ class Fact:
         return self.answer.format(value)
 
 
-def _kind(name: str, statements: str, questions: str, values: str) -> Kind:
+def read_kind(name: str, statements: str, questions: str, values: str) -> Kind:
     """Statements are separated by "|", questions too, each with its answer behind "=>"."""
     pairs = [pair.split("=>") for pair in questions.split("|")]
     return Kind(
@@ -88,7 +88,7 @@ _FAVOURITES = {
 
 def _people() -> Iterator[Kind]:
     for who in _PEOPLE.split():
-        yield _kind(
+        yield read_kind(
             who,
             f"My {who}'s name is {{}}.|I went to see my {who} {{}} yesterday.|{{}} is my {who}, you know."
             f"|Let me tell you about {{}}, my {who}.",
@@ -96,7 +96,7 @@ def _people() -> Iterator[Kind]:
             f"|What was the name of my {who} again?=>The name of your {who} is {{}}",
             _NAMES,
         )
-        yield _kind(
+        yield read_kind(
             f"town of {who}",
             f"My {who} lives in {{}}.|Last week I went to {{}} to visit my {who}.|My {who} has moved to {{}}.",
             f"Where does my {who} live?=>Your {who} lives in {{}}"
@@ -107,7 +107,7 @@ def _people() -> Iterator[Kind]:
 
 def _animals() -> Iterator[Kind]:
     for animal in _ANIMALS.split():
-        yield _kind(
+        yield read_kind(
             animal,
             f"By the way, my {animal} is called {{}}.|I have to feed my {animal} {{}} now."
             f"|I have a {animal} and I named it {{}}.",
@@ -119,7 +119,7 @@ def _animals() -> Iterator[Kind]:
 
 def _favourites() -> Iterator[Kind]:
     for thing, values in _FAVOURITES.items():
-        yield _kind(
+        yield read_kind(
             f"favourite {thing}",
             f"My favourite {thing} is {{}}.|I like {{}} most, that is my favourite {thing}."
             f"|If you ask me for my favourite {thing}: {{}}!",
@@ -131,7 +131,7 @@ def _favourites() -> Iterator[Kind]:
 
 def _colours() -> Iterator[Kind]:
     for thing in _BELONGINGS.split():
-        yield _kind(
+        yield read_kind(
             f"colour of {thing}",
             f"My {thing} is {{}}.|I have painted my {thing} {{}}.|I have a {{}} {thing}.",
             f"What colour is my {thing}?=>Your {thing} is {{}}"
@@ -153,7 +153,7 @@ def _counts() -> Iterator[Kind]:
         "neighbours",
         "bikes",
     ]:
-        yield _kind(
+        yield read_kind(
             f"number of {things}",
             f"I have {{}} {things}.|There are {{}} {things} in my house, all mine.",
             f"How many {things} do I have?=>The number of your {things} is {{}}",
@@ -167,68 +167,68 @@ TRAIN = (
     *_favourites(),
     *_colours(),
     *_counts(),
-    _kind(
+    read_kind(
         "home",
         "I grew up in {}.|I come from {}.|I was born in {}.",
         "Where did I grow up?=>You grew up in {}|Where am I from?=>You are from {}",
         _TOWNS,
     ),
-    _kind(
+    read_kind(
         "job",
         "I work as a {}.|I am a {} by trade.|I have a new job as a {}.",
         "What do I do for a living?=>You work as a {}|What is my job?=>You are a {}",
         "teacher nurse lawyer farmer chef pilot writer painter driver doctor engineer dentist baker singer "
         "plumber judge sailor soldier",
     ),
-    _kind(
+    read_kind(
         "instrument",
         "I play the {}.|I practise the {} every day.|I bought myself a {}.",
         "Which instrument do I play?=>The instrument you play is the {}|What do I practise?=>You practise the {}",
         "piano guitar violin flute drums trumpet cello harp organ banjo clarinet",
     ),
-    _kind(
+    read_kind(
         "day",
         "My lesson is always on {}.|I have my class every {}.",
         "On which day is my lesson?=>Your lesson is on {}|When is my class?=>Your class is on {}",
         "Monday Tuesday Wednesday Thursday Friday Saturday Sunday",
     ),
-    _kind(
+    read_kind(
         "country",
         "Next year I will move to {}.|I am going to live in {} soon.|We are moving to {}.",
         "Where will I move?=>You will move to {}|Which country will I live in?=>You will live in {}",
         _COUNTRIES,
     ),
-    _kind(
+    read_kind(
         "holiday",
         "Last summer I went to {}.|I spent my holidays in {}.|I am just back from {}.",
         "Where was I on holiday?=>Your holiday was in {}|Which country did I visit?=>You visited {}",
         _COUNTRIES,
     ),
-    _kind(
+    read_kind(
         "language",
         "I am learning {}.|I speak {} at home.|I take evening classes in {}.",
         "Which language do I learn?=>The language you learn is {}|What do I speak?=>You speak {}",
         "German French Italian Dutch Russian Chinese Japanese Korean Arabic Greek Turkish Polish Hindi",
     ),
-    _kind(
+    read_kind(
         "fear",
         "I am afraid of {}.|I can not stand {}.|{} scare me to death.",
         "What am I afraid of?=>You are afraid of {}|What scares me?=>You are scared of {}",
         "spiders snakes heights dogs ghosts storms clowns rats bees sharks crowds needles",
     ),
-    _kind(
+    read_kind(
         "hobby",
         "I spend my weekends {}.|My hobby is {}.|These days I enjoy {}.",
         "What is my hobby?=>Your hobby is {}|How do I spend my weekends?=>You spend your weekends {}",
         "painting fishing swimming hiking cooking reading dancing sailing skiing knitting gardening climbing",
     ),
-    _kind(
+    read_kind(
         "lost",
         "I have lost my {}.|I can not find my {} anywhere.|Someone stole my {}.",
         "What did I lose?=>You lost your {}|What am I looking for?=>You are looking for your {}",
         "wallet keys phone passport ring glasses umbrella camera watch bag laptop gloves",
     ),
-    _kind(
+    read_kind(
         "gift",
         "For my wedding I got a {}.|They gave me a {} as a present.",
         "What present did I get?=>The present you got was a {}",
@@ -237,49 +237,49 @@ TRAIN = (
 )
 
 TEST = (
-    _kind(
+    read_kind(
         "cat",
         "You should meet my cat, her name is {}.",
         "Do you remember the name of my cat?=>Yes, the name of your cat is {}",
         "Luna Milo Felix Smokey Tiger Oreo Ruby Lily Willow Jasper",
     ),
-    _kind(
+    read_kind(
         "brother",
         "I have one brother and he is called {}.",
         "How is my brother called?=>Your brother is called {}",
         "David Paul Mark George Eric Thomas Daniel Martin Robert Philip",
     ),
-    _kind(
+    read_kind(
         "fruit",
         "I could eat {} all day long.",
         "Which fruit could I eat all day?=>The fruit you could eat all day is {}",
         "apples bananas grapes cherries peaches pears strawberries melons plums mangoes",
     ),
-    _kind(
+    read_kind(
         "drink",
         "I only ever order {} when I go out.",
         "What do I order when I go out?=>When you go out you order {}",
         "coffee tea beer wine milk water juice lemonade whiskey soda",
     ),
-    _kind(
+    read_kind(
         "month",
         "My birthday is in {}.",
         "In which month is my birthday?=>Your birthday is in {}",
         "January February March April May June July August September October November December",
     ),
-    _kind(
+    read_kind(
         "subject",
         "At school I was best at {}.",
         "What was I best at in school?=>In school you were best at {}",
         "history math biology chemistry physics geography music art Spanish Latin",
     ),
-    _kind(
+    read_kind(
         "uncle",
         "My uncle has a house in {}.",
         "Where is the house of my uncle?=>The house of your uncle is in {}",
         "Miami Houston Dallas Austin Oslo Zurich Prague Lisbon Athens Cairo",
     ),
-    _kind(
+    read_kind(
         "car",
         "My neighbour drives an old {}.",
         "What car does my neighbour have?=>The car of your neighbour is a {}",

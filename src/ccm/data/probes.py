@@ -1,7 +1,7 @@
 """Made-up histories and what is asked about them, for evaluation alone.
 
-Values are those of the test split of :mod:`ccm.data.facts`, and digits: none of them occurs in the facts that are
-planted into training rows.
+Values are those of the test split of :mod:`ccm.data.facts`, and numbers of two to four digits: none of them occurs in
+the facts that are planted into training rows, or in :mod:`ccm.data.notes`, whose numbers have five.
 """
 
 from __future__ import annotations
