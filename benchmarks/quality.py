@@ -36,7 +36,6 @@ MEMORIES: dict[str, tuple[str, dict[str, int]]] = {
     "ccm-merge, 8 slots": ("ccm-merge", {"slots": 8}),
     "chat: ccm-merge, 16 slots + sink + window": ("ccm-merge", dict(CHAT)),
     "chat: ccm-chat, 4 slots a turn + sink + window": ("ccm-chat", dict(CHAT)),
-    "chat: ccm-chat, 2 slots a turn + sink + window": ("ccm-chat", {"slots": 2, **CHAT}),
 }
 
 

@@ -594,14 +594,19 @@ def test_notes():
         assert not trained & {text for row in source.held_out(split, 20) for text in texts(row)}
 
 
+def test_the_longest_notes_have_enough_to_tell():
+    for changed in (0.0, 1.0):
+        check_rows(get_source("notes", TOKENIZER, messages=notes.MOST, changed=changed), draws=10)
+    with pytest.raises(ConfigError, match="messages is 65: expected at most 64"):
+        get_source("notes", TOKENIZER, messages=65)
+
+
 def test_notes_ask_for_what_holds_now_and_for_the_order(monkeypatch):
     source = get_source("notes", TOKENIZER, messages=16, changed=1.0)
     for kind in (notes.OWN[0], notes.EVENTS[0]):
         monkeypatch.setattr(notes, "_kinds", lambda *_, kind=kind: [kind])
-        row, asked = (
-            source.draw(random.Random(1)),
-            {k: (a, b) for k, a, b in source.draw(random.Random(1)).recall},
-        )
+        row = source.draw(random.Random(1))
+        asked = {k: (a, b) for k, a, b in row.recall}
         told: list[str] = []
         for k, text in enumerate(texts(row)):
             if k not in asked:

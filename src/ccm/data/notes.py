@@ -18,6 +18,7 @@ from itertools import product
 from typing import Any
 
 from ..chat import render
+from ..errors import ConfigError
 from .conversation import check_split, unit
 from .facts import TEST, TRAIN, Fact, Kind, read_kind
 from .planting import render_answer
@@ -94,6 +95,8 @@ CHANGED = (
     "Forget what I said about that. {}",
     "{} That is new.",
 )
+#: Messages of a row; the held-out kinds have values for a few more.
+MOST = 64
 _FIRST = "Adam Alice Carl Clara Diana Frank Grace Hugo Ivan Joan Keith Laura Nina Oliver Simon Wendy"
 _LAST = "Carter Collins Cooper Porter Parker Palmer Fisher Foster"
 
@@ -120,6 +123,10 @@ class Notes(Source):
     ):
         super().__init__(tokenizer)
         self.messages = numbers("messages", messages, 4)
+        if max(self.messages) > MOST:
+            raise ConfigError(
+                f"messages is {messages!r}: expected at most {MOST}, so that nothing is told twice"
+            )
         self.changed, self.asked = share("changed", changed), share("asked", asked)
 
     def draw(self, rng: random.Random) -> ConversationRow:
@@ -149,12 +156,13 @@ class Notes(Source):
             )
             segments.append(render(self.tokenizer, "user", subject.tell(rng)).ids)
             content.append((0, 0))
-            told = [s for s in told if s is not subject] + [subject]
+            if subject not in told:
+                told.append(subject)
             for _ in range(asked.count(count) + (count == messages)):
-                open_ones = [s for s in told if s.told and not s.asked]
-                if not open_ones and count < messages:
+                unasked = [s for s in told if not s.asked]
+                if not unasked and count < messages:
                     continue
-                fact = rng.choice(open_ones or told).ask(rng)
+                fact = rng.choice(unasked or told).ask(rng)
                 question = render(self.tokenizer, "user", fact.question).ids
                 answer, (start, stop) = render_answer(self.tokenizer, fact)
                 recall.append((len(segments), len(question) + start, len(question) + stop))
@@ -206,14 +214,16 @@ def _kinds(split: str, count: int, rng: random.Random) -> list[Kind]:
     )
     names = [" ".join(pair) for pair in product(rng.sample(_FIRST.split(), 2), rng.sample(_LAST.split(), 2))]
     about = [_about(kind, who) for kind in of_people for who in names]
-    share = rng.choice((0.0, 0.0, 0.5, 1.0))
-    some = rng.sample(about, min(len(about), round(share * count)))
+    confusing = round(rng.choice((0.0, 0.0, 0.5, 1.0)) * count)
+    some = rng.sample(about, min(len(about), confusing))
     some += [kind for kind in events if rng.random() < 0.5]
     some += rng.sample(own, min(len(own), max(0, count - len(some))))
     return rng.sample(some, len(some))
 
 
 def _about(kind: Kind, who: str) -> Kind:
+    """The kind for somebody with a name."""
+
     def put(text: str) -> str:
         return text.replace("WHO", who)
 

@@ -255,7 +255,12 @@ SUITES: dict[str, Suite] = {
             "tuned",
             (
                 ("icl", {"steps": (0, 4, 16)}, 96, TUNED),
-                ("personalization", {"steps": (0, 4, 16), "films": 16}, 44, TUNED),
+                (
+                    "personalization",
+                    {"steps": (0, 4, 16), "films": 16},
+                    44,
+                    TUNED,
+                ),  # all with so long a history
             ),
             first_stage="ccm-tasks",
         ),
