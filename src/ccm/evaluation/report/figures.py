@@ -364,8 +364,9 @@ def _kinds(results: Results, tasks: Sequence[str], styles: Styles) -> bytes:
     for axes, task in zip(figure.subplots(len(tasks), 1, squeeze=False)[:, 0], tasks, strict=True):
         tags = results.tags(task)
         metric = metrics_of_kinds(results, task)[0]
-        bar = 0.84 / len(methods)
-        for i, method in enumerate(methods):
+        shown = _methods(results, [task])  # no gaps for those that were not put to this task
+        bar = 0.84 / len(shown)
+        for i, method in enumerate(shown):
             found = [
                 (t, row)
                 for t, tag in enumerate(tags)
