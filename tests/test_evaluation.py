@@ -587,6 +587,29 @@ def test_rows_are_what_the_records_say() -> None:
     assert rows == summary.rows(RECORDS)
 
 
+def test_growth_is_paired_by_item_and_of_perplexities_over_no_context() -> None:
+    def at(method: str, item: int, step: int, nll: float, correct: int) -> dict[str, Any]:
+        of_step = record(method, f"i{item}", nll, correct)
+        queries = [{**query, "step": step} for query in of_step["queries"]]
+        return {**of_step, "queries": queries, "steps": [{**of_step["steps"][0], "step": step}]}
+
+    def both(method: str, item: int, first: float, last: float, *correct: int) -> dict[str, Any]:
+        a, b = at(method, item, 1, first, correct[0]), at(method, item, 8, last, correct[1])
+        return {**a, "queries": a["queries"] + b["queries"], "steps": a["steps"] + b["steps"]}
+
+    # later words are harder, and of two items one is much harder; memory gains 1 nat of 4 tokens at first, then 3
+    told = [both("none", k, 12.0 + k, 16.0 + k, 0, 0) for k in range(2)]
+    told += [both("m", k, 11.0 + k, 13.0 + k, 0, 1) for k in range(2)]
+    rows = summary.rows(told)
+    grown = one(rows, "m", "perplexity since 1")
+    assert (grown["step"], grown["n"], grown["value"]) == (8, 2, pytest.approx(2 / 4))
+    assert grown["ci_low"] == pytest.approx(2 / 4), "paired: the items cancel"
+    assert one(rows, "m", "accuracy since 1")["value"] > one(rows, "none", "accuracy since 1")["value"] == 0
+    assert not [row for row in rows if row["method"] == "none" and row["metric"] == "perplexity since 1"]
+    alone = [record("m", "i0", 9.0), record("none", "i0", 12.0)]
+    assert not [row for row in summary.rows(alone) if " since " in row["metric"]]
+
+
 def test_the_share_needs_none_and_full_of_the_same_items() -> None:
     fewer = [r for r in RECORDS if r["method"] != "full" or r["item"] in ("i1", "i4")]
     assert one(summary.rows(fewer), "m", "recovered_share")["n"] == 2

@@ -312,17 +312,28 @@ def test_perplexities_are_compared_by_recovered_share_and_streams_by_common_bloc
     assert by_task["stream"].n == 2
 
 
-def test_growth_of_perplexities_is_over_no_context() -> None:
-    levels = {"none": (50.0, 100.0), "ccm-merge": (40.0, 60.0)}  # later words are harder; memory helps more
-    rows = [
-        row(name, ppl, step=step, metric="perplexity")
-        for name, of_step in levels.items()
-        for step, ppl in zip((1, 8), of_step, strict=True)
+def test_growth_is_of_ccm_and_of_full_context_in_the_main_metric() -> None:
+    rows = [row(name, 0.5, step=step) for name in ("none", "full", "ccm-merge", "gisting") for step in (1, 8)]
+    rows += [
+        row(name, value, step=8, metric="accuracy since 1", ci_low=value - 0.1, ci_high=value + 0.1)
+        for name, value in (("none", 0.0), ("full", 0.3), ("ccm-merge", 0.2), ("gisting", 0.2))
     ]
-    (found,) = growth(Results("s", tuple(rows)))
-    assert found.claim == "`ccm-merge`: t = 8 > t = 1"
-    assert found.gain.value == pytest.approx(math.log(100 / 60) - math.log(50 / 40))
-    assert growth(Results("s", tuple(r for r in rows if r.method != "none"))) == []
+    rows += [row("full", 0.2, step=step, metric="f1") for step in (1, 8)]
+    rows += [row("full", 0.1, step=8, metric="f1 since 1")]
+    full, memory = growth(Results("s", tuple(rows)))
+    assert (full.claim, full.verdict, full.of_full) == ("`full`: t = 8 > t = 1", "held", True)
+    assert (memory.claim, memory.gain.value) == ("`ccm-merge`: t = 8 > t = 1", pytest.approx(0.2))
+
+
+def test_a_task_without_worth_in_its_context_is_named_beside_the_claims() -> None:
+    def page(full: float) -> str:
+        pairs = (("none", 0.3), ("full", full), ("ccm-concat", 0.5), ("ccm-merge", 0.4))
+        rows = [row(name, value, ci_low=value - 0.05, ci_high=value + 0.05) for name, value in pairs]
+        return build([Results("s", tuple(rows))])[0]
+
+    sentence = "not surely better than none in: "
+    assert "Of 1 comparisons" in page(0.9) and sentence not in page(0.9)
+    assert "Of 1 comparisons" in page(0.3) and sentence in page(0.3)
 
 
 def test_blocks_of_a_stream_are_pooled_in_nats() -> None:

@@ -208,7 +208,7 @@ def _run(
 
 
 def _table(result: dict[str, Any]) -> Table:
-    """Every task at its last step; what one method gains over each other is for ``ccm report``."""
+    """Every task at its last step; gains over other methods and earlier steps are for ``ccm report``."""
     from rich import box
     from rich.filesize import decimal
     from rich.table import Table
@@ -221,7 +221,7 @@ def _table(result: dict[str, Any]) -> Table:
         last[row["task"]] = max(last.get(row["task"], 0), row["step"])
     task = method = None
     for row in result["rows"]:
-        if row["tag"] or row["step"] != last[row["task"]] or " over " in row["metric"]:
+        if row["tag"] or row["step"] != last[row["task"]] or " " in row["metric"]:
             continue
         if row["task"] != task:
             task, method = row["task"], None

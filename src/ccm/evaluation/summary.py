@@ -81,6 +81,10 @@ def _task_rows(task: str, methods: Mapping[str, list[Record]]) -> Iterator[dict[
             head = {"task": task, "method": method, "step": step, "tag": "", "metric": name}
             ends = {"ci_low": _finite(low), "ci_high": _finite(high)}
             yield head | {"value": value} | ends | {"n": len(items)} | _cost(records, step, items)
+        for step, name, items, value, (low, high) in _growth(method, sums):
+            head = {"task": task, "method": method, "step": step, "tag": "", "metric": name}
+            ends = {"ci_low": _finite(low), "ci_high": _finite(high)}
+            yield head | {"value": value} | ends | {"n": len(items)} | _cost(records, step, items)
         known = [record["changed"] for record in records if record["changed"] is not None]
         if method != "none" and known and not any(known):
             step = max(step for step, _, _ in sums[method])
@@ -111,6 +115,29 @@ def _gains(
             value, interval = _measure(_share_gap if named else _gap, *(_only(part, items) for part in parts))
             if math.isfinite(value):
                 yield key[0], f"{_COMPARED[metric]} over {other}", items, value, interval
+
+
+def _growth(
+    method: str, sums: Mapping[str, Mapping[tuple[int, str, str], Sums]]
+) -> Iterator[tuple[int, str, Set[str], float, tuple[float, float]]]:
+    """How much better a method is at the last step of a task than at the first, paired item by item; step 0 is the
+    first if there are only two.
+
+    Yields step, metric ("accuracy since 1"), items, value and interval. Perplexities at two steps are of other words,
+    so there it is the gain over no context, in nats per token.
+    """
+    for metric in _COMPARED:
+        steps = sorted(step for step, tag, name in sums[method] if (tag, name) == ("", metric))
+        if len(steps) < 2 or (metric == "perplexity" and method == "none"):
+            continue
+        first, last = steps[1 if steps[0] == 0 and len(steps) > 2 else 0], steps[-1]
+        named = ("none", method) if metric == "perplexity" else (method,)
+        parts = [sums.get(name, {}).get((step, "", metric), {}) for step in (last, first) for name in named]
+        if not (items := set.intersection(*(set(part) for part in parts))):
+            continue
+        statistic = _gain_growth if metric == "perplexity" else _gap
+        value, interval = _measure(statistic, *(_only(part, items) for part in parts))
+        yield last, f"{metric} since {first}", items, value, interval
 
 
 def _measures(
@@ -189,6 +216,11 @@ def _share(none: Array, n: Array, full: Array, f: Array, own: Array, m: Array) -
 
 def _share_gap(*sums: Array) -> Array:
     return np.asarray(_share(*sums[:4], *sums[4:6]) - _share(*sums[:4], *sums[6:]))
+
+
+def _gain_growth(*sums: Array) -> Array:
+    (none, n, own, m), (earlier_none, k, earlier, j) = sums[:4], sums[4:]
+    return np.asarray((none / n - own / m) - (earlier_none / k - earlier / j))
 
 
 def _gap(own: Array, m: Array, full: Array, f: Array) -> Array:

@@ -83,10 +83,7 @@ def gain(metric: Metric, own: Estimate, other: Estimate) -> Estimate:
     The interval is made of the two intervals as if they were independent (MOVER: Zou and Donner, 2008). The methods
     answer the same queries, so it is wider than a paired one.
     """
-    return _minus(_upward(metric, own), _upward(metric, other))
-
-
-def _minus(a: Estimate, b: Estimate) -> Estimate:
+    a, b = _upward(metric, own), _upward(metric, other)
     value = a.value - b.value
     return Estimate(
         value,
@@ -166,14 +163,21 @@ class Finding:
     blocks: bool = False
 
     @property
+    def of_full(self) -> bool:
+        """Whether it is about full context, and so about the task and not about memories."""
+        return self.claim.startswith("`full`")
+
+    @property
     def verdict(self) -> str:
         if self.n < (2 if self.blocks else FEW) or self.gain.low == self.gain.high == 0:
             return "open"
         return "held" if self.gain.low >= 0 else "not held" if self.gain.high <= 0 else "open"
 
 
-#: (better, relation, worse): what the paper shows, of methods that had the same short training
+#: (better, relation, worse): whether there is anything to keep, then what the paper shows, of methods that had the
+#: same short training
 ORDER = (
+    ("full", ">", "none"),
     ("ccm-concat-short", "≥", "ccm-merge-short"),
     ("ccm-concat-short", ">", "gisting-online"),
     ("ccm-merge-short", ">", "gisting-online"),
@@ -206,6 +210,8 @@ def orderings(results: Results) -> list[Finding]:
     for better, relation, worse in pairs:
         for task in results.tasks:
             for metric in _compared(results, task):
+                if better == "full" and metric is SHARE:  # 1 by definition
+                    continue
                 gained, n = _gained(results, task, metric, better, worse)
                 if gained:
                     kv = kv_bytes(results, task, better), kv_bytes(results, task, worse)
@@ -256,33 +262,19 @@ def _student(freedom: int) -> float:
 
 
 def growth(results: Results) -> list[Finding]:
-    """Whether the quality of CCM grows from the first time step to the last; 0 is the first if there are only two.
-
-    Perplexities at two steps are of other words, so there it is what the memory gains over no context that has to
-    grow.
-    """
+    """Whether quality grows from the first time step to the last, of full context and of CCM; perplexities as the
+    gain over no context."""
     found = []
-    for method in filter(is_ccm, results.methods):
-        for task in results.tasks:
-            for metric in metrics_of(results, task)[:1]:
-                rows = results.of(task, metric.name).get(method, [])
-                if len(rows) < 2 or is_stream(results, task):
-                    continue
-                first, last = rows[1 if rows[0].step == 0 and len(rows) > 2 else 0], rows[-1]
-                before, after = (_quality(results, metric, row) for row in (first, last))
-                if before and after:
-                    claim = f"`{method}`: t = {last.step} > t = {first.step}"
-                    kv = last.kv_bytes, first.kv_bytes
-                    grown = _minus(after, before)
-                    found.append(Finding(claim, task, metric, grown, kv, min(first.n, last.n)))
+    for row in results.rows:
+        name, _, step = row.metric.partition(" since ")
+        if not step or not (row.method == "full" or is_ccm(row.method)):
+            continue
+        first = results.get(row.task, row.method, int(step), name)
+        if first and (metric := METRICS[name]) == metrics_of(results, row.task)[0]:
+            claim = f"`{row.method}`: t = {row.step} > t = {step}"
+            kv = row.kv_bytes, first.kv_bytes
+            found.append(Finding(claim, row.task, metric, estimate(row), kv, row.n))
     return found
-
-
-def _quality(results: Results, metric: Metric, row: Row) -> Estimate | None:
-    if metric.name != "perplexity":
-        return _upward(metric, estimate(row))
-    none = results.get(row.task, "none", row.step, metric.name)
-    return gain(metric, estimate(row), estimate(none)) if none else None
 
 
 # ---------------------------------------------------------------------- where quality is lost

@@ -43,12 +43,19 @@ to, means over items. *Recovered share* is how much of what full context gains o
 no context, 1 is full context. `A@B` is method A cut, before every segment, to as many keys and values as B holds."""
 
 
+_NOTHING_TO_KEEP = """\
+Full context itself is not surely better than none in: {tasks}. There a memory has little to keep, and a claim says
+little about memories."""
+
+_NOTHING_TO_GROW = """\
+Full context itself does not surely grow in: {tasks}. There a memory has little to grow from."""
+
 _DIFFERENCES = """\
 A difference is how much better the left side is at the last step, or over all blocks of a stream, where perplexities
 are compared by the logarithm of their ratio. Open means that its interval has both signs or is nothing but 0, or that
-it rests on fewer than five items. The interval is by bootstrap over the items that both have answered; in streams it
-is that of the mean over blocks, which are taken to be independent, and for growth with t it is made of the two steps'
-intervals as if they were independent."""
+it rests on fewer than five items. The interval is by bootstrap over the items that both have answered, and for growth
+with t over those that were asked at both steps; in streams it is that of the mean over blocks, which are taken to be
+independent."""
 
 
 def build(results: Sequence[Results]) -> tuple[str, dict[str, bytes]]:
@@ -122,25 +129,37 @@ def _notes(results: Results, remarks: Sequence[str]) -> list[str]:
 
 def _claims(results: Results) -> list[str]:
     parts: list[str] = []
-    for title, findings in (
-        ("What the paper shows, here", orderings(results)),
-        ("Does quality grow with t? (Of perplexities: the gain over no context.)", growth(results)),
+    for title, findings, why in (
+        ("What the paper shows, here", orderings(results), _NOTHING_TO_KEEP),
+        (
+            "Does quality grow with t? (Of perplexities: the gain over no context.)",
+            growth(results),
+            _NOTHING_TO_GROW,
+        ),
     ):
-        if findings:
+        if any(not finding.of_full for finding in findings):
             parts += [
                 f"### {title}",
                 *([] if parts else [_DIFFERENCES]),
                 _count(findings),
+                *_why(findings, why),
                 findings_table(findings),
             ]
     return parts
 
 
 def _count(findings: Sequence[Finding]) -> str:
+    claims = [finding for finding in findings if not finding.of_full]
     held, failed, undecided = (
-        sum(finding.verdict == verdict for finding in findings) for verdict in ("held", "not held", "open")
+        sum(finding.verdict == verdict for finding in claims) for verdict in ("held", "not held", "open")
     )
-    return f"Of {len(findings)} comparisons {held} held, {failed} did not, {undecided} are open."
+    return f"Of {len(claims)} comparisons {held} held, {failed} did not, {undecided} are open."
+
+
+def _why(findings: Sequence[Finding], sentence: str) -> list[str]:
+    """The tasks in which full context itself does not show what is asked of memories."""
+    tasks = [finding.task for finding in findings if finding.of_full and finding.verdict != "held"]
+    return [sentence.format(tasks=", ".join(tasks))] if tasks else []
 
 
 def _task(results: Results, task: str) -> list[str]:
