@@ -36,6 +36,11 @@ MEMORIES: dict[str, tuple[str, dict[str, int]]] = {
     "ccm-merge, 8 slots": ("ccm-merge", {"slots": 8}),
     "chat: ccm-merge, 16 slots + sink + window": ("ccm-merge", dict(CHAT)),
     "chat: ccm-chat, 4 slots a turn + sink + window": ("ccm-chat", dict(CHAT)),
+    # chosen on validation rows among sizes that are five times less (docs/experiments.md)
+    "small: ccm-chat, 2 slots a turn + sink + window of 24": (
+        "ccm-chat",
+        {"slots": 2, "sink": 4, "window": 24},
+    ),
 }
 
 

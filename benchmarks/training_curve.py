@@ -42,21 +42,18 @@ class Point:
     goes_on: bool = True
 
 
-#: Rule -> adapters in the order of their training, and slots that are scored.
-LINES: dict[str, tuple[tuple[Point, ...], tuple[int, ...]]] = {
-    "concat": (
-        (
-            Point("4f28f7f", "ccm-concat", goes_on=False),
-            Point("7c7e2be", "ccm-concat"),
-            Point("c55e8de", "ccm-chat"),
-            Point("dbd7109", "ccm-chat"),
-            Point("afce751", "ccm-chat"),
-        ),
-        (4, 2),
+#: Rule -> adapters in the order of their training.
+LINES: dict[str, tuple[Point, ...]] = {
+    "concat, 4 slots a turn": (
+        Point("4f28f7f", "ccm-concat", goes_on=False),
+        Point("7c7e2be", "ccm-concat"),
+        Point("c55e8de", "ccm-chat"),
+        Point("dbd7109", "ccm-chat"),
+        Point("afce751", "ccm-chat"),
     ),
-    "merge": (
-        (Point("4f28f7f", "ccm-merge", goes_on=False), Point("ff30b47", "ccm-merge", goes_on=False)),
-        (16, 8),
+    "merge, 16 slots in all": (
+        Point("4f28f7f", "ccm-merge", goes_on=False),
+        Point("ff30b47", "ccm-merge", goes_on=False),
     ),
 }
 
@@ -86,7 +83,7 @@ def measure(limit: int | None) -> dict[str, Any]:
     lines: dict[str, list[dict[str, Any]]] = {}
     references: tuple[Any, Any] | None = None
     with tempfile.TemporaryDirectory() as scratch:
-        for rule, (points, slots) in LINES.items():
+        for line, points in LINES.items():
             tokens = 0
             for point in points:
                 folder = fetch(point, Path(scratch))
@@ -97,14 +94,16 @@ def measure(limit: int | None) -> dict[str, Any]:
                 )
                 own = json.loads((folder / "training.json").read_text())["report"]["tokens"]
                 tokens = own + (tokens if point.goes_on else 0)
-                for k in slots:
-                    nll = parallel_nll(compressor, rows, FIRST, slots=k)
-                    share = recovered_share(none.mean, full.mean, nll.mean)
-                    scored = {"commit": point.commit, "adapter": point.adapter, "tokens": tokens, "slots": k}
-                    scored["recovered_share"] = round(share, 4)
-                    scored["share_ci"] = [round(x, 4) for x in bootstrap_share(none, full, nll)]
-                    lines.setdefault(rule, []).append(scored)
-                    print(rule, scored, flush=True)
+                nll = parallel_nll(compressor, rows, FIRST)
+                scored = {
+                    "commit": point.commit,
+                    "adapter": point.adapter,
+                    "tokens": tokens,
+                    "recovered_share": round(recovered_share(none.mean, full.mean, nll.mean), 4),
+                    "share_ci": [round(x, 4) for x in bootstrap_share(none, full, nll)],
+                }
+                lines.setdefault(line, []).append(scored)
+                print(line, scored, flush=True)
     return {
         "task": f"chitchat, test users, rows of {TURNS} turns, targets from turn {FIRST + 1} on",
         "rows": len(rows),
@@ -113,24 +112,22 @@ def measure(limit: int | None) -> dict[str, Any]:
 
 
 def draw(result: dict[str, Any]) -> None:
-    """Share against tokens on a logarithmic axis, a line for each rule and number of slots."""
+    """Share against tokens on a logarithmic axis."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6.4, 4), layout="constrained")
-    for rule, points in result["lines"].items():
-        for slots in sorted({p["slots"] for p in points}, reverse=True):
-            mine = [p for p in points if p["slots"] == slots]
-            shares = [p["recovered_share"] for p in mine]
-            spread = [[s - p["share_ci"][0] for s, p in zip(shares, mine, strict=True)],
-                      [p["share_ci"][1] - s for s, p in zip(shares, mine, strict=True)]]  # fmt: skip
-            each = "a turn" if rule == "concat" else "in all"
-            tokens = [p["tokens"] / 1e6 for p in mine]
-            axes.errorbar(
-                tokens, shares, spread, marker="o", capsize=3, label=f"{rule}, {slots} slots {each}"
-            )
+    for line, points in result["lines"].items():
+        shares = [point["recovered_share"] for point in points]
+        low, high = zip(*(point["share_ci"] for point in points), strict=True)
+        spread = [
+            [share - end for share, end in zip(shares, low, strict=True)],
+            [end - share for share, end in zip(shares, high, strict=True)],
+        ]
+        tokens = [point["tokens"] / 1e6 for point in points]
+        axes.errorbar(tokens, shares, spread, marker="o", capsize=3, label=line)
     axes.set(
         xscale="log", xlabel="tokens trained on, in millions", ylabel="recovered share, 95 % CI over rows"
     )

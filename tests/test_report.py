@@ -366,7 +366,8 @@ def test_losses_are_sorted_and_paired_gaps_come_first() -> None:
         "| toy · number | 0.800 | **`ccm-merge`** −0.41 |",
         "| toy · name | 0.900 | `mean-pool` −0.60, **`ccm-merge`** −0.10 |",
     ]
-    assert "ccm-concat" not in findings_table(orderings(Results("s", tuple(rows))))
+    results = Results("s", tuple(rows))
+    assert "ccm-concat" not in findings_table(results, orderings(results))
 
 
 # ---------------------------------------------------------------------- bad input

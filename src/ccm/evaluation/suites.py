@@ -219,7 +219,7 @@ def _tuned(window: int) -> tuple[str, ...]:
     return ("none", "full", "ccm-tasks", with_window, *windows, "mean-pool")
 
 
-#: For the embedded model in float32 on two cores of 57 GFLOP/s each: quick takes a quarter of an hour, paper three
+#: For the embedded model in float32 on two cores of 57 GFLOP/s each: quick takes a quarter of an hour, paper four
 #: hours, tuned two and a quarter, streams one and a half. The paper's own data are in hub, which needs a model hub.
 SUITES: dict[str, Suite] = {
     suite.name: suite

@@ -143,7 +143,7 @@ def _claims(results: Results) -> list[str]:
                 *([] if parts else [_DIFFERENCES]),
                 _count(findings),
                 *_why(findings, why),
-                findings_table(findings),
+                findings_table(results, findings),
             ]
     return parts
 

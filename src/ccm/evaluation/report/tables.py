@@ -187,9 +187,10 @@ def kinds_table(results: Results, task: str, metric: Metric) -> str:
     return markdown(["method", *counted], rows)
 
 
-def findings_table(findings: Sequence[Finding]) -> str:
+def findings_table(results: Results, findings: Sequence[Finding]) -> str:
     """Claims against tasks: the verdict, the difference with its interval, and how the KV bytes compare."""
-    tasks = list(dict.fromkeys(f"{f.task} ({f.metric.lost})" for f in findings))
+    by_task = sorted(findings, key=lambda finding: results.tasks.index(finding.task))
+    tasks = list(dict.fromkeys(f"{f.task} ({f.metric.lost})" for f in by_task))
     by_claim: dict[str, dict[str, Finding]] = {}
     for finding in findings:
         by_claim.setdefault(finding.claim, {})[f"{finding.task} ({finding.metric.lost})"] = finding
