@@ -131,8 +131,10 @@ def draw(result: dict[str, Any]) -> None:
     axes.set(
         xscale="log", xlabel="tokens trained on, in millions", ylabel="recovered share, 95 % CI over rows"
     )
+    axes.set_xticks([0.25, 0.5, 1, 2, 4], ["0.25", "0.5", "1", "2", "4"])
+    axes.minorticks_off()
     axes.axhline(1, color="grey", linewidth=0.8)
-    axes.grid(alpha=0.3, which="both")
+    axes.grid(alpha=0.3)
     axes.legend()
     FIGURE.parent.mkdir(exist_ok=True)
     figure.savefig(FIGURE, dpi=110)
