@@ -42,7 +42,7 @@ class Point:
     goes_on: bool = True
 
 
-#: Rule -> adapters in the order of their training.
+#: Line of training -> its adapters in order; merge's second is a later state of the same run.
 LINES: dict[str, tuple[Point, ...]] = {
     "concat, 4 slots a turn": (
         Point("4f28f7f", "ccm-concat", goes_on=False),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from itertools import chain
 from statistics import fmean
 from typing import Any
 
@@ -77,11 +78,7 @@ def _task_rows(task: str, methods: Mapping[str, list[Record]]) -> Iterator[dict[
                 head = {"task": task, "method": method, "step": step, "tag": tag, "metric": name}
                 ends = {"ci_low": _finite(low), "ci_high": _finite(high)}
                 yield head | {"value": value} | ends | {"n": n} | cost
-        for step, name, items, value, (low, high) in _gains(method, sums):
-            head = {"task": task, "method": method, "step": step, "tag": "", "metric": name}
-            ends = {"ci_low": _finite(low), "ci_high": _finite(high)}
-            yield head | {"value": value} | ends | {"n": len(items)} | _cost(records, step, items)
-        for step, name, items, value, (low, high) in _growth(method, sums):
+        for step, name, items, value, (low, high) in chain(_gains(method, sums), _growth(method, sums)):
             head = {"task": task, "method": method, "step": step, "tag": "", "metric": name}
             ends = {"ci_low": _finite(low), "ci_high": _finite(high)}
             yield head | {"value": value} | ends | {"n": len(items)} | _cost(records, step, items)
@@ -121,14 +118,14 @@ def _growth(
     method: str, sums: Mapping[str, Mapping[tuple[int, str, str], Sums]]
 ) -> Iterator[tuple[int, str, Set[str], float, tuple[float, float]]]:
     """How much better a method is at the last step of a task than at the first, paired item by item; step 0 is the
-    first if there are only two.
+    first if there are only two. No context does not grow.
 
     Yields step, metric ("accuracy since 1"), items, value and interval. Perplexities at two steps are of other words,
     so there it is the gain over no context, in nats per token.
     """
     for metric in _COMPARED:
         steps = sorted(step for step, tag, name in sums[method] if (tag, name) == ("", metric))
-        if len(steps) < 2 or (metric == "perplexity" and method == "none"):
+        if len(steps) < 2 or method == "none":
             continue
         first, last = steps[1 if steps[0] == 0 and len(steps) > 2 else 0], steps[-1]
         named = ("none", method) if metric == "perplexity" else (method,)
