@@ -242,13 +242,15 @@ def _limit(axes: Axes, metric: Metric, rows: Sequence[Row]) -> None:
 
 def _draw_pareto(axes: Axes, results: Results, task: str, metric: Metric, styles: Styles) -> list[Point]:
     """Quality against KV bytes at the last step; the line joins what nothing smaller beats."""
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     last = {m: results.last(task, m, metric.name) for m in results.methods}
     rows = [row for row in last.values() if row is not None]
     points = [(row.kv_bytes / 1e6, row.value, row.method) for row in rows if row.kv_bytes]
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(f"KV read at t = {rows[0].step} (MB)" if rows else "KV read (MB)")
     for row in rows:
         if not row.kv_bytes:
