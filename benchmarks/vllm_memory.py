@@ -29,7 +29,6 @@ import torch
 from common import RESULTS, parser, store
 
 import ccm
-from ccm.chat import closing, header, render
 from ccm.data import load_chitchat
 from ccm.models import DEFAULT_MODEL
 from ccm.serving.engine import Job, Result, Sampling, segments_of
@@ -39,6 +38,7 @@ from ccm.serving.vllm.client import Call, VllmServer
 from ccm.serving.vllm.engine import VllmEngine
 from ccm.serving.vllm.reference import Reference
 from ccm.session import Budget
+from ccm.turns import render, turns_of
 
 sys.path.append(str(Path(__file__).parent.parent / "tests" / "vllm"))
 from vllm_servers import Vllm, kv_transfer, serving
@@ -106,7 +106,8 @@ class Bench:
             for _ in range(count)
         ]
         self.asked = [0] * count
-        self.head, self.tail = header(self.tokenizer, "assistant"), closing(self.tokenizer, "assistant")
+        template = turns_of(self.tokenizer)
+        self.head, self.tail = template.head, template.tail
 
     def question(self, i: int) -> list[int]:
         self.asked[i] += 1

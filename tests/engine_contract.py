@@ -13,10 +13,11 @@ import torch
 from tiny import tiny_compressor, tiny_tokenizer
 
 from ccm import Session
-from ccm.chat import closing, ends, header, render
 from ccm.errors import ConfigError, MismatchError
-from ccm.serving.engine import Engine, EngineError, Job, OverloadedError, Result, Sampling, segments_of
+from ccm.serving.engine import Engine, EngineError, Job, Kept, OverloadedError, Result, Sampling, segments_of
 from ccm.session import Budget
+from ccm.template import answer_ends
+from ccm.turns import render, turns_of
 
 BUDGET = Budget(slots=2, sink=2, window=16, segment=8)
 GREEDY = Sampling(max_tokens=12, temperature=0)
@@ -52,10 +53,17 @@ def turn(tokenizer, memory, text, sampling=GREEDY, budget=BUDGET):
         memory=memory,
         budget=budget,
         segments=segments_of(render(tokenizer, "user", text).ids, budget),
-        prompt=tuple(header(tokenizer, "assistant")),
+        prompt=tuple(turns_of(tokenizer).head),
         sampling=sampling,
-        closing=tuple(closing(tokenizer, "assistant")),
+        remember=lambda text: Kept(segments_of(answered(tokenizer, text), budget)),
     )
+
+
+def answered(tokenizer, text):
+    """An answer as it is remembered; an empty one has its frame alone."""
+    template = turns_of(tokenizer)
+    said = tokenizer.encode(text, add_special_tokens=False)
+    return (*template.head, *said, *template.tail)
 
 
 def run(engine, jobs):
@@ -141,10 +149,10 @@ class EngineContract:
     def test_a_long_prompt_without_a_memory(self, compressor, tokenizer, engine):
         """Read while others write, it equals transformers' own generate."""
         ids = tokenizer.encode("tell me of whales and of ships at sea, " * 3)
-        job = Job(compressor.empty(), BUDGET, prompt=tuple(ids), sampling=GREEDY, remember=False)
+        job = Job(compressor.empty(), BUDGET, prompt=tuple(ids), sampling=GREEDY)
         others = [turn(tokenizer, compressor.empty(), text) for text in TEXTS]
         (result, *_), _ = run(engine, [job, *others])
-        stops = {"eos_token_id": sorted(ends(tokenizer)), "pad_token_id": tokenizer.pad_token_id}
+        stops = {"eos_token_id": sorted(answer_ends(tokenizer)[0]), "pad_token_id": tokenizer.pad_token_id}
         whole = compressor.model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False, **stops)
         assert result.text == tokenizer.decode(whole[0, len(ids) :], skip_special_tokens=True).strip()
         assert result.text and result.memory.length == 0
@@ -273,7 +281,7 @@ class EngineContract:
         assert near.memory.length == memory.length + 2 and long.memory.length == 2
 
     def test_answers_end_with_the_context(self, compressor, tokenizer, engine):
-        job = Job(compressor.empty(), BUDGET, prompt=(5,) * 250, sampling=GREEDY, remember=False)
+        job = Job(compressor.empty(), BUDGET, prompt=(5,) * 250, sampling=GREEDY)
         (result,), _ = run(engine, [job])
         assert result.tokens == 6 and result.finish_reason == "length"
 

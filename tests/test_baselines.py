@@ -15,7 +15,6 @@ from tiny import CASES, pad, random_rows, scramble, tiny_compressor, tiny_model,
 from torch import Tensor
 
 from ccm import attention, blocks, get_method, soft_prompts
-from ccm.chat import render
 from ccm.compressor import Compressor, CompressorConfig
 from ccm.errors import ConfigError
 from ccm.kinds import KINDS
@@ -26,6 +25,7 @@ from ccm.methods.summary import OPENING, ROLE
 from ccm.pooling import TAPS, Pooling, bounds, chunks
 from ccm.training import TrainConfig, load_recipe
 from ccm.training.recursion import parallel_losses
+from ccm.turns import render
 
 TOLERANCE = 1e-4
 BROKEN = 0.1

@@ -11,7 +11,9 @@ from tiny import tiny_tokenizer
 
 from ccm.errors import ConfigError
 from ccm.serving.engine import Job, PaddedEngine, Result, Sampling
-from ccm.serving.engine.sampling import Sampler, Writer
+from ccm.serving.engine.sampling import Sampler
+from ccm.template import template_of
+from ccm.writer import Writer
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +108,7 @@ def test_sampling_out_of_range(change):
 
 
 def write(tokenizer, text, *stop):
-    writer = Writer(tokenizer, stop)
+    writer = Writer(template_of(tokenizer).decode, stop)
     pieces = []
     for token in tokenizer.encode(text, add_special_tokens=False):
         pieces.append(writer.put(token))

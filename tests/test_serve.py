@@ -60,7 +60,8 @@ def home(tmp_path_factory) -> Path:
 
 #: Answers that never end by themselves: their length is known.
 ENDLESS = (
-    "import sys; from ccm import chat, cli; chat.ends = lambda _: set(); sys.exit(cli.main(sys.argv[1:]))"
+    "import sys; from ccm import cli, template; template.answer_ends = lambda *_: (frozenset(), ()); "
+    "sys.exit(cli.main(sys.argv[1:]))"
 )
 
 

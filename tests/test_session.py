@@ -10,10 +10,10 @@ import torch
 from tiny import scramble, tiny_model, tiny_tokenizer
 
 import ccm
-from ccm.chat import closing, header, render
 from ccm.compressor import Compressor, CompressorConfig
 from ccm.errors import ConfigError, MemoryFileError, MismatchError
 from ccm.session import CHAT, Session
+from ccm.turns import render, turns_of
 
 TOKENIZER = tiny_tokenizer()
 GREEDY = {"do_sample": False, "max_new_tokens": 8}
@@ -63,11 +63,11 @@ def test_generate_answers_from_memory_and_remembers_its_answer(merge: Compressor
     by_hand.memory = before
     by_hand.append("who am I?")
     ids = merge.generate(
-        [header(TOKENIZER, "assistant")], by_hand.memory, **GREEDY, eos_token_id=TOKENIZER.eos_token_id
+        [turns_of(TOKENIZER).head], by_hand.memory, **GREEDY, eos_token_id=TOKENIZER.eos_token_id
     )
-    reply = [t for t in ids[0, len(header(TOKENIZER, "assistant")) :].tolist() if t != TOKENIZER.eos_token_id]
+    reply = [t for t in ids[0, len(turns_of(TOKENIZER).head) :].tolist() if t != TOKENIZER.eos_token_id]
     assert answer == TOKENIZER.decode(reply, skip_special_tokens=True).strip()
-    by_hand._take_in((*header(TOKENIZER, "assistant"), *reply, *closing(TOKENIZER, "assistant")))
+    by_hand.append(answer, role="assistant")
     assert equal(session, by_hand)
 
 

@@ -10,7 +10,6 @@ import torch
 
 import ccm
 from ccm import cli
-from ccm.chat import render
 from ccm.data import load_chitchat
 from ccm.data.rows import held_out_rows
 from ccm.evaluation.share import parallel_nll, recovered_share, reference_nll, turn_nll
@@ -21,6 +20,7 @@ from ccm.serving.build import Options
 from ccm.serving.command import serve
 from ccm.session import CHAT
 from ccm.storage.adapter_folder import SHIPPED
+from ccm.turns import render
 
 DEFAULT = Options(store="").adapter
 ADAPTERS = ["ccm-chat", "ccm-concat", "ccm-merge"]

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ccm.chat import header, render
 from ccm.evaluation.items import Choice, Item
 from ccm.evaluation.tasks import EvalTask, register_task
+from ccm.turns import render, render_dialogue, turns_of
 
 GOODS = ("milk", "bread", "rice", "soap", "eggs", "salt", "tea", "butter")
 OTHERS = ("corn", "ham", "jam", "honey", "beans", "flour", "oil", "fish")
@@ -30,17 +30,17 @@ class Shopping(EvalTask):
         for number in range(limit):
             rng = random.Random(number)  # the same items every time
             listed = rng.sample(GOODS, max(self.steps))
-            turns = [render(tokenizer, "user", f"We need {thing}.").ids for thing in listed]
+            told = render_dialogue(tokenizer, [("user", f"We need {thing}.") for thing in listed])
             queries = {}
             for t in self.steps:
                 oldest = self.ask(tokenizer, [listed[0], rng.choice(OTHERS)], rng.randrange(2), "oldest")
                 newest = self.ask(tokenizer, [listed[t - 1], rng.choice(OTHERS)], rng.randrange(2), "newest")
                 queries[t] = (oldest, newest)
-            yield Item(f"list {number}", tuple(turns), queries)
+            yield Item(f"list {number}", tuple(turn.ids for turn in told), queries)
 
     def ask(self, tokenizer: Any, things: list[str], answer: int, tag: str) -> Choice:
         """The right thing comes first in ``things`` and is put at place ``answer``."""
         things = things[::-1] if answer else things
         question = render(tokenizer, "user", f"What do we need, {things[0]} or {things[1]}?").ids
         options = tuple(tuple(tokenizer.encode(thing, add_special_tokens=False)) for thing in things)
-        return Choice((*question, *header(tokenizer, "assistant")), options, answer, tag=tag)
+        return Choice((*question, *turns_of(tokenizer).head), options, answer, tag=tag)

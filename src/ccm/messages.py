@@ -9,6 +9,10 @@ from typing import Any
 from .errors import ConfigError
 
 
+class Thought(str):
+    """A piece of text that a model thinks and does not say."""
+
+
 @dataclass(frozen=True)
 class ToolCall:
     """A call that an assistant asks for.

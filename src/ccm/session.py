@@ -11,16 +11,20 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
-from .chat import closing, ends, header, render
+from .answers import Answer, AnswerReader
 from .compressor import Compressor
+from .dialogue import Dialogue, Dialogues, Step
 from .errors import ConfigError, MemoryFileError
 from .memory import Memory
+from .messages import Message
+from .template import answer_ends, template_of
+from .writer import Writer
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +75,11 @@ class Session:
         tokenizer: of the model.
         slots, sink, window: the budget; by default the adapter's own. :data:`CHAT` is a good one for chats.
         segment: longest segment folded at once; by default half the window, or 128 tokens without one.
+        tools: that the model may call, in the form of chat templates:
+            ``{"type": "function", "function": {"name": …, "parameters": …}}``.
+
+    Attributes:
+        last: the newest answer, with its thoughts and the calls of tools that it asks for.
 
     Example:
         >>> session = ccm.Session(compressor, tokenizer)
@@ -87,6 +96,7 @@ class Session:
         sink: int | None = None,
         window: int | None = None,
         segment: int | None = None,
+        tools: Sequence[dict[str, Any]] = (),
     ):
         config = compressor.config
         window = config.window if window is None else window
@@ -102,20 +112,31 @@ class Session:
             raise ConfigError(f"budget slots: got {self.budget.slots}, the adapter has {config.slots}")
         self.memory: Memory = compressor.empty()
         self.turns = 0
+        self.last: Answer | None = None
+        self.template = template_of(tokenizer)
+        self.dialogues = Dialogues(self.template)
+        self.dialogue = self.dialogues.begin(tools)
+        self._before: Memory | None = self.memory  # from before the open messages, while they may change
 
     # ------------------------------------------------------------------ the loop
 
-    def append(self, text: str, role: str = "user") -> None:
+    def append(self, text: str | Message, role: str = "user") -> None:
         """Take in a turn without answering.
 
+        Args:
+            text: what is said, or a whole message, which brings its own role.
+            role: who says it.
+
         Raises:
-            ConfigError: empty text, or a role that the chat template does not know. The session is unchanged.
+            ConfigError: empty text, or a role that the chat template refuses. The session is unchanged.
         """
-        self._take_in(render(self.tokenizer, role, text).ids)
+        message = text if isinstance(text, Message) else Message(role, text)
+        self._take(self._step(message))
+        self.turns += 1
 
     def generate(
         self,
-        text: str | None = None,
+        text: str | Message | None = None,
         *,
         role: str = "user",
         streamer: Callable[[str], None] | Any | None = None,
@@ -124,45 +145,71 @@ class Session:
         """Append ``text`` if there is any, answer as the assistant, and remember the answer.
 
         Args:
-            text: what is said before the answer.
+            text: what is said before the answer, or a whole message.
             role: who says it.
-            streamer: a function that is called with each new piece of text, or a transformers streamer.
+            streamer: a function that is called with each new piece of text, or a transformers streamer. A piece
+                that the model thinks and does not say is a :class:`ccm.messages.Thought`.
             generate_kwargs: everything that transformers' ``generate`` takes.
 
         Returns:
-            the answer.
+            the answer, without its thoughts; :attr:`last` has these, too.
 
         Raises:
             ConfigError: empty text, or an answer that cannot fit the model's context. The session is unchanged.
         """
-        before = self.memory, self.turns
+        before = self.memory, self.turns, self.dialogue, self._before
         try:
-            if text is not None:
-                self._take_in(render(self.tokenizer, role, text).ids, answered=True)
-            head = header(self.tokenizer, "assistant")
-            options = {"max_new_tokens": 256, **self._stopping(), **generate_kwargs}
-            if callable(streamer) and not hasattr(streamer, "put"):
-                streamer = _CallbackStreamer(self.tokenizer, streamer)
-            out = self.compressor.generate(
-                [head], self.memory, streamer=streamer, **{**options, "return_dict_in_generate": False}
-            )
-            tail = closing(self.tokenizer, "assistant")
-            stops = ends(self.tokenizer)
-            reply = [token for token in out[0, len(head) :].tolist() if token not in stops]
-            if not reply:
-                reply = self.tokenizer.encode(" ", add_special_tokens=False)
-            self._take_in((*head, *reply, *tail))
+            if text is None:
+                step = self.dialogues.answer(self.dialogue)
+            else:
+                message = text if isinstance(text, Message) else Message(role, text)
+                step = self._step(message, answer=True)
+                self.turns += 1
+            self._take(step, answered=True)
+            self.last = self._written(list(step.head), streamer, generate_kwargs)
+            self._take(self._step(self.last.message()))
+            self.turns += 1
         except BaseException:  # also Ctrl-C while streaming: the turn happens as a whole or not at all
-            self.memory, self.turns = before
+            self.memory, self.turns, self.dialogue, self._before = before
             raise
-        return self.tokenizer.decode(reply, skip_special_tokens=True).strip()
+        return self.last.content
 
-    def _take_in(self, ids: tuple[int, ...], answered: bool = False) -> None:
-        budget, memory = self.budget, self.memory
-        for start in range(0, len(ids), budget.segment):
-            last = start + budget.segment >= len(ids)
-            part = torch.tensor([ids[start : start + budget.segment]])
-            memory = self.compressor.compress(part, memory, **budget.sizes(answered and last))
+    def _written(self, head: list[int], streamer: Any, generate_kwargs: dict[str, Any]) -> Answer:
+        """An answer behind its head."""
+        ends, texts = answer_ends(self.tokenizer, self.compressor.model)
+        reader = AnswerReader(self.template, tuple(head), bool(self.dialogue.tools))
+        written = _Written(Writer(self.template.decode, texts), reader, ends, streamer)
+        options: dict[str, Any] = {
+            "max_new_tokens": 256,
+            "eos_token_id": sorted(ends),
+            "pad_token_id": self.tokenizer.pad_token_id,
+            **generate_kwargs,
+        }
+        if texts:
+            options["stopping_criteria"] = [*options.get("stopping_criteria", ()), written.stops]
+        options["return_dict_in_generate"] = False
+        beams = options.get("num_beams") or 1  # a streamer cannot follow several
+        out = self.compressor.generate(
+            [head], self.memory, streamer=None if beams > 1 else written, **options
+        )
+        if beams > 1:
+            for token in out[0, len(head) :].tolist():
+                written.add(token)
+            written.end()
+        return reader.answer
+
+    def _step(self, message: Message, answer: bool = False) -> Step:
+        return self.dialogues.add(self.dialogue, message, answer, back=self._before is not None)
+
+    def _take(self, step: Step, answered: bool = False) -> None:
+        """Take in what a message brings; go back to before its exchange if the template writes that anew."""
+        memory = self.memory
+        if step.anew and self._before is not None:
+            memory = self._before
+        if step.final is not None:
+            memory = self._folded(memory, step.final)
+        before: Memory | None = memory if step.final is not None else self._before
+        memory = self._folded(memory, step.ids, answered)
         if memory.dropped > self.memory.dropped:
             log.warning(
                 "the memory is full: %d tokens of the oldest text were dropped, not folded (%d in all); "
@@ -170,11 +217,22 @@ class Session:
                 memory.dropped - self.memory.dropped,
                 memory.dropped,
             )
-        self.memory = memory
-        self.turns += 1
+        self.memory, self.dialogue = memory, step.dialogue
+        # a second memory is kept only where the template may still change what stands behind it
+        if not step.dialogue.open:
+            before = memory
+        elif not answered and self.dialogues.stands(step.dialogue):
+            before = None
+        self._before = before
 
-    def _stopping(self) -> dict[str, Any]:
-        return {"eos_token_id": sorted(ends(self.tokenizer)), "pad_token_id": self.tokenizer.pad_token_id}
+    def _folded(self, memory: Memory, ids: tuple[int, ...], answered: bool = False) -> Memory:
+        """The memory with these tokens, a segment at a time."""
+        budget = self.budget
+        for start in range(0, len(ids), budget.segment):
+            last = start + budget.segment >= len(ids)
+            part = torch.tensor([ids[start : start + budget.segment]])
+            memory = self.compressor.compress(part, memory, **budget.sizes(answered and last))
+        return memory
 
     # ------------------------------------------------------------------ accounting
 
@@ -187,12 +245,14 @@ class Session:
     def fork(self) -> Session:
         """An independent copy: what one is told, the other does not know."""
         twin = Session(self.compressor, self.tokenizer, **asdict(self.budget))
-        twin.memory, twin.turns = self.memory, self.turns
+        twin.memory, twin.turns, twin.last = self.memory, self.turns, self.last
+        twin.dialogue, twin._before = self.dialogue, self._before
         return twin
 
     def reset(self) -> None:
         """Forget everything."""
-        self.memory, self.turns = self.compressor.empty(), 0
+        self.memory, self.turns, self.last = self.compressor.empty(), 0, None
+        self.dialogue, self._before = self.dialogues.begin(self.dialogue.tools), self.memory
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the session to one safetensors file, atomically.
@@ -200,7 +260,7 @@ class Session:
         Raises:
             StorageError: it cannot be written; an older file is intact.
         """
-        state = {"budget": asdict(self.budget), "turns": self.turns}
+        state = {"budget": asdict(self.budget), "turns": self.turns, "dialogue": self.dialogue.as_dict()}
         self.memory.save(path, {"session": json.dumps(state)})
 
     @classmethod
@@ -217,6 +277,7 @@ class Session:
             state = json.loads(metadata["session"])
             session = cls(compressor, tokenizer, **state["budget"])
             session.turns = state["turns"]
+            session.dialogue = resumed(session.dialogues, state, memory)
         except (KeyError, TypeError, ValueError) as error:
             raise MemoryFileError(f"{path} holds a memory but no session ({error})") from error
         device = compressor.model.device
@@ -224,7 +285,7 @@ class Session:
             replace(row, sink=row.sink.to(device), slots=row.slots.to(device), window=row.window.to(device))
             for row in memory.rows
         ]
-        session.memory = replace(memory, rows=tuple(rows))
+        session.memory, session._before = replace(memory, rows=tuple(rows)), None
         return session
 
 
@@ -244,26 +305,55 @@ def counters(memory: Memory, bytes_per_token: int) -> dict[str, int]:
     }
 
 
-class _CallbackStreamer:
-    """Feeds a function with new text as soon as it decodes to whole characters."""
+def resumed(dialogues: Dialogues, state: Mapping[str, Any], memory: Memory) -> Dialogue:
+    """The dialogue of a saved session; of one from before dialogues were saved, that something was said.
 
-    def __init__(self, tokenizer: Any, emit: Callable[[str], None]):
-        self.tokenizer, self.emit = tokenizer, emit
-        self.ids: list[int] = []
-        self.sent = 0
-        self.prompt = True
+    Raises:
+        KeyError, TypeError, ConfigError: its state is none.
+    """
+    if "dialogue" in state:
+        return dialogues.resume(state["dialogue"])
+    said = memory.rows[0].tokens + memory.rows[0].window.length
+    return replace(dialogues.begin(), past="assistant" if said else "")
+
+
+class _Written:
+    """An answer as ``generate`` writes it: a transformers streamer, and what stops it at a text."""
+
+    def __init__(self, writer: Writer, reader: AnswerReader, ends: frozenset[int], streamer: Any):
+        self.writer, self.reader, self.ends = writer, reader, ends
+        self.also = streamer if hasattr(streamer, "put") else None
+        self.emit: Callable[[str], None] | None = None if self.also else streamer
+        self._prompt = True
 
     def put(self, value: torch.Tensor) -> None:
-        if self.prompt:  # generate() sends the prompt first
-            self.prompt = False
+        if self.also:
+            self.also.put(value)
+        if self._prompt:  # generate() sends the prompt first
+            self._prompt = False
             return
-        self.ids += value.flatten().tolist()
-        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
-        if not text.endswith("\ufffd"):
-            self.emit(text[self.sent :])
-            self.sent = len(text)
+        for token in value.flatten().tolist():
+            self.add(token)
+
+    def add(self, token: int) -> None:
+        if token not in self.ends and not self.writer.stopped:
+            self._tell(self.writer.put(token))
 
     def end(self) -> None:
-        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
-        if len(text) > self.sent:
-            self.emit(text[self.sent :])
+        if self.also:
+            self.also.end()
+        self._tell(self.writer.end())
+        for piece in self.reader.end():
+            self._emit(piece)
+
+    def stops(self, ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """For ``generate``: whether a text that ends a turn has been written."""
+        return torch.full((len(ids),), self.writer.stopped, device=ids.device)
+
+    def _tell(self, piece: str) -> None:
+        for part in self.reader.feed(piece):
+            self._emit(part)
+
+    def _emit(self, piece: str) -> None:
+        if self.emit:
+            self.emit(piece)

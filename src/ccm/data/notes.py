@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
-from ..chat import render
 from ..errors import ConfigError
+from ..turns import render
 from .conversation import check_split, unit
 from .facts import TEST, TRAIN, Fact, Kind, read_kind
 from .planting import render_answer
@@ -154,7 +154,8 @@ class Notes(Source):
                 if again and (rng.random() < self.changed or not subjects)
                 else subjects.pop()
             )
-            segments.append(render(self.tokenizer, "user", subject.tell(rng)).ids)
+            past = "user" if segments else ""
+            segments.append(render(self.tokenizer, "user", subject.tell(rng), past).ids)
             content.append((0, 0))
             if subject not in told:
                 told.append(subject)

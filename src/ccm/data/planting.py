@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from ..chat import RenderedTurn, render
+from ..turns import RenderedTurn, render
 from .facts import Fact, draw_facts
 
 
@@ -41,7 +41,7 @@ def plant_facts(turns: list[RenderedTurn], tokenizer: Any, rng: random.Random) -
             continue
         told = rng.choice(before)
         free.remove(told)
-        turns[told] = render(tokenizer, "user", fact.statement)
+        turns[told] = render(tokenizer, "user", fact.statement, "assistant" if told else "")
         turns[2 * pair] = render(tokenizer, "user", fact.question)
         turns[2 * pair + 1], value = render_answer(tokenizer, fact)
         recall.append((2 * pair + 1, *value))

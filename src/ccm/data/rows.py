@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..chat import RenderedTurn, render
+from ..turns import RenderedTurn, render_dialogue
 from .conversation import Conversation
 
 
@@ -37,8 +37,7 @@ def render_turns(
 ) -> list[RenderedTurn]:
     """Every turn as tokens; the content of a very long turn is cut to ``max_turn_tokens``."""
     turns = []
-    for turn in conversation.turns:
-        rendered = render(tokenizer, turn.role, turn.text)
+    for rendered in render_dialogue(tokenizer, [(turn.role, turn.text) for turn in conversation.turns]):
         start, stop = rendered.content
         if max_turn_tokens is not None and stop - start > max_turn_tokens:
             ids = (*rendered.ids[: start + max_turn_tokens - 1], *rendered.ids[stop - 1 :])

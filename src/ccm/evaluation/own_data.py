@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..chat import closing, render
 from ..data.conversation import Conversation
 from ..data.jsonl import read_jsonl
 from ..errors import DataError
+from ..turns import render_dialogue, turns_of
 from .items import Generation, Item, Query
 from .tasks import EvalTask
 from .tasks.choosing import ask, check_steps, choice, encode
@@ -96,7 +96,7 @@ class OwnItems(EvalTask):
                 raise DataError(f"{place}: options are {options!r}: expected two or more different texts")
             if record.get("answer") not in options:
                 raise DataError(f"{place}: answer is {record.get('answer')!r}: expected one of {options}")
-            end = closing(tokenizer, "assistant")[:1]  # "yes" is not only how "yes, please" begins
+            end = turns_of(tokenizer).tail[:1]  # "yes" is not only how "yes, please" begins
             query = choice(
                 ask(tokenizer, asked),
                 [(*encode(tokenizer, option), *end) for option in options],
@@ -106,7 +106,9 @@ class OwnItems(EvalTask):
         else:
             asked, answers = _text(record, "question", place), _texts(record, "answers", place)
             query = Generation(ask(tokenizer, asked), tuple(answers))
-        segments = tuple(render(tokenizer, "user", text).ids for text in context)
+        segments = tuple(
+            turn.ids for turn in render_dialogue(tokenizer, [("user", text) for text in context])
+        )
         steps = sorted({*(t for t in self.steps if t < len(segments)), len(segments)})
         return Item(f"line {number}", segments, {t: (query,) for t in steps})
 

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from transformers import StoppingCriteria
 
-from ..chat import closing
 from ..errors import ConfigError
 from ..memory import KV, Memory
 from ..methods import Run
+from ..template import answer_ends
 from .items import Choice, Generation, Ids, Item, Likelihood, Query
 from .metrics import exact_match, f1, rouge_l
 from .share import turn_nll
@@ -287,7 +287,7 @@ def _after(run: Run, memory: Memory, last: int, options: Sequence[Sequence[int]]
 def _generation(run: Run, query: Generation, tokenizer: Any) -> tuple[dict[str, Any], float]:
     if tokenizer is None:
         raise ConfigError("a generation is decoded: give run_item the tokenizer of the model")
-    ends = {tokenizer.eos_token_id, *closing(tokenizer, "assistant")[:1]} - {None}
+    ends = set(answer_ends(tokenizer)[0])
     stop = _EndOfAnswer(tokenizer, len(query.prompt), ends)
     ids = run.reader.generate(
         [list(query.prompt)],

@@ -12,10 +12,12 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..chat import header, render
 from ..errors import ConfigError
 from ..memory import KV
+from ..messages import Message
 from ..reader import Reader
+from ..template import template_of
+from ..turns import render
 from .base import Method, Run, register
 
 #: Who says the summary, and how it begins.
@@ -51,7 +53,7 @@ class SummaryRun(Run):
             self.recent = (*self.recent, tuple(ids))
             return
         summary = self._write() or self.summary
-        turn = render(self.tokenizer, ROLE, OPENING + summary).ids if summary else ()
+        turn = render(self.tokenizer, ROLE, OPENING + summary, "").ids if summary else ()
         (read,) = self.reader.read([[*turn, *ids]])
         row = self.memory.rows[0]
         gone = sum(map(len, self.recent))
@@ -62,12 +64,8 @@ class SummaryRun(Run):
         """A summary of the one before and of the segments since."""
         said = [self.tokenizer.decode(list(ids), skip_special_tokens=True).strip() for ids in self.recent]
         text = "\n".join([OPENING + self.summary, *said] if self.summary else said)
-        asked = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": REQUEST.format(text=text)}],
-            tokenize=False,
-            add_generation_prompt=True,
-        )
-        prompt = self.tokenizer.encode(asked, add_special_tokens=False)
+        asked = [Message("user", REQUEST.format(text=text))]
+        prompt = template_of(self.tokenizer).ids(asked, generation=True)
         pad = self.tokenizer.pad_token_id
         ids = self.reader.generate(
             [prompt],
@@ -102,5 +100,5 @@ class Summary(Method):
             raise ConfigError(
                 f"method {self.name}: got {what}, expected that of a chat model: the model is asked for a summary"
             )
-        header(tokenizer, ROLE)  # says so if the template has no such role
+        render(tokenizer, ROLE, OPENING)  # says so if the template has no such role
         return SummaryRun(Reader(model), tokenizer, self.max_tokens, self.every)

@@ -7,26 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import ConfigError
+from ..messages import Message
 
-ROLES = ("system", "user", "assistant")
 _OPENINGS = (["user"], ["system", "user"])
 #: Entry that says: forget what was noted before, the memory was made anew from here on.
 RESET: dict[str, Any] = {"reset": True}
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn of a conversation: who speaks, and what."""
-
-    role: str
-    content: str
-
-    def __post_init__(self) -> None:
-        if self.role not in ROLES:
-            raise ConfigError(f"role: got {self.role!r}, expected one of {', '.join(ROLES)}")
-        if not self.content.strip() and self.role != "assistant":  # a model may have had nothing to say
-            raise ConfigError(f"a message of {self.role!r} has no text; give at least one character")
 
 
 @dataclass(frozen=True)

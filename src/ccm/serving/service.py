@@ -13,6 +13,7 @@ import json
 import logging
 import secrets
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -20,26 +21,30 @@ from typing import Any
 
 import torch
 
-from ..chat import closing, header, render
+from ..answers import AnswerReader, read_answer
 from ..compressor import Compressor
+from ..dialogue import Dialogue, Dialogues
 from ..errors import CCMError, ConfigError, MemoryFileError, MismatchError, UnknownNameError
 from ..memory import Memory
+from ..messages import Message, ToolCall
 from ..reader import base_name
-from ..session import Budget, counters
+from ..session import Budget, counters, resumed
 from ..storage import memory_file
+from ..template import template_of
 from . import history
 from .engine import (
     Engine,
     Event,
     Job,
+    Kept,
     PaddedEngine,
     Result,
     Sampling,
     StoppingError,
-    segments_of,
 )
-from .history import Entry, Message
+from .history import Entry
 from .metrics import Metrics
+from .rendering import Rendering
 from .store import ConflictError, Info, NotFoundError, Snapshot, Store, codec
 
 __all__ = ["BusyError", "Entry", "Message", "Outcome", "Sampling", "Service", "Settings", "Turn", "View"]
@@ -127,10 +132,12 @@ class Outcome:
 
     Attributes:
         text: the answer.
-        finish_reason: "stop" or "length".
+        finish_reason: "stop", "length" or "tool_calls".
         prompt_tokens: all that the answer depends on.
         known_tokens: of these, those that the memory held before the request.
         completion_tokens: of the answer.
+        reasoning: thoughts of the answer, apart from its text.
+        tool_calls: that it asks for.
         session, version, stats: of the conversation; None and 0 for a stateless answer.
     """
 
@@ -142,6 +149,8 @@ class Outcome:
     session: str | None = None
     version: int = 0
     stats: dict[str, int] | None = None
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -152,6 +161,7 @@ class _Held:
         session: its id; for a branch and a new one, of what the commit will create.
         version: that the commit follows on; 0 creates the session.
         memory: decoded, on the model's device.
+        dialogue: how far it has come.
         turns: so far.
         metadata: the caller's own.
         entries: a transcript that the commit has to bring along.
@@ -160,6 +170,7 @@ class _Held:
     session: str
     version: int
     memory: Memory
+    dialogue: Dialogue = field(default_factory=Dialogue)
     turns: int = 0
     metadata: dict[str, str] = field(default_factory=dict)
     entries: tuple[dict[str, Any], ...] = ()
@@ -167,6 +178,8 @@ class _Held:
 
 class Turn:
     """An answer on its way: an async iterator of pieces of text. When it ends, the turn is committed.
+
+    Pieces that the model thinks and does not say are of type :class:`~ccm.messages.Thought`.
 
     Attributes:
         session, version: of the conversation once the turn is committed; None and 0 for a stateless answer.
@@ -187,8 +200,10 @@ class Turn:
         release: Callable[[], None],
         session: str | None = None,
         version: int = 0,
+        reader: AnswerReader | None = None,
     ):
         self.session, self.version = session, version
+        self._reader, self._pieces = reader, deque[str]()
         self._commit, self._release = commit, release
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._ended = False
@@ -208,11 +223,15 @@ class Turn:
         return self
 
     async def __anext__(self) -> str:
-        if self._ended:
-            raise StopAsyncIteration
-        event = await self._events.get()
-        if isinstance(event, str):
-            return event
+        while True:
+            if self._pieces:
+                return self._pieces.popleft()
+            if self._ended:
+                raise StopAsyncIteration
+            event = await self._events.get()
+            if not isinstance(event, str):
+                break
+            self._pieces += self._reader.feed(event) if self._reader else [event]
         self._ended = True
         if isinstance(event, Exception):
             self._release()
@@ -221,7 +240,8 @@ class Turn:
         commit = asyncio.ensure_future(self._commit(event))
         commit.add_done_callback(lambda _: self._release())
         self.outcome = await asyncio.shield(commit)
-        raise StopAsyncIteration
+        self._pieces += self._reader.end() if self._reader else []
+        return await anext(self)
 
     async def finish(self) -> Outcome:
         """Run to the end."""
@@ -275,8 +295,8 @@ class Service:
             None  # when the store was looked at, and whether it was well
         )
         self._looking = asyncio.Lock()
-        self._head = tuple(header(tokenizer, "assistant"))
-        self._tail = tuple(closing(tokenizer, "assistant"))
+        self.template = template_of(tokenizer)
+        self.dialogues = Dialogues(self.template)
 
     # ------------------------------------------------------------------ conversations
 
@@ -289,7 +309,7 @@ class Service:
         messages: Sequence[Message] = (),
     ) -> View:
         """Begin a conversation, with messages that are taken in if there are any."""
-        new = await self._make(tenant, session, metadata or {}, self.compressor.empty(), 0, ())
+        new = await self._make(tenant, session, metadata or {}, self.compressor.empty(), 0, (), Dialogue())
         return await self.append(tenant, new, messages) if messages else await self.view(tenant, new)
 
     async def view(self, tenant: str, session: str) -> View:
@@ -361,7 +381,11 @@ class Service:
     async def export(self, tenant: str, session: str) -> bytes:
         """The conversation as a session file (``Session.load``)."""
         held = await self._load(tenant, session)
-        state = {"budget": asdict(self.settings.budget), "turns": held.turns}
+        state = {
+            "budget": asdict(self.settings.budget),
+            "turns": held.turns,
+            "dialogue": held.dialogue.as_dict(),
+        }
         return await asyncio.to_thread(memory_file.dumps, held.memory, {"session": json.dumps(state)})
 
     async def load(self, tenant: str, data: bytes, session: str | None = None) -> View:
@@ -373,12 +397,14 @@ class Service:
         """
         memory, metadata = await asyncio.to_thread(codec.decode_file, data)
         try:
-            turns = json.loads(metadata.get("session", "{}")).get("turns", 0)
-        except (ValueError, AttributeError) as error:
+            state = json.loads(metadata.get("session", "{}"))
+            turns = state.get("turns", 0)
+            dialogue = resumed(self.dialogues, state, memory)
+        except (ValueError, AttributeError, KeyError, TypeError, ConfigError) as error:
             raise MemoryFileError(f"the file's session is not readable ({error})") from error
         if not isinstance(turns, int) or not 0 <= turns < 1 << 53:
             raise MemoryFileError(f"the file claims {str(turns)[:20]!r} turns, expected a count")
-        made = await self._make(tenant, session, {}, self._checked(memory), turns, ())
+        made = await self._make(tenant, session, {}, self._checked(memory), turns, (), dialogue)
         return await self.view(tenant, made)
 
     async def rebuild(self, tenant: str, session: str) -> View:
@@ -428,6 +454,7 @@ class Service:
         version: int | None = None,
         branch: bool = False,
         instructions: str | None = None,
+        tools: Sequence[dict[str, Any]] = (),
     ) -> Turn:
         """Begin to answer.
 
@@ -441,6 +468,7 @@ class Service:
             version: go on from this version; if it is not the newest, in a branch with a new id.
             branch: go on from that version in a branch in any case.
             instructions: a system message that is taken in first, unless it is the last one that is known.
+            tools: that the model may call, in the form of chat templates.
 
         Raises:
             ConfigError: nothing to answer, or more than the model's context can hold.
@@ -454,7 +482,7 @@ class Service:
             raise ConfigError("messages: got none, expected at least one to answer")
         if session is None:
             system = [] if instructions is None else [Message("system", instructions)]
-            return await self._stateless([*system, *messages], sampling)
+            return await self._stateless([*system, *messages], sampling, tools)
         alone = self._alone(tenant, session) if session and version is None else _Nothing()
         try:
             alone.__enter__()
@@ -466,35 +494,22 @@ class Service:
                 held, messages = await self._compare(tenant, held, messages)
             if instructions is not None:
                 messages = [*await self._instructions(tenant, held, instructions), *messages]
-            return await self._turn(tenant, held, messages, sampling, alone.release)
+            return await self._turn(tenant, held, messages, sampling, alone.release, tools)
         except BaseException:
             alone.release()
             raise
 
-    async def _stateless(self, messages: Sequence[Message], sampling: Sampling) -> Turn:
-        self._check_characters(messages)
-        try:
-            ids = await asyncio.to_thread(
-                self.tokenizer.apply_chat_template,
-                [asdict(message) for message in messages],
-                add_generation_prompt=True,
-                return_dict=False,
-            )
-        except Exception as error:  # templates are programs and refuse what they like
-            raise ConfigError(f"the model's chat template refuses these messages: {error}") from error
-        self._check_tokens(len(ids))
+    async def _stateless(
+        self, messages: Sequence[Message], sampling: Sampling, tools: Sequence[dict[str, Any]]
+    ) -> Turn:
+        rendering = await asyncio.to_thread(self._rendered, self._new(), messages, True, tools)
+        prompt = (*(token for segment in rendering.segments for token in segment), *rendering.head)
 
         async def outcome(result: Result) -> Outcome:
-            return Outcome(result.text, result.finish_reason, len(ids), 0, result.tokens)
+            return self._outcome(result, rendering, len(prompt), 0)
 
-        job = Job(
-            self.compressor.empty(),
-            self.settings.budget,
-            prompt=tuple(ids),
-            sampling=sampling,
-            remember=False,
-        )
-        return Turn(self.engine, job, outcome, self._count())
+        job = Job(self.compressor.empty(), self.settings.budget, prompt=prompt, sampling=sampling)
+        return Turn(self.engine, job, outcome, self._count(), reader=self._reader(rendering))
 
     async def _turn(
         self,
@@ -503,26 +518,31 @@ class Service:
         messages: Sequence[Message],
         sampling: Sampling,
         release: Callable[[], None],
+        tools: Sequence[dict[str, Any]] = (),
     ) -> Turn:
-        segments, lengths = await asyncio.to_thread(self._rendered, messages)
+        rendering = await asyncio.to_thread(self._rendered, held, messages, True, tools)
         known = self._stats(held.memory, 0)["tokens_seen"]
-        prompt = known + sum(lengths) + len(self._head)
+        prompt = known + rendering.tokens + len(rendering.head)
+
+        def remember(text: str) -> Kept:
+            return rendering.remember(self._answer(rendering, text))[0]
 
         async def commit(result: Result) -> Outcome:
-            taken = self._stats(result.memory, 0)["tokens_seen"] - known - sum(lengths)
-            said = [*messages, Message("assistant", result.text)]
-            session, version, stats = await self._commit(tenant, held, result.memory, said, [*lengths, taken])
-            return Outcome(
-                result.text, result.finish_reason, prompt, known, result.tokens, session, version, stats
-            )
+            answer = self._answer(rendering, result.text)
+            dialogue = rendering.remember(answer)[1]
+            taken = self._stats(result.memory, 0)["tokens_seen"] - known - sum(rendering.lengths)
+            said, lengths = [*messages, answer], [*rendering.lengths, taken]
+            session, version, stats = await self._commit(tenant, held, result.memory, dialogue, said, lengths)
+            outcome = self._outcome(result, rendering, prompt, known)
+            return replace(outcome, session=session, version=version, stats=stats)
 
         job = Job(
             held.memory,
             self.settings.budget,
-            segments=segments,
-            prompt=self._head,
+            segments=rendering.segments,
+            prompt=rendering.head,
             sampling=sampling,
-            closing=self._tail,
+            remember=remember,
         )
         done = self._count()
 
@@ -530,7 +550,22 @@ class Service:
             done()
             release()
 
-        return Turn(self.engine, job, commit, both, held.session, held.version + 1)
+        reader = self._reader(rendering)
+        return Turn(self.engine, job, commit, both, held.session, held.version + 1, reader)
+
+    def _reader(self, rendering: Rendering) -> AnswerReader:
+        return AnswerReader(self.template, rendering.head, rendering.tools)
+
+    def _answer(self, rendering: Rendering, text: str) -> Message:
+        """The answer as it is remembered: clients send it back without its thoughts."""
+        answer = read_answer(self.template, rendering.head, text, rendering.tools)
+        return answer.message().without_thoughts()
+
+    def _outcome(self, result: Result, rendering: Rendering, prompt: int, known: int) -> Outcome:
+        answer = read_answer(self.template, rendering.head, result.text, rendering.tools)
+        finish = "tool_calls" if answer.tool_calls else result.finish_reason
+        outcome = Outcome(answer.content, finish, prompt, known, result.tokens)
+        return replace(outcome, reasoning=answer.reasoning, tool_calls=answer.tool_calls)
 
     async def _compare(
         self, tenant: str, held: _Held, messages: Sequence[Message]
@@ -539,7 +574,8 @@ class Service:
         entries = await asyncio.to_thread(self.store.transcript, tenant, held.session, held.version)
         new = history.unknown(entries, messages, imported=held.turns > len(history.current(entries)))
         if new is None and self.settings.resend == "rebuild":
-            empty = replace(held, memory=self.compressor.empty(), turns=0, entries=(history.RESET,))
+            nothing = self.compressor.empty()
+            empty = replace(held, memory=nothing, dialogue=Dialogue(), turns=0, entries=(history.RESET,))
             return empty, messages
         if new is None:
             raise ConflictError(
@@ -660,9 +696,11 @@ class Service:
         kept = snapshot.metadata
         user = dict(kept.get("user", {}))
         if anew:
-            return _Held(session, snapshot.version, self.compressor.empty(), 0, user)
+            return _Held(session, snapshot.version, self.compressor.empty(), metadata=user)
         memory, _ = await asyncio.to_thread(codec.decode, snapshot.payload)
-        return _Held(session, snapshot.version, self._checked(memory), kept["stats"]["turns"], user)
+        memory = self._checked(memory)
+        dialogue = resumed(self.dialogues, kept, memory)
+        return _Held(session, snapshot.version, memory, dialogue, kept["stats"]["turns"], user)
 
     def _checked(self, memory: Memory) -> Memory:
         """The memory on the model's device, if this model and adapter made it and it can be what it says."""
@@ -687,13 +725,19 @@ class Service:
         row = replace(row, sink=row.sink.to(device), slots=row.slots.to(device), window=row.window.to(device))
         return replace(memory, rows=(row,))
 
-    def _rendered(self, messages: Sequence[Message]) -> tuple[tuple[tuple[int, ...], ...], list[int]]:
-        """Segments of all messages one after another, and the tokens of each message."""
+    def _rendered(
+        self,
+        held: _Held,
+        messages: Sequence[Message],
+        answer: bool = False,
+        tools: Sequence[dict[str, Any]] = (),
+    ) -> Rendering:
+        """The messages as the model's template writes them behind what the conversation holds."""
         self._check_characters(messages)
-        turns = [render(self.tokenizer, message.role, message.content).ids for message in messages]
-        self._check_tokens(sum(map(len, turns)))
-        segments = [segment for ids in turns for segment in segments_of(ids, self.settings.budget)]
-        return tuple(segments), [len(ids) for ids in turns]
+        budget = self.settings.budget
+        rendering = Rendering(self.dialogues, held.dialogue, held.memory, budget, messages, answer, tools)
+        self._check_tokens(rendering.tokens + len(rendering.head))
+        return rendering
 
     def _check_characters(self, messages: Sequence[Message]) -> None:
         count = sum(len(message.content) for message in messages)
@@ -711,15 +755,17 @@ class Service:
 
     async def _take_in(self, tenant: str, held: _Held, messages: Sequence[Message]) -> str:
         """Fold messages and commit; returns the session."""
-        segments, lengths = await asyncio.to_thread(self._rendered, messages)
+        rendering = await asyncio.to_thread(self._rendered, held, messages)
         made: list[str] = []
 
         async def commit(result: Result) -> Outcome:
-            session, *_ = await self._commit(tenant, held, result.memory, messages, lengths)
+            session, *_ = await self._commit(
+                tenant, held, result.memory, rendering.dialogue, messages, rendering.lengths
+            )
             made.append(session)
             return Outcome("", "stop", 0, 0, 0)
 
-        job = Job(held.memory, self.settings.budget, segments)
+        job = Job(held.memory, self.settings.budget, rendering.segments)
         await Turn(self.engine, job, commit, self._count()).finish()
         return made[0]
 
@@ -728,6 +774,7 @@ class Service:
         tenant: str,
         held: _Held,
         memory: Memory,
+        dialogue: Dialogue,
         messages: Sequence[Message],
         lengths: Sequence[int],
     ) -> tuple[str, int, dict[str, int]]:
@@ -738,9 +785,9 @@ class Service:
             *(history.note(m, n, self.settings.texts) for m, n in zip(messages, lengths, strict=True)),
         ]
         if not held.version:
-            session = await self._make(tenant, held.session, held.metadata, memory, turns, entries)
+            session = await self._make(tenant, held.session, held.metadata, memory, turns, entries, dialogue)
             return session, 1, self._stats(memory, turns)
-        snapshot = await asyncio.to_thread(self._snapshot, memory, turns, held.metadata)
+        snapshot = await asyncio.to_thread(self._snapshot, memory, turns, held.metadata, dialogue)
         stored = await self._store(tenant, held.session, held.version, snapshot, entries)
         return held.session, stored.version, self._stats(memory, turns)
 
@@ -752,10 +799,11 @@ class Service:
         memory: Memory,
         turns: int,
         entries: Sequence[dict[str, Any]],
+        dialogue: Dialogue,
     ) -> str:
         """A new session with a first version; without an id it gets one that cannot be guessed."""
         session = session or new_id("conv")
-        snapshot = await asyncio.to_thread(self._snapshot, memory, turns, metadata)
+        snapshot = await asyncio.to_thread(self._snapshot, memory, turns, metadata, dialogue)
         try:
             await asyncio.to_thread(self.store.create, tenant, session)
         except ConflictError:
@@ -778,10 +826,11 @@ class Service:
         self.metrics.stored.inc(len(snapshot.payload))
         return stored
 
-    def _snapshot(self, memory: Memory, turns: int, metadata: dict[str, str]) -> Snapshot:
+    def _snapshot(self, memory: Memory, turns: int, metadata: dict[str, str], dialogue: Dialogue) -> Snapshot:
         payload, encoded = codec.encode(memory, self.settings.precision)
         stats = self._stats(memory, turns)
         kept = {**encoded, "adapter": self.settings.adapter, "user": metadata, "stats": stats}
+        kept["dialogue"] = dialogue.as_dict()
         return Snapshot(payload, kept)
 
     def _stats(self, memory: Memory, turns: int) -> dict[str, int]:

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, TypeVar
 
-from ...chat import header, render
 from ...errors import ConfigError
+from ...turns import render, turns_of
 from ..items import Choice, Ids
 
 _T = TypeVar("_T")
@@ -58,7 +58,7 @@ def ask(tokenizer: Any, question: str, stem: str = "") -> Ids:
     """A question as the user's turn, the header of the assistant's, and the beginning of its answer."""
     return (
         *render(tokenizer, "user", question).ids,
-        *header(tokenizer, "assistant"),
+        *turns_of(tokenizer).head,
         *encode(tokenizer, stem),
     )
 

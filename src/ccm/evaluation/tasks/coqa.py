@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ...chat import render
 from ...data.coqa import LICENCE, ORIGIN, Story, load_coqa
 from ...data.sources import number
+from ...turns import render, render_dialogue
 from ..items import Generation, Item
 from .base import EvalTask, register_task
 from .choosing import ask, shortly, spread
@@ -55,7 +55,8 @@ class Coqa(EvalTask):
         return short and len(sentences(story.text)) >= self.groups
 
     def _item(self, story: Story, tokenizer: Any) -> Item:
-        segments = [render(tokenizer, "user", text).ids for text in cut(sentences(story.text), self.groups)]
+        told = [("user", text) for text in cut(sentences(story.text), self.groups)]
+        segments = [turn.ids for turn in render_dialogue(tokenizer, told)]
         queries = {}
         for question in story.questions[: self.questions]:
             asked = shortly(question.text)

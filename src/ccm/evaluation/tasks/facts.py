@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ...chat import render
 from ...data import needles, updates
 from ...data.probes import History, Probe
 from ...data.sources import number
 from ...errors import ConfigError
+from ...turns import render_dialogue
 from ..items import Choice, Generation, Item
 from .base import EvalTask, register_task
 from .choosing import ask, check_steps, choice, encode
@@ -26,7 +26,8 @@ def _check(steps: tuple[int, ...], messages: int) -> None:
 
 
 def _messages(history: History, tokenizer: Any, count: int) -> tuple[tuple[int, ...], ...]:
-    return tuple(render(tokenizer, "user", message).ids for message in history.messages[:count])
+    told = render_dialogue(tokenizer, [("user", message) for message in history.messages[:count]])
+    return tuple(turn.ids for turn in told)
 
 
 def _prompt(probe: Probe, tokenizer: Any) -> tuple[int, ...]:

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ...chat import render
 from ...data.squad import LICENCE, ORIGIN, Paragraph, Question, load_squad_shifts
+from ...turns import render_dialogue
 from ..items import Generation, Item
 from .base import EvalTask, register_task
 from .choosing import ask, check_steps, shortly, spread
@@ -68,7 +68,8 @@ class Squad(EvalTask):
             for distance in self.distances:
                 query = Generation(prompt, question.answers, tag=f"squad distance {distance}")
                 queries[k + distance] = (*queries.get(k + distance, ()), query)
-        segments = tuple(render(tokenizer, "user", paragraph.text).ids for paragraph in paragraphs)
+        told = render_dialogue(tokenizer, [("user", paragraph.text) for paragraph in paragraphs])
+        segments = tuple(turn.ids for turn in told)
         return Item(name, segments, dict(sorted(queries.items())))
 
 

@@ -87,6 +87,19 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """What an answer leaves in the memory.
+
+    Attributes:
+        segments: token ids to take in, each at most ``budget.segment`` long.
+        memory: behind which; None: the one that the answer was written behind.
+    """
+
+    segments: tuple[tuple[int, ...], ...]
+    memory: Memory | None = None
+
+
+@dataclass(frozen=True)
 class Job:
     """One turn of one conversation.
 
@@ -96,8 +109,8 @@ class Job:
         segments: token ids that are taken in before the answer, each at most ``budget.segment`` long.
         prompt: token ids that the answer follows, read beside the memory; empty: nothing is written.
         sampling: of the answer.
-        closing: token ids that end an answer in the memory.
-        remember: whether prompt, answer and closing are taken in as well.
+        remember: what becomes of the answer, from its text; None: it is not taken in. It is called on the engine's
+            thread.
     """
 
     memory: Memory
@@ -105,8 +118,7 @@ class Job:
     segments: tuple[tuple[int, ...], ...] = ()
     prompt: tuple[int, ...] = ()
     sampling: Sampling = Sampling()
-    closing: tuple[int, ...] = ()
-    remember: bool = True
+    remember: Callable[[str], Kept] | None = None
 
 
 @dataclass(frozen=True)
@@ -115,7 +127,7 @@ class Result:
 
     Attributes:
         memory: with everything taken in.
-        text: the answer, whole.
+        text: the answer, whole, with marks of thoughts and calls.
         finish_reason: "stop" or "length".
         tokens: of the answer.
     """

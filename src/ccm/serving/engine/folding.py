@@ -18,13 +18,13 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from ... import chat
 from ...compressor import Compressor
 from ...errors import ConfigError
 from ...memory import Memory
+from ...template import answer_ends, template_of
+from ...writer import Writer
 from ..metrics import Metrics
-from .base import Engine, EngineError, Job, Listener, OverloadedError, Result, Ticket, segments_of
-from .sampling import Writer
+from .base import Engine, EngineError, Job, Listener, OverloadedError, Result, Ticket
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,8 @@ class FoldingEngine(Engine, Generic[R]):
         self.compressor, self.tokenizer, self.context = compressor, tokenizer, context
         self.rows, self.most = rows, rows + waiting
         self.metrics = metrics or Metrics()
-        self._ends = chat.ends(tokenizer)
+        self.template = template_of(tokenizer)
+        self._ends, self._end_texts = answer_ends(tokenizer, compressor.model)
         self._inbox: queue.SimpleQueue[R | Callable[[], None] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._jobs = 0  # submitted and not finished
@@ -134,7 +135,7 @@ class FoldingEngine(Engine, Generic[R]):
             job=job,
             ticket=Ticket(lambda: self._inbox.put(lambda: None)),
             listener=listener,
-            writer=Writer(self.tokenizer, job.sampling.stop),
+            writer=Writer(self.template.decode, (*job.sampling.stop, *self._end_texts)),
             submitted=time.monotonic(),
             memory=job.memory,
             segments=list(job.segments),
@@ -323,16 +324,9 @@ class FoldingEngine(Engine, Generic[R]):
             self._tell(running, running.writer.end())
             self.metrics.written.inc(len(running.writer.ids))
             if running.job.remember:
-                reply = self._reply(running.writer)
-                whole = (*running.job.prompt, *reply, *running.job.closing)
-                running.segments = list(segments_of(whole, running.job.budget))
-
-    def _reply(self, writer: Writer) -> list[int]:
-        """Token ids of the answer, at least one."""
-        text = writer.text or " "
-        if writer.stopped or not writer.ids:  # what came behind the stop text was never said
-            return list(self.tokenizer.encode(text, add_special_tokens=False))
-        return writer.ids
+                kept = running.job.remember(running.writer.text)
+                running.memory = running.memory if kept.memory is None else kept.memory
+                running.segments = list(kept.segments)
 
     @staticmethod
     def _tell(running: R, piece: str) -> None:

@@ -1,9 +1,8 @@
-"""From logits to tokens, and from tokens to text, for one row of a batch."""
+"""From logits to tokens, for one row of a batch."""
 
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,57 +66,3 @@ class Sampler:
             penalty = options.frequency_penalty * times + options.presence_penalty
             logits[list(self.counts)] -= penalty
         return logits
-
-
-class Writer:
-    """The text of one answer as its tokens come in.
-
-    Text is given out as soon as it is certain: whole characters, and nothing that may begin a stop text.
-    """
-
-    def __init__(self, tokenizer: Any, stop: tuple[str, ...]):
-        self.tokenizer, self.stop = tokenizer, stop
-        self.ids: list[int] = []
-        self.text = ""
-        self.stopped = False
-        self._read = self._from = 0  # tokens whose text is in ``text``, and where decoding begins
-        self._sent = 0
-        self._begun = False
-
-    def put(self, token: int) -> str:
-        """New text that is certain; look at :attr:`stopped` afterwards."""
-        self.ids.append(token)
-        return self._advance(final=False)
-
-    def end(self) -> str:
-        """The text that was held back."""
-        return "" if self.stopped else self._advance(final=True)
-
-    def _advance(self, final: bool) -> str:
-        # A token's text may depend on those before it (a space, bytes of a character): decode both from one place
-        decode = self.tokenizer.decode
-        old = decode(self.ids[self._from : self._read], skip_special_tokens=True)
-        new = decode(self.ids[self._from :], skip_special_tokens=True)
-        if final or (len(new) > len(old) and not new.endswith("\ufffd")):
-            self.text += new[len(old) :]
-            self._from, self._read = self._read, len(self.ids)
-        if not self._begun:  # an answer does not begin or end with blanks
-            self.text = self.text.lstrip()
-            self._begun = bool(self.text)
-        ends = [at for stop in self.stop if (at := self.text.find(stop)) >= 0]
-        if ends:
-            self.stopped = True
-            self.text = self.text[: min(ends)]
-        if final or self.stopped:
-            self.text = self.text.rstrip()
-        certain = len(self.text) if final or self.stopped else len(self.text) - self._doubtful()
-        piece = self.text[self._sent : certain]
-        self._sent = max(self._sent, certain)
-        return piece
-
-    def _doubtful(self) -> int:
-        """How many characters at the end may belong to a stop text, or are blanks that an answer may end with."""
-        begun = max(
-            (n for stop in self.stop for n in range(1, len(stop)) if self.text.endswith(stop[:n])), default=0
-        )
-        return len(self.text) - len(self.text[: len(self.text) - begun].rstrip())

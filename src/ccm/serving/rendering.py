@@ -1,0 +1,103 @@
+"""The messages of a request as segments: what the engine takes in, and what becomes of the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from ..dialogue import Dialogue, Dialogues, Step
+from ..memory import Memory
+from ..messages import Message
+from ..session import Budget
+from ..template import tools_as_text
+from .engine import Kept, segments_of
+
+Ids = tuple[int, ...]
+
+
+class Rendering:
+    """Messages behind a memory.
+
+    Args:
+        dialogues: of the model's template.
+        dialogue: how far it has come in ``memory``.
+        memory: of the conversation before them.
+        budget: of the conversation.
+        messages: in order.
+        answer: whether an answer is asked for behind the last one.
+        tools: that may be called; the dialogue's own stay where there are none.
+
+    Attributes:
+        segments: token ids that are taken in.
+        lengths: tokens of each message, with what the template adds to it.
+        head: token ids that the answer is written behind.
+
+    Raises:
+        ConfigError: the template refuses a message.
+    """
+
+    def __init__(
+        self,
+        dialogues: Dialogues,
+        dialogue: Dialogue,
+        memory: Memory,
+        budget: Budget,
+        messages: Sequence[Message],
+        answer: bool = False,
+        tools: Sequence[dict[str, Any]] = (),
+    ):
+        self.dialogues, self.memory, self.budget = dialogues, memory, budget
+        self.head: Ids = ()
+        self.lengths: list[int] = []
+        self._settled: list[Ids] = []
+        self._open: list[Ids] = []
+        self._back = not dialogue.open  # what was open before this request cannot be written anew
+        messages = list(messages)
+        if tools and tuple(tools) != dialogue.tools:
+            if dialogue.last and not dialogues.template.moves_tools and messages:
+                told = f"{tools_as_text(tools)}\n\n{messages[0].content}"  # the head was folded long ago
+                messages[0] = replace(messages[0], content=told)
+            dialogue = replace(dialogue, tools=tuple(tools))
+        self.dialogue = dialogue
+        for index, message in enumerate(messages):
+            self._add(message, answer and index == len(messages) - 1)
+
+    @property
+    def tools(self) -> bool:
+        return bool(self.dialogue.tools)
+
+    @property
+    def segments(self) -> tuple[Ids, ...]:
+        return self._segments([*self._settled, *self._open])
+
+    @property
+    def tokens(self) -> int:
+        """That are taken in."""
+        return sum(map(len, self.segments))
+
+    def remember(self, message: Message) -> tuple[Kept, Dialogue]:
+        """What the answer leaves in the memory, and how far the dialogue has come with it."""
+        step = self._step(message)
+        new = [step.final or (), step.ids]
+        if not step.anew:
+            return Kept(self._segments(new)), step.dialogue
+        return Kept(self._segments([*self._settled, *new]), self.memory), step.dialogue
+
+    def _step(self, message: Message, answer: bool = False) -> Step:
+        return self.dialogues.add(self.dialogue, message, answer, self._back)
+
+    def _add(self, message: Message, answer: bool) -> None:
+        before = sum(map(len, [*self._settled, *self._open]))
+        step = self._step(message, answer)
+        if step.anew:
+            self._open = []
+        if step.final is not None:
+            self._settled += [*self._open, step.final]
+            self._open, self._back = [], True
+        self._open.append(step.ids)
+        self.dialogue, self.head = step.dialogue, step.head
+        self.lengths.append(sum(map(len, [*self._settled, *self._open])) - before)
+
+    def _segments(self, pieces: Sequence[Ids]) -> tuple[Ids, ...]:
+        return tuple(segment for ids in pieces for segment in segments_of(ids, self.budget))

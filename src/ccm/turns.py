@@ -1,0 +1,125 @@
+"""Single turns as token ids, for data: the pieces of :mod:`ccm.dialogue`, without a dialogue to keep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+from .dialogue import Dialogue, Dialogues, shared
+from .errors import ConfigError
+from .messages import Message
+from .template import MORE, Template, template_of
+
+_MARK = "Stand-in content 0."
+
+
+@dataclass(frozen=True)
+class RenderedTurn:
+    """One turn of a dialogue.
+
+    Attributes:
+        ids: all token ids of the turn.
+        content: (start, stop) of what the speaker said and of the token that ends the turn: what is scored.
+    """
+
+    ids: tuple[int, ...]
+    content: tuple[int, int]
+
+
+class Turns(Dialogues):
+    """Turns of one template, each behind a stand-in for what came before."""
+
+    def __init__(self, template: Template):
+        super().__init__(template)
+        self._frames: dict[tuple[str, str], tuple[str, str, str]] = {}
+        self._contexts: dict[str, list[int]] = {}
+
+    def turn(self, role: str, text: str, past: str | None = None) -> RenderedTurn:
+        """A turn behind one of ``past``: by default an answer follows a user, and all others follow an answer; "" is
+        the begin of a dialogue. Behind a role that the template refuses there, it is as behind an answer.
+
+        Raises:
+            ConfigError: empty text, or a role that the template does not know.
+        """
+        if not text.strip():
+            raise ConfigError(f"a turn of {role!r} has no text; give at least one character")
+        before, head, tail = self._frame(
+            role, ("user" if role == "assistant" else "assistant") if past is None else past
+        )
+        said = self.template.broken(text)
+        start, content, whole = before, before + head, before + head + said + tail
+        ids = self.template.encode(whole)
+        first = shared(ids, self._context(start))
+        begin = shared(ids, self._context(content))
+        end = shared(ids, self.template.encode(content + said)) if tail else len(ids)
+        return RenderedTurn(tuple(ids[first:]), (begin - first, min(end + bool(tail), len(ids)) - first))
+
+    @cached_property
+    def head(self) -> list[int]:
+        """Token ids that an answer to a user is written behind."""
+        return self._kept(Dialogue(past="assistant", open=(Message("user", MORE),)), generation=True)[1]
+
+    @cached_property
+    def tail(self) -> list[int]:
+        """Token ids that end an answer in a dialogue."""
+        return self.template.encode(self._frame("assistant", "user")[2]) or [
+            self.template.tokenizer.eos_token_id
+        ]
+
+    def _context(self, text: str) -> list[int]:
+        if text not in self._contexts:
+            self._contexts[text] = self.template.encode(text)
+        return self._contexts[text]
+
+    def _frame(self, role: str, past: str) -> tuple[str, str, str]:
+        """What the template writes before a turn of the role, and around its content."""
+        if (role, past) not in self._frames:
+            self._frames[role, past] = self._framed(role, past)
+        return self._frames[role, past]
+
+    def _framed(self, role: str, past: str) -> tuple[str, str, str]:
+        message = Message(role, _MARK)
+        dialogue = Dialogue(past=past, open=(message,))
+        try:
+            text, start = self._whole(dialogue)
+            longer, _ = self._whole(dialogue, Message("user", MORE))
+        except ConfigError:
+            try:
+                text, start = self._whole(dialogue)
+                longer, _ = self._whole(dialogue, generation=True)
+            except ConfigError:
+                if past in ("", "assistant"):
+                    raise
+                return self._framed(role, "assistant")
+        if _MARK not in text or _MARK not in longer:
+            raise ConfigError(f"the model's chat template writes nothing for a message of {role!r}")
+        at = longer.index(_MARK)
+        behind = longer[at + len(_MARK) :]
+        shared = self.template.common(text[text.index(_MARK) + len(_MARK) :], behind)
+        if not shared and behind.startswith(closing := self._closing(role)):
+            shared = len(closing)
+        return longer[:start], longer[start:at], behind[:shared]
+
+
+def turns_of(tokenizer: Any) -> Turns:
+    """The turns of a tokenizer's template; made once."""
+    return _turns(template_of(tokenizer))
+
+
+@lru_cache(maxsize=32)
+def _turns(template: Template) -> Turns:
+    return Turns(template)
+
+
+def render(tokenizer: Any, role: str, text: str, past: str | None = None) -> RenderedTurn:
+    """One turn: see :meth:`Template.turn`."""
+    return turns_of(tokenizer).turn(role, text, past)
+
+
+def render_dialogue(tokenizer: Any, said: Sequence[tuple[str, str]]) -> list[RenderedTurn]:
+    """The turns (role, text) of a dialogue from its begin, each with what the template adds to it."""
+    turns = turns_of(tokenizer)
+    past = ["", *(role for role, _ in said)]
+    return [turns.turn(role, text, before) for before, (role, text) in zip(past, said, strict=False)]
