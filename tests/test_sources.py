@@ -296,7 +296,7 @@ def test_named_speakers(tmp_path, speakers, expected):
     messages = [{"role": name, "content": str(k)} for k, name in enumerate(speakers)]
     (talk,), tally = logged(tmp_path, {"messages": messages})
     assert [f"{turn.role}: {turn.text}" for turn in talk.turns] == expected
-    assert tally.notes["named_speakers"] == 1 and not tally.lost
+    assert str(tally) == "x.jsonl: 1 conversation, named speakers in 1" and not tally.lost
 
 
 def test_names_tell_speakers_of_one_role_apart(tmp_path):
@@ -337,7 +337,7 @@ def test_what_is_no_text_is_named_and_what_is_empty_left_out(tmp_path):
     }  # fmt: skip
     assert str(tally) == (
         "x.jsonl: 1 conversation, 4 empty messages skipped, "
-        "3 parts that are not text written as [image] and the like"
+        "3 parts without text written as [image] and the like"
     )
     with pytest.raises(DataError, match=r"4 empty messages skipped.*: nothing may be left out"):
         read_logs(file, strict=True)
@@ -358,7 +358,8 @@ def test_files_as_they_come(tmp_path):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("{", "not JSON (Expecting"),
+        ("{", "not JSON (Expecting property name enclosed in double quotes, column 2), expected"),
+        ('{"n": ' + "9" * 5000 + "}", "not JSON (Exceeds the limit"),
         ("[" * 100_000, "not JSON (maximum recursion"),
         ("\udcff", "not UTF-8 (byte 0 is 0xff), expected UTF-8 text"),
         ("[]", "no messages in [], expected {"),

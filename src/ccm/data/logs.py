@@ -41,8 +41,8 @@ _EXPECTED = (
 _NOTES = {
     "empty_messages": "{} empty messages skipped",
     "tool_messages": "{} messages of tools written as text",
-    "parts_replaced": "{} parts that are not text written as [image] and the like",
-    "named_speakers": "{} with speakers of other names than user and assistant",
+    "parts_replaced": "{} parts without text written as [image] and the like",
+    "named_speakers": "named speakers in {}",
 }
 
 
@@ -159,12 +159,16 @@ def lines(file: Path) -> Iterator[tuple[int, bytes]]:
 def parsed(line: bytes) -> Any:
     """The JSON of a line; DataError says why it has none."""
     try:
-        return json.loads(line.decode("utf-8-sig"))
+        return json.loads(line.rstrip().decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise DataError(
             f"not UTF-8 (byte {error.start} is {line[error.start]:#04x}), expected UTF-8 text"
         ) from error
-    except (ValueError, RecursionError) as error:
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"not JSON ({error.msg}, column {error.colno}), expected one object a line"
+        ) from error
+    except (ValueError, RecursionError) as error:  # a number or a depth without end
         raise DataError(f"not JSON ({error}), expected one object a line") from error
 
 
