@@ -921,6 +921,9 @@ def test_own_items_of_messages(tmp_path: Path) -> None:
     counts = task.tally.counts()
     assert counts["items"] == 1 and counts["named_speakers"] == 1
     assert counts["tool_messages"] == 3 and counts["empty_messages"] == 1
+    two = [{"role": name, "content": "Hi."} for name in ("Ana", "Bo")]  # neither of them is the assistant
+    task = own_task(write(tmp_path / "two.jsonl", [{**ITEMS[0], "context": two}]))
+    assert told(task) == ["<|im_start|>user\nAna: Hi.<|im_end|>\n<|im_start|>user\nBo: Hi.<|im_end|>\n"]
 
 
 def test_training_and_evaluation_read_the_same(tmp_path: Path) -> None:
