@@ -25,15 +25,17 @@ from tiny import random_rows, scramble, tiny_model, tiny_tokenizer
 import ccm
 from ccm import cli
 from ccm.compressor import Compressor, CompressorConfig
+from ccm.data import get_source
+from ccm.data.conversation import SPLITS
 from ccm.errors import ConfigError, DataError, UnknownNameError
 from ccm.evaluation import metrics, protocol, records, summary
 from ccm.evaluation.items import Choice, Generation, Item, Likelihood
-from ccm.evaluation.own_data import own_task
+from ccm.evaluation.own_data import OwnChats, OwnItems, own_task
 from ccm.evaluation.protocol import State, option_scores, run_item
 from ccm.evaluation.records import Records
 from ccm.evaluation.report import read
 from ccm.evaluation.runner import Evaluation
-from ccm.evaluation.suites import SUITES, Plan, get_suite, in_order, parse_method, split_methods
+from ccm.evaluation.suites import SUITES, Plan, get_suite, in_order, own_suite, parse_method, split_methods
 from ccm.evaluation.tasks import EvalTask, list_tasks
 from ccm.methods import Run, get_method, list_methods
 from ccm.storage.adapter_folder import shipped_adapters
@@ -883,22 +885,107 @@ def test_own_items(home: Path, tmp_path: Path) -> None:
     assert {row["metric"] for row in rows} >= {"accuracy", "accuracy_gap", "em", "f1", "rouge_l"}
 
 
+def told(task: OwnChats | OwnItems) -> list[str]:
+    """The texts that reach the memory, item by item."""
+    tokenizer = tiny_tokenizer()
+    return ["".join(map(tokenizer.decode, item.segments)) for item in task.items(tokenizer, 99)]
+
+
+def test_own_items_of_messages(tmp_path: Path) -> None:
+    """Roles, tools and named speakers in ``context``; who asks and answers are speakers beside them."""
+    context = [
+        "It rains.",
+        {"role": "Ana", "content": "I have a cat."},
+        {"role": "user", "name": "Bo", "content": "I have a dog."},
+        {"from": "gpt", "value": "I see."},
+        {"role": "assistant", "content": None, "tool_calls": [{"name": "look", "arguments": "{}"}]},
+        {"role": "tool", "content": "sunny"},
+        {"role": "tool", "content": "late"},
+        {"role": "user", "content": ""},
+    ]
+    task = own_task(write(tmp_path / "own.jsonl", [{**ITEMS[0], "context": context}]))
+    (item,) = task.items(tiny_tokenizer(), 9)
+    assert [tiny_tokenizer().decode(ids) for ids in item.segments] == [
+        f"<|im_start|>{role}\n{text}<|im_end|>\n"
+        for role, text in (
+            ("user", "It rains."),
+            ("user", "Ana: I have a cat."),
+            ("user", "Bo: I have a dog."),
+            ("assistant", "I see."),
+            ("assistant", "[call of look] {}"),
+            ("user", "[result of look] sunny"),
+            ("user", "[result of a tool] late"),
+        )
+    ]
+    assert sorted(item.queries) == [0, 1, 2, 4, 7]
+    counts = task.tally.counts()
+    assert counts["items"] == 1 and counts["named_speakers"] == 1
+    assert counts["tool_messages"] == 3 and counts["empty_messages"] == 1
+    two = [{"role": name, "content": "Hi."} for name in ("Ana", "Bo")]  # neither of them is the assistant
+    task = own_task(write(tmp_path / "two.jsonl", [{**ITEMS[0], "context": two}]))
+    assert told(task) == ["<|im_start|>user\nAna: Hi.<|im_end|>\n<|im_start|>user\nBo: Hi.<|im_end|>\n"]
+
+
+def test_training_and_evaluation_read_the_same(tmp_path: Path) -> None:
+    """What stands in a file of ShareGPT's rows, of tools and of named speakers means the same to both."""
+    lines = [
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}] * 4},
+        {"messages": [{"role": ("Ana", "Bo")[i % 2], "content": str(i)} for i in range(6)]},
+        {"messages": [{"role": "developer", "content": "x"}, {"from": "observation", "value": "y"}] * 3},
+        "{half",
+    ]
+    path = write(tmp_path / "own.jsonl", lines)
+    source = get_source("jsonl", tiny_tokenizer(), path=path, turns=[6])
+    trained = [talk for split in SPLITS for talk in source.conversations(split)]  # type: ignore[attr-defined]
+    task = own_task(path)
+    assert isinstance(task, OwnChats) and len(trained) == 3
+    assert {t.turns for t in trained} == {t.turns for t in task.conversations(tiny_tokenizer())}
+    assert source.tally is not None and source.tally.counts() == task.tally.counts()
+
+
+@pytest.mark.parametrize(
+    ("lines", "read", "words"),
+    [
+        ([ITEMS[0], "{half"], 1, "line 2: not JSON"),
+        (["{half", ITEMS[0]], 1, "line 1: not JSON"),
+        ([ITEMS[0], "[]"], 1, "line 2: no context in []"),
+        ([ITEMS[0], CHATS[0]], 1, "line 2: no context in {'messages'"),
+        ([CHATS[0], ITEMS[0]], 1, "line 2: no messages in {'context'"),
+        ([{**ITEMS[0], "answer": "green"}, *ITEMS], 2, "line 1: answer is 'green', expected one of ['red'"),
+        ([ITEMS[0], "", {**ITEMS[0], "options": ["red"]}], 1, "line 3: options are"),
+        ([ITEMS[0], {**ITEMS[0], "input": ""}], 1, "line 2: input is ''"),
+        ([ITEMS[0], {**ITEMS[1], "context": []}], 1, "line 2: context is []"),
+        ([ITEMS[0], {**ITEMS[1], "context": [" "]}], 1, "line 2: context is [' ']"),
+        ([ITEMS[0], {**ITEMS[1], "context": ["a", 5]}], 1, "line 2: message 2: got 5"),
+        ([ITEMS[0], {"context": ["a"], "question": "b"}], 1, "line 2: answers is None"),
+        ([CHATS[0], {"messages": [{"content": "x"}]}], 1, "line 2: message 1: got {'content': 'x'}"),
+        ([*CHATS, {"messages": [{"role": "user"}]}], 2, "line 3: only empty messages"),
+    ],
+)
+def test_a_bad_line_is_skipped_and_told(lines: list[Any], read: int, words: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "own.jsonl", lines)
+    (plan,) = own_suite(path).plans()
+    task = plan.task
+    assert isinstance(task, OwnChats | OwnItems) and plan.limit == read
+    assert (task.tally.read, task.tally.skipped) == (read, 1) and words in task.tally.first[0]
+    assert len(told(task)) == read
+    with pytest.raises(DataError, match="1 line skipped") as caught:
+        own_suite(path, strict=True)
+    assert words in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("lines", "words"),
     [
-        ([ITEMS[0], "{half"], "line 2 is not JSON"),
-        ([ITEMS[0], "[]"], "line 2 is not an object"),
-        ([{**ITEMS[0], "answer": "green"}], "line 1: answer is 'green'"),
-        ([ITEMS[0], "", {**ITEMS[0], "options": ["red"]}], "line 3: options are"),
-        ([{**ITEMS[0], "input": ""}], "line 1: input is ''"),
-        ([{**ITEMS[1], "context": []}], "line 1: context is []"),
-        ([{"context": ["a"], "question": "b"}], "line 1: answers is None"),
-        ([CHATS[0], {"messages": [{"role": "user"}]}], "line 2, message 1"),
         ([], "is empty"),
-        ([{"text": "x"}], "has no messages"),
+        (
+            [{"text": "x"}],
+            "no line that can be used: own.jsonl: 0 conversations, 1 line skipped (line 1: no mess",
+        ),
+        ([{**ITEMS[0], "answer": "green"}] * 5, "0 items, 5 lines skipped (line 1: answer is 'green'"),
     ],
 )
-def test_a_broken_line_is_named(
+def test_nothing_to_use_is_an_error(
     lines: list[Any], words: str, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write(tmp_path / "own.jsonl", lines)
@@ -908,11 +995,33 @@ def test_a_broken_line_is_named(
     assert not (tmp_path / "out").exists()
 
 
+def test_what_is_left_out_is_told_once_and_stored(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "own.jsonl", [*CHATS, "{half"])
+    arguments = [str(path), "--methods", "none", "--threads", "1", "--out", str(tmp_path / "out")]
+    assert run_command(home, *arguments, "--strict") == 2
+    assert "nothing may be left out" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert run_command(home, *arguments) == 0
+    line = "own.jsonl: 2 conversations, 1 line skipped (line 3: not JSON"
+    assert capsys.readouterr().out.count(line) == 1
+    assert run_command(home, *arguments, "--json") == 0
+    out, err = capsys.readouterr()
+    read = json.loads(out)["read"]["own-chats"]
+    assert (read["conversations"], read["lines_skipped"]) == (2, 1) and err.count(line) == 1
+    assert json.loads((tmp_path / "out.json").read_text())["read"] == {"own-chats": read}
+    write(path, CHATS)
+    arguments[-1] = str(tmp_path / "whole")
+    assert run_command(home, *arguments, "--strict") == 0
+    assert "own.jsonl: 2 conversations\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["nonsense"], "unknown suite 'nonsense': expected one of"),
         (["missing.jsonl"], "missing.jsonl is not there"),
+        (["quick", "--strict"], "--strict is for a .jsonl file of your own, got suite quick"),
         (["quick", "--methods", "h2o"], "unknown method 'h2o'"),
         (["quick", "--methods", "full:x=1"], "full"),
         (["quick", "--methods", "ccm-concat:slots"], "option=value"),

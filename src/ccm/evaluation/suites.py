@@ -274,18 +274,17 @@ SUITES: dict[str, Suite] = {
 }
 
 
-def own_suite(path: Path) -> Suite:
+def own_suite(path: Path, strict: bool = False) -> Suite:
     """A user's file as a suite of one task; all its lines, unless a limit is given.
 
     Raises:
-        DataError: it is not there, cannot be read, or is empty.
+        DataError: it is not there, cannot be read, or has nothing to use; if ``strict``, something is left out.
     """
-    task = own_task(path)
+    task = own_task(path, strict)
     content = path.read_bytes()
     sha = hashlib.sha256(content).hexdigest()[:16]  # a changed file is another task
     options = {"file": path.name, "sha256": sha}
-    lines = sum(1 for line in content.splitlines() if line.strip())
-    return Suite(path.stem, ((task.name, options, lines, OWN),), lambda name, options: task)
+    return Suite(path.stem, ((task.name, options, task.tally.read, OWN),), lambda name, options: task)
 
 
 def get_suite(name: str) -> Suite:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -11,6 +12,8 @@ from ..data.sources import Source, get_source
 from ..errors import DataError
 from .config import TrainConfig
 from .targets import Row, marked, scored_from
+
+log = logging.getLogger(__name__)
 
 
 class Stream(Protocol):
@@ -48,7 +51,7 @@ def training_rows(config: TrainConfig, sources: dict[str, Source], rank: int, wo
 
 
 def held_out_rows(config: TrainConfig, sources: dict[str, Source]) -> dict[str, list[Row]]:
-    """Validation rows of every source.
+    """Validation rows of every source; a warning tells what of the user's own files was left out or changed.
 
     Raises:
         DataError: a source has nothing that could be scored.
@@ -57,6 +60,9 @@ def held_out_rows(config: TrainConfig, sources: dict[str, Source]) -> dict[str, 
         name: [later(marked(row)) for row in source.held_out("validation", config.eval_rows)]
         for name, source in sources.items()
     }
+    for tally in (source.tally for source in sources.values()):
+        if tally and (tally.skipped or tally.notes):
+            log.warning("%s", tally)
     for name, part in rows.items():
         if not any(any(roles) for row in part for roles in row.roles):
             raise DataError(f"source {name} has no validation rows with anything to score; give it more data")

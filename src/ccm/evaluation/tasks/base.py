@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any, ClassVar, TypeVar
 
+from ...data.logs import Tally
 from ..items import Item
 
 TASKS: dict[str, type[EvalTask]] = {}
@@ -44,6 +45,11 @@ class EvalTask(ABC):
     @abstractmethod
     def steps(self) -> tuple[int, ...]:
         """The time steps at which an item that is long enough asks its queries; () is every step."""
+
+    @property
+    def tally(self) -> Tally | None:
+        """What was read of a user's own file; None for all other data."""
+        return None
 
     @abstractmethod
     def items(self, tokenizer: Any, limit: int) -> Iterator[Item]:
