@@ -14,7 +14,7 @@ from ccm.errors import ConfigError
 from ccm.messages import Message, ToolCall
 from ccm.session import Session
 from ccm.template import answer_ends, template_of
-from ccm.turns import render, render_dialogue
+from ccm.turns import render, render_dialogue, render_messages
 
 CALL = ToolCall("get_weather", '{"city": "Paris"}', "abcdefghi")
 RESULT = Message("tool", '{"temp": 20}', tool_call_id="abcdefghi", name="get_weather")
@@ -344,7 +344,9 @@ def test_two_messages_in_a_row_that_are_refused_are_turns_of_their_own(compresso
     session.append("one")
     session.append("two")
     text = session.tokenizer.decode(session.ids)
-    assert text == "<|im_start|>[INST]one[/INST][INST]two[/INST]"
+    assert (
+        text == "<|im_start|>[INST]one[/INST][INST]two[/INST"
+    )  # the last token is what an answer is written behind
 
 
 def test_a_base_model_stops_at_the_next_speaker(compressor):
@@ -408,6 +410,19 @@ def test_turns_of_data_are_the_pieces_of_a_session():
         for (_, text), turn in zip(told, turns, strict=True):
             start, stop = turn.content
             assert tokenizer.decode(turn.ids[start:stop]).startswith(text)
+
+
+def test_system_text_and_tools_of_logs_are_written_by_the_template():
+    messages = [Message("system", "Be brief."), user("hi"), said("ok", reasoning="Well."), user("more")]
+    for name in ("inst", "thinking"):
+        tokenizer = tokenizer_with(SMALL[name])
+        turns = render_messages(tokenizer, messages)
+        whole = own(tokenizer, [message.without_thoughts() for message in messages], []) or []
+        ids = [token for turn in turns for token in turn.ids]
+        assert ids == whole[: len(ids)] and len(turns) == (3 if name == "inst" else 4), name
+    calls = [user("Weather?"), said("", tool_calls=(CALL,)), RESULT, said("20.")]
+    turns = render_messages(tokenizer_with(CHATML), calls)
+    assert len(turns) == 4 and all(stop > start for start, stop in (turn.content for turn in turns))
 
 
 def test_a_turn_is_scored_with_the_token_that_ends_it():

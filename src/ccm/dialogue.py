@@ -196,7 +196,8 @@ class Dialogues:
             alone = self.template.text(dialogue.opening, dialogue.tools)
         except ConfigError:
             return []
-        kept = self.template.encode(alone) if text.startswith(alone) else []
+        told = self.template.broken(dialogue.opening[-1].content.strip())
+        kept = self.template.encode(alone) if text.startswith(alone) and told in alone else []
         return kept if kept == self.template.encode(text)[: len(kept)] else []
 
     def _onward(self, dialogue: Dialogue, message: Message, answer: bool) -> Step:

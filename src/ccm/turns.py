@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -123,3 +124,22 @@ def render_dialogue(tokenizer: Any, said: Sequence[tuple[str, str]]) -> list[Ren
     turns = turns_of(tokenizer)
     past = ["", *(role for role, _ in said)]
     return [turns.turn(role, text, before) for before, (role, text) in zip(past, said, strict=False)]
+
+
+def render_messages(tokenizer: Any, messages: Sequence[Message]) -> list[RenderedTurn]:
+    """The messages of a dialogue from its begin, tools among them; all of a call or a result is scored.
+
+    A message that the template writes into the next one has no turn of its own.
+    """
+    if not any(message.tool_calls or message.role == "tool" for message in messages):
+        with suppress(ConfigError):  # no frame of its own for system text, say
+            return render_dialogue(tokenizer, [(message.role, message.content) for message in messages])
+    turns = turns_of(tokenizer)
+    dialogue, rendered = turns.begin(), []
+    for message in messages:
+        step = turns.add(dialogue, message.without_thoughts(), back=False)
+        ids = (*(step.final or ()), *step.ids)
+        if ids:
+            rendered.append(RenderedTurn(ids, (min(1, len(ids) - 1), len(ids))))
+        dialogue = step.dialogue
+    return rendered

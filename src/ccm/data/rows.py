@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..turns import RenderedTurn, render_dialogue
+from ..messages import Message
+from ..turns import RenderedTurn, render_messages
 from .conversation import Conversation
 
 
@@ -37,7 +38,8 @@ def render_turns(
 ) -> list[RenderedTurn]:
     """Every turn as tokens; the content of a very long turn is cut to ``max_turn_tokens``."""
     turns = []
-    for rendered in render_dialogue(tokenizer, [(turn.role, turn.text) for turn in conversation.turns]):
+    said = [turn.message or Message(turn.role, turn.text) for turn in conversation.turns]
+    for rendered in render_messages(tokenizer, said):
         start, stop = rendered.content
         if max_turn_tokens is not None and stop - start > max_turn_tokens:
             ids = (*rendered.ids[: start + max_turn_tokens - 1], *rendered.ids[stop - 1 :])
