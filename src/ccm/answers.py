@@ -51,7 +51,7 @@ class AnswerReader:
         self._text = ""
         self._thoughts: list[str] = []
         self._said: list[str] = []
-        self._calling = False
+        self._shown = 0  # characters of what is said that were given out, where calls are looked for
 
     def feed(self, piece: str) -> Iterator[str]:
         """What the next piece of text brings: thoughts as :class:`Thought`, and what is said."""
@@ -59,8 +59,12 @@ class AnswerReader:
         yield from self._advance(final=False)
 
     def end(self) -> Iterator[str]:
-        """What was held back."""
+        """What was held back; of calls that are none, all of it."""
         yield from self._advance(final=True)
+        said = "".join(self._said)
+        if self._tools and not _calls(said)[1] and said[self._shown :]:
+            yield said[self._shown :]
+            self._shown = len(said)
 
     @property
     def answer(self) -> Answer:
@@ -96,16 +100,15 @@ class AnswerReader:
             text = text.lstrip()
         if not text:
             return
-        before = len("".join(self._said)) if self._tools else 0
         self._said.append(text)
         if not self._tools:
             yield text
             return
         # with tools, text is held back from where a call may begin
         whole = "".join(self._said)
-        if not self._calling and (shown := whole[before : _call_at(whole)]):
+        if shown := whole[self._shown : _call_at(whole)]:
             yield shown
-        self._calling = self._calling or _call_at(whole) < len(whole)
+            self._shown += len(shown)
 
 
 def read_answer(template: Template, head: tuple[int, ...], text: str, tools: bool = False) -> Answer:

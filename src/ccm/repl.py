@@ -12,6 +12,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from .errors import CCMError, ConfigError, UnknownNameError
+from .messages import Thought
 from .session import Session
 
 #: Cool enough for a model of 135 M parameters to stay on its subject, and a penalty against loops.
@@ -83,7 +84,8 @@ class Repl:
 
     def _answer(self, text: str) -> None:
         def show(piece: str) -> None:
-            self.console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+            style = "dim italic" if isinstance(piece, Thought) else None
+            self.console.print(piece, end="", style=style, markup=False, highlight=False, soft_wrap=True)
 
         self.session.generate(text, streamer=show, **SAMPLING)
         self.console.print()
