@@ -73,7 +73,8 @@ class Compressor(Reader):
     """Folds segments of any causal language model's context into a small memory.
 
     The model is changed in place: closed LoRA layers are injected and its attention backend is wrapped. As
-    long as no COMP token runs, its outputs stay the same bit for bit.
+    long as no COMP token runs, its outputs stay the same bit for bit. Once made, it may be used by many threads at a
+    time (``ccm.threads``).
 
     Args:
         model: a causal language model of a supported family (``ccm.families``).

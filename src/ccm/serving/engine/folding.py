@@ -56,7 +56,7 @@ class FoldingEngine(Engine, Generic[R]):
     """Many conversations on one compressor.
 
     Args:
-        compressor: model and adapter; nobody else may use it while the engine runs.
+        compressor: model and adapter; other threads may use it as well.
         tokenizer: of the model.
         rows: conversations that are worked on at once.
         waiting: jobs that may wait for a place beside them.
