@@ -100,6 +100,7 @@ class Session:
         )
         if self.budget.slots > config.slots:
             raise ConfigError(f"budget slots: got {self.budget.slots}, the adapter has {config.slots}")
+        compressor.know(tokenizer)
         self.memory: Memory = compressor.empty()
         self.turns = 0
 

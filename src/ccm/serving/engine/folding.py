@@ -79,6 +79,7 @@ class FoldingEngine(Engine, Generic[R]):
         self.compressor, self.tokenizer, self.context = compressor, tokenizer, context
         self.rows, self.most = rows, rows + waiting
         self.metrics = metrics or Metrics()
+        compressor.know(tokenizer)
         self._ends = chat.ends(tokenizer)
         self._inbox: queue.SimpleQueue[R | Callable[[], None] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
