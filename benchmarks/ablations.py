@@ -349,7 +349,7 @@ def run_all(names: Sequence[str], steps: int | None, limit: int | None) -> None:
     }
     result = read_stored(path, schedule)
     if result is None:
-        untrained = Compressor(model, CompressorConfig(slots=1))
+        untrained = Compressor(model, CompressorConfig(slots=1, sink=0))
         none, full = (reference_nll(untrained, held_out, context, FIRST) for context in ("none", "full"))
         result = {
             "task": f"chitchat, validation users, rows of {TURNS} turns, targets from turn {FIRST + 1} on",

@@ -24,7 +24,7 @@ STEPS = 60
 def train(way: str, rule: str, slots: int, seed: int, steps: int) -> dict[str, Any]:
     model, tokenizer = ccm.load_default_model()
     config = TrainConfig(
-        compressor=CompressorConfig(slots=slots, rule=rule, comp_positions=way, seed=seed),
+        compressor=CompressorConfig(slots=slots, rule=rule, sink=0, comp_positions=way, seed=seed),
         data={"chitchat": {"turns": [10]}},
         rows=2,
         steps=steps,

@@ -33,7 +33,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.save_pretrained(home / "model")
     for name, rule in (("ccm-concat", "concat"), ("ccm-merge", "mean")):
         model, _ = ccm.load_model(str(home / "model"))
-        scramble(Compressor(model, CompressorConfig(slots=2, rule=rule))).save_pretrained(home / name)
+        scramble(Compressor(model, CompressorConfig(slots=2, sink=0, rule=rule))).save_pretrained(home / name)
     return home
 
 

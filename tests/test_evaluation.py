@@ -51,7 +51,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Adapter folders for the tiny llama."""
     folder = tmp_path_factory.mktemp("adapters")
     for name, rule in (("concat", "concat"), ("merge", "mean")):
-        compressor = scramble(Compressor(tiny_model(), CompressorConfig(slots=3, rule=rule)))
+        compressor = scramble(Compressor(tiny_model(), CompressorConfig(slots=3, sink=0, rule=rule)))
         compressor.save_pretrained(folder / name)
     return {name: str(folder / name) for name in ("concat", "merge")}
 
@@ -748,7 +748,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(home / "model")
     tokenizer.save_pretrained(home / "model")
     model, _ = ccm.load_model(str(home / "model"))
-    scramble(Compressor(model, CompressorConfig(slots=2, rule="mean"))).save_pretrained(home / "merge")
+    scramble(Compressor(model, CompressorConfig(slots=2, sink=0, rule="mean"))).save_pretrained(
+        home / "merge"
+    )
     return home
 
 
@@ -825,7 +827,7 @@ def test_a_first_stage_tunes_the_model_for_every_method(
                 parameter.normal_(0, 0.5)
     tuned.save_pretrained(tmp_path / "stage")
     model, _ = ccm.load_model(str(home / "model"))
-    config = CompressorConfig(slots=2, rule="mean")
+    config = CompressorConfig(slots=2, sink=0, rule="mean")
     Compressor(model, config, base_adapter=tmp_path / "stage").save_pretrained(tmp_path / "two")
 
     def nll(name: str, *more: str) -> tuple[dict[str, float], dict[str, Any]]:

@@ -40,7 +40,7 @@ def memory(method: str = "full", **options: Any) -> ContextMemoryLM:
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("adapters") / "concat"
-    scramble(Compressor(model(), CompressorConfig(slots=2, rule="concat"))).save_pretrained(folder)
+    scramble(Compressor(model(), CompressorConfig(slots=2, sink=0, rule="concat"))).save_pretrained(folder)
     return str(folder)
 
 

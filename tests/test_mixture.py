@@ -1,15 +1,17 @@
 from __future__ import annotations
 
+import os
 import random
 from itertools import islice
 from typing import Any
 
+import psutil
 import pytest
 
 from ccm.data.mixture import POOL, Mixture, cut
 from ccm.data.rows import ConversationRow
 from ccm.data.sources import Source
-from ccm.errors import ConfigError
+from ccm.errors import ConfigError, DataError
 
 
 class Letters(Source):
@@ -110,6 +112,48 @@ def test_rows_drawn_ahead_are_the_same():
     later = mixture(workers=2)
     later.served = POOL + 3
     assert take(later, POOL) == here[POOL + 3 : 2 * POOL + 3]
+
+
+class Broken(Letters):
+    """Its rows fail, or take their process with them."""
+
+    def draw(self, rng: random.Random) -> ConversationRow:
+        if self.letter:
+            raise ValueError("row 7 is broken")
+        os._exit(3)
+
+
+@pytest.mark.parametrize(
+    ("source", "kind", "words"),
+    [
+        (Letters(1, 101, 150), ConfigError, "more than 100 tokens, the last one 1"),
+        (Broken(1, 0, 0), DataError, "ValueError: row 7 is broken"),
+        (Broken(0, 0, 0), DataError, "ended by itself .exit code 3"),
+    ],
+)
+def test_what_fails_in_another_process_is_named(source, kind, words):
+    stream = Mixture([source], [1], 100, 4, 0, workers=2)
+    with pytest.raises(kind, match=words) as caught:
+        next(stream)
+    if "itself" not in words:
+        assert "in draw" in str(caught.value.__cause__) or "_row" in str(caught.value.__cause__)
+    stream.close()
+    assert not children()
+
+
+def children() -> list[psutil.Process]:
+    return [p for p in psutil.Process().children() if "spawn_main" in " ".join(p.cmdline())]
+
+
+def test_processes_end_with_their_stream():
+    here = take(mixture(), 2 * POOL)
+    stream = mixture(workers=2)
+    assert take(stream, POOL) == here[:POOL] and len(children()) == 2
+    stream.close()
+    assert not children()
+    assert take(stream, POOL) == here[POOL:] and len(children()) == 2, "it may be read on"
+    del stream
+    assert not children()
 
 
 def test_too_long_rows_are_drawn_again_or_refused():

@@ -21,7 +21,7 @@ GREEDY = {"do_sample": False, "max_new_tokens": 8}
 
 def compressor(**settings: object) -> Compressor:
     model = tiny_model(vocab_size=len(TOKENIZER), max_position_embeddings=1024)
-    return scramble(Compressor(model, CompressorConfig(slots=2, **settings)))
+    return scramble(Compressor(model, CompressorConfig(**{"slots": 2, "sink": 0, **settings})))
 
 
 @pytest.fixture(scope="module")

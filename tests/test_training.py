@@ -8,10 +8,13 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import runs
 import torch
@@ -419,6 +422,146 @@ def test_ctrl_c_and_sigterm_save(number: int, code: int, workers: int, logs: Pat
     assert saved == log_of(out)[-1]["step"] >= 5
     assert f"at step {saved}; the same command goes on" in " ".join(shown.split())
     assert "Traceback" not in errors
+
+
+FAILING = """
+import os, sys, time
+import torch
+from ccm.cli import main
+from ccm.data.mixture import Mixture
+from ccm.training.trainer import Trainer
+
+draw = Mixture.pool
+
+def pool(self, number):  # also in the processes that draw rows
+    if number >= {ready}:
+        open("busy", "w").close()
+        time.sleep(3600)
+    return draw(self, number)
+
+def step(self, batches):
+    next(batches)
+    {then}
+
+Mixture.pool, Trainer.train_step = pool, step
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
+"""
+
+
+def failing(folder: Path, logs: Path, then: str, ready: int = 1) -> subprocess.Popen[str]:
+    """``ccm train`` with two processes that draw rows, busy for ever from the pool ``ready`` on."""
+    script = folder / "failing.py"
+    script.write_text(FAILING.format(then=then, ready=ready))
+    recipe = runs.write_recipe(folder, logs, data_workers=2)
+    return subprocess.Popen(
+        [sys.executable, str(script), "train", str(recipe), "--out", str(folder / "out")],
+        env=runs.environment(),
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Exit code and what was said on stderr; nobody of the session is left."""
+    try:
+        _, errors = process.communicate(timeout=300)
+        left = [p for p in psutil.pids() if _session(p) == process.pid]
+        psutil.wait_procs([psutil.Process(p) for p in left if psutil.pid_exists(p)], timeout=20)
+        assert not [p for p in psutil.pids() if _session(p) == process.pid]
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, errors
+
+
+def _session(pid: int) -> int:
+    with suppress(ProcessLookupError, PermissionError):
+        return os.getsid(pid)
+    return 0
+
+
+def test_a_run_that_fails_ends(logs: Path, tmp_path: Path) -> None:
+    """With everybody it started, whatever they are in the middle of."""
+    code, errors = ended(failing(tmp_path, logs, "raise ValueError('no luck')"))
+    assert code == 1 and errors.rstrip().endswith("ValueError: no luck")
+
+
+def test_a_run_that_waits_for_rows_can_be_stopped(logs: Path, tmp_path: Path) -> None:
+    process = failing(tmp_path, logs, "", ready=0)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "busy").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    code, errors = ended(process)
+    assert code == 143 and "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), "Tried to allocate 2 GiB."),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes\n and a trace"), "can't allocate"),
+        (MemoryError(), "(MemoryError)"),
+    ],
+)
+def test_too_little_memory_is_one_line(
+    error: Exception, words: str, logs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def fails(run: Trainer, batches: Any) -> float:
+        raise error
+
+    monkeypatch.setattr(Trainer, "train_step", fails)
+    assert cli.main(["train", str(runs.write_recipe(tmp_path, logs)), "--out", str(tmp_path / "out")]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line.lower()]
+    assert line.startswith(
+        "error: out of memory at step 0 on cpu; lower rows (2) or tokens_per_batch (4096), or"
+    )
+    assert words in line and "trace" not in line
+
+
+def test_other_errors_of_torch_stay_what_they_are(
+    logs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(run: Trainer, batches: Any) -> float:
+        raise RuntimeError("unsupported memory format")
+
+    monkeypatch.setattr(Trainer, "train_step", fails)
+    with pytest.raises(RuntimeError, match="memory format"):
+        trainer(tmp_path, logs).run()
+
+
+@pytest.mark.parametrize(
+    ("number", "how"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
+)
+def test_a_run_stopped_while_it_waited_goes_on_as_if_it_had_not(
+    number: int, how: type[BaseException], logs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of a step of two passes, whose rows are drawn again."""
+    trainer(tmp_path / "whole", logs, accumulate=2).run()
+    run = trainer(tmp_path / "parts", logs, accumulate=2)
+    take = type(run.rows).__next__
+
+    def interrupted(stream: Any) -> Any:
+        if run.step == 3 and stream.served == 7:
+            signal.raise_signal(number)
+        return take(stream)
+
+    monkeypatch.setattr(type(run.rows), "__next__", interrupted)
+    with pytest.raises(how):
+        run.run()
+    monkeypatch.undo()
+    assert (run.step, run.saved, run.rows.served) == (3, 3, 6)
+    again = trainer(tmp_path / "parts", logs, accumulate=2)
+    assert again.step == 3
+    again.run()
+    assert log_of(tmp_path / "parts") == log_of(tmp_path / "whole")
+    for a, b in zip(weights_of(tmp_path / "parts"), weights_of(tmp_path / "whole"), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_the_first_signal_is_noted_and_the_second_stops_at_once() -> None:

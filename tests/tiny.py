@@ -71,7 +71,7 @@ def tiny_compressor(
 ) -> Compressor:
     """A compressor with an adapter that matters, on a model of its own with the given settings."""
     base = tiny_model(family, backend, **(model or {}))
-    return scramble(Compressor(base, CompressorConfig(**{"slots": 2, **config})))
+    return scramble(Compressor(base, CompressorConfig(**{"slots": 2, "sink": 0, **config})))
 
 
 def scramble(compressor: Compressor, seed: int = 5) -> Compressor:

@@ -27,7 +27,7 @@ from .rules import Rule
 from .segments import Layout
 from .visibility import parallel_mask, within_window
 
-#: Keyword under which a plan travels from ``model(...)`` to every attention module.
+#: Keyword under which a plan travels from ``model(...)`` to every attention module, and its name on a cache.
 PLAN = "ccm_plan"
 
 
@@ -211,6 +211,22 @@ class RecurrentPlan(Plan):
         visible = visible & (order <= order[-width:].unsqueeze(1))
         visible = visible | (order == order[-width:].unsqueeze(1))
         return query, key, value, additive(visible, query.dtype)
+
+
+def carry(model: nn.Module) -> None:
+    """Let a pass of the model find the plan that its cache carries: ``generate`` takes no argument for it."""
+    if _bring_plan not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(_bring_plan, with_kwargs=True)
+
+
+def _bring_plan(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    cache: Any = kwargs.get("past_key_values")
+    if (plan := getattr(cache, PLAN, None)) is None:
+        return None
+    # for beams and returned sequences ``generate`` repeats the tokens, but not the cache
+    if cache.layers and (repeat := len(kwargs["input_ids"]) // len(cache.layers[0].keys)) > 1:
+        cache.batch_repeat_interleave(repeat)
+    return args, {**kwargs, PLAN: plan}
 
 
 def _heads(tables: Tables) -> Tables:

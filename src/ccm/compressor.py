@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from . import attention, gate, soft_prompts
-from .config import CompressorConfig
+from .config import SINK, CompressorConfig
 from .errors import ConfigError, MismatchError
 from .families import resolve_targets
 from .kinds import KINDS
@@ -36,6 +37,8 @@ from .reader import Ids, Reader, model_fingerprint
 from .rules import get_rule
 from .segments import Layout, lay_out
 from .storage import adapter_folder, base_stage
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,8 @@ class Compressor(Reader):
     """Folds segments of any causal language model's context into a small memory.
 
     The model is changed in place: closed LoRA layers are injected and its attention backend is wrapped. As
-    long as no COMP token runs, its outputs stay the same bit for bit.
+    long as no COMP token runs, its outputs stay the same bit for bit. Once made, it may be used by many threads at a
+    time (``ccm.threads``).
 
     Args:
         model: a causal language model of a supported family (``ccm.families``).
@@ -115,6 +119,10 @@ class Compressor(Reader):
             self.comp_embeddings = nn.Parameter(table.mean(0) + table.std(0) * noise)
         self.pooling = Pooling(*self._kv_shape()[:2]).to(model.device) if self.kind.pooled else None
         self._print: tuple[Any, str] | None = None
+        ends = model.generation_config.eos_token_id
+        known = (model.config.bos_token_id, *(ends if isinstance(ends, list) else [ends]))
+        self._special = {token for token in known if token is not None}
+        self._warned = False
 
     # ------------------------------------------------------------------ the two ways to run
 
@@ -225,6 +233,8 @@ class Compressor(Reader):
         n = self._size("slots", slots)
         self._check_length(memory.length + ids.shape[1] + n)
         sink, window = self._size("sink", sink), self._size("window", window)
+        if not sink:
+            self._check_first(memory, ids, mask)
         lengths = mask.sum(1).tolist()
         at_once = all(
             not row.segments and length > window for row, length in zip(memory.rows, lengths, strict=True)
@@ -265,6 +275,25 @@ class Compressor(Reader):
             at = torch.tensor(places, device=ids.device).unsqueeze(1)
         comp = self.comp_embeddings[:n]
         return self._step(memory, ids, mask, comp, at, keep, gate=slice(ids.shape[1], None))
+
+    def know(self, tokenizer: Any) -> None:
+        """Learn the tokenizer's special tokens: a text that begins with one needs no sink, attention rests on it."""
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        self._special |= {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
+
+    def _check_first(self, memory: Memory, ids: Tensor, mask: Tensor) -> None:
+        """Warn, once, of a conversation that begins with an ordinary token, none of which will stay."""
+        if self._warned or self.config.kind != "ccm":
+            return
+        new = [r for r, row in enumerate(memory.rows) if not row.steps and not row.segments]
+        if any(int(ids[r][mask[r]][0]) not in self._special for r in new):
+            self._warned = True
+            log.warning(
+                "a text that begins without a special token is folded with sink=0: once it is in slots, attention "
+                "has no first token to rest on, and the memory may be worse than none; give sink=%d, or begin with "
+                "the template's first token",
+                SINK,
+            )
 
     def _adapter(self) -> str:
         return self.adapter

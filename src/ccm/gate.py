@@ -3,8 +3,9 @@
 PEFT has no adapter per token. Its layers hold the weights here but run closed, and a hook behind each of them adds
 B A x to the rows of the COMP tokens, in place. Ordinary tokens are not touched, and no compute is spent on them.
 
-The plan comes as a keyword argument of the attention module and is kept per layer from there on. That is inside
-the region that gradient checkpointing runs again; a global would be stale there and give zero gradients.
+The plan comes as a keyword argument of the attention module and is kept per layer and thread from there on. That is
+inside the region that gradient checkpointing runs again, on whatever thread; a global would be stale there and give
+zero gradients.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from transformers import PreTrainedModel
 
 from .attention import PLAN, Places, Plan
 from .errors import ConfigError
+from .threads import PerThread
 
 
 class _AddRows(torch.autograd.Function):
@@ -41,8 +43,8 @@ class _AddRows(torch.autograd.Function):
         return grad, grad.flatten(0, 1).index_select(0, places), None
 
 
-class LayerGate:
-    """The gate of one decoder layer: which tokens of the pass at hand the adapter applies to."""
+class LayerGate(PerThread):
+    """The gate of one decoder layer: which tokens of the pass that this thread runs the adapter applies to."""
 
     def __init__(self, adapter: str):
         self.adapter = adapter

@@ -23,6 +23,7 @@ from .errors import ConfigError, MismatchError
 from .families import choose_backend, get_family
 from .memory import KV, Memory, Row
 from .rotary import Rotary, unrotate
+from .threads import PerThread
 
 Ids: TypeAlias = Tensor | Sequence[Sequence[int]]
 
@@ -48,6 +49,13 @@ class Pass(NamedTuple):
         return self.memory is memory and torch.equal(self.ids, ids) and torch.equal(self.mask, mask)
 
 
+class _Ahead(PerThread):
+    """Whether this thread reads ahead, and the last pass for which it asked logits."""
+
+    on: bool = False
+    last: Pass | None = None
+
+
 class Reader(nn.Module):
     """A causal language model that reads memories.
 
@@ -64,9 +72,9 @@ class Reader(nn.Module):
         self.family = get_family(model)
         self.model = model
         self.rotary = Rotary(model)
-        self._ahead = False
-        self._last: Pass | None = None
+        self._ahead = _Ahead()
         attention.register()
+        attention.carry(model)
         model.set_attn_implementation("ccm_" + choose_backend(model, self.family))
 
     @torch.no_grad()
@@ -83,8 +91,8 @@ class Reader(nn.Module):
         ids, mask, order, memory = self._prepare(input_ids, memory, attention_mask)
         cache, call = self._over(memory, ids, mask)
         out = self.model(input_ids=ids, past_key_values=cache, **call).logits
-        if self._ahead:
-            self._last = Pass(memory, ids, mask, cache, call["position_ids"])
+        if self._ahead.on:
+            self._ahead.last = Pass(memory, ids, mask, cache, call["position_ids"])
         back = order.argsort(1).unsqueeze(-1).expand_as(out)
         return out.gather(1, back)
 
@@ -103,11 +111,11 @@ class Reader(nn.Module):
         A stream is scored segment by segment, each over the memory that it joins next. The keys and values are
         those of the pass that scored it, which stay until the next one.
         """
-        self._ahead = True
+        self._ahead.on = True
         try:
             yield
         finally:
-            self._ahead, self._last = False, None
+            self._ahead.on, self._ahead.last = False, None
 
     @torch.no_grad()
     def generate(
@@ -133,20 +141,8 @@ class Reader(nn.Module):
         if not generate_kwargs.get("use_cache", True):
             raise ConfigError("use_cache: got False, expected True: the memory is read from the cache")
         cache, call = self._over(memory, ids, mask)
-        plan = call.pop(attention.PLAN)
-
-        # generate() refuses keyword arguments that it does not know, hence the hook; and for beams and returned
-        # sequences it repeats the tokens, but not the cache
-        def bring_plan(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-            if cache.layers and (repeat := len(kwargs["input_ids"]) // len(cache.layers[0].keys)) > 1:
-                cache.batch_repeat_interleave(repeat)
-            return args, {**kwargs, attention.PLAN: plan}
-
-        handle = self.model.register_forward_pre_hook(bring_plan, with_kwargs=True)
-        try:
-            return self.model.generate(ids, past_key_values=cache, **call, **generate_kwargs)
-        finally:
-            handle.remove()
+        setattr(cache, attention.PLAN, call.pop(attention.PLAN))
+        return self.model.generate(ids, past_key_values=cache, **call, **generate_kwargs)
 
     def empty(self, batch: int = 1) -> Memory:
         """The memory of ``batch`` conversations before anything was said."""
@@ -197,9 +193,9 @@ class Reader(nn.Module):
             its COMP tokens, in fp32.
         """
         n = 0 if comp is None else comp.shape[-2]
-        plain = comp is None and gate is None
-        if plain and self._last is not None and self._last.is_of(memory, ids, mask):
-            cache, positions = self._last.cache, self._last.positions
+        plain, last = comp is None and gate is None, self._ahead.last
+        if plain and last is not None and last.is_of(memory, ids, mask):
+            cache, positions = last.cache, last.positions
         else:
             cache, positions = self._pass(memory, ids, mask, comp, at, gate)
         result = []

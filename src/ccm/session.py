@@ -71,7 +71,7 @@ class Session:
     """One conversation with a compressed memory.
 
     Args:
-        compressor: holds the model and the adapter; shared by any number of sessions.
+        compressor: holds the model and the adapter; shared by any number of sessions, on any number of threads.
         tokenizer: of the model.
         slots, sink, window: the budget; by default the adapter's own. :data:`CHAT` is a good one for chats.
         segment: longest segment folded at once; by default half the window, or 128 tokens without one.
@@ -110,6 +110,7 @@ class Session:
         )
         if self.budget.slots > config.slots:
             raise ConfigError(f"budget slots: got {self.budget.slots}, the adapter has {config.slots}")
+        compressor.know(tokenizer)
         self.memory: Memory = compressor.empty()
         self.turns = 0
         self.last: Answer | None = None

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import random
-import signal
 from collections.abc import Iterator, Sequence
 from itertools import count
-from typing import Any
-
-from torch.utils.data import DataLoader, Dataset
 
 from ..errors import ConfigError
+from .ahead import Ahead
 from .rows import ConversationRow
 from .sources import Source
 
@@ -95,16 +92,13 @@ class Mixture:
         if not self.workers:
             return map(self.pool, count(number))
         bare = Mixture(self.sources, self.weights, self.tokens_per_batch, self.max_rows, self.seed)
-        loader: DataLoader[Any] = DataLoader(
-            _Pools(bare),
-            sampler=count(number),
-            batch_size=None,
-            num_workers=self.workers,
-            collate_fn=list,
-            worker_init_fn=_deaf,
-            multiprocessing_context="spawn",  # a fork of a process with threads may hang
-        )
-        return iter(loader)
+        return Ahead(bare.pool, self.workers, number)
+
+    def close(self) -> None:
+        """End the processes that draw rows; the stream may be read on, by new ones."""
+        if isinstance(self._pools, Ahead):
+            self._pools.close()
+        self._number, self._pools = -1, iter(())
 
     def pool(self, number: int) -> list[list[ConversationRow]]:
         """Pool ``number``: as many rows as fill exactly ``POOL`` batches, cut by length, in a random order."""
@@ -129,22 +123,6 @@ class Mixture:
             f"rows of source {source.name} are too long: {TRIES} of them had more than {self.tokens_per_batch} "
             f"tokens, the last one {row.tokens}; set tokens_per_batch higher or give the source shorter rows"
         )
-
-
-class _Pools(Dataset[list[list[ConversationRow]]]):
-    """The pools of a mixture by number, for a loader."""
-
-    def __init__(self, mixture: Mixture):
-        self.mixture = mixture
-
-    def __getitem__(self, number: int) -> list[list[ConversationRow]]:
-        return self.mixture.pool(number)
-
-
-def _deaf(worker: int) -> None:
-    """Terminals and schedulers stop all processes: the run at hand still takes rows then, and ends the others."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def cut(rows: Sequence[ConversationRow], tokens: int, most: int) -> list[list[ConversationRow]]:

@@ -133,7 +133,7 @@ def _settings(folder: Path) -> tuple[CompressorConfig, dict[str, str], bool]:
     base, two_stages = settings.pop("base_model"), settings.pop("base_adapter", False)
     if isinstance(settings["target_modules"], list):
         settings["target_modules"] = tuple(settings["target_modules"])
-    return CompressorConfig(**settings), base, two_stages
+    return CompressorConfig(**{"sink": 0, **settings}), base, two_stages
 
 
 def first_stage(name: str | os.PathLike[str]) -> Path:

@@ -23,6 +23,9 @@ class Stream(Protocol):
 
     def __iter__(self) -> Iterator[list[ConversationRow]]: ...
 
+    def close(self) -> None:
+        """End whatever draws rows ahead of time."""
+
 
 def open_sources(config: TrainConfig, tokenizer: Any) -> dict[str, Source]:
     """The sources of a run by name; missing data is downloaded.

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class StopRequest:
@@ -13,10 +16,12 @@ class StopRequest:
 
     Attributes:
         signal: number of the signal that came, 0 if none.
+        idle: whether the run waits for something and has begun nothing; then the first signal interrupts at once.
     """
 
     def __init__(self) -> None:
         self.signal = 0
+        self.idle = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -29,10 +34,18 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def idling(self, stream: Iterator[T]) -> Iterator[T]:
+        """The endless stream; whoever waits for its next item is idle."""
+        while True:
+            self.idle = True
+            item = next(stream)
+            self.idle = False
+            yield item
+
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal:
+        again, self.signal = self.signal, number
+        if again or self.idle:
             raise_for(number)
-        self.signal = number
 
 
 def raise_for(number: int) -> None:

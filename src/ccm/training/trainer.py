@@ -14,6 +14,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -72,7 +73,8 @@ class Trainer:
                 log.warning("this processor has no units for bfloat16: bf16=false may be many times as fast")
             model.to(torch.bfloat16)
         self.fingerprint = model_fingerprint(model)
-        self.processes.place(model)
+        with _memory_errors(lambda: "loading; bf16=true halves the model, parallel=fsdp2 shares it out"):
+            self.processes.place(model)
         with self.processes.main_first():  # one process downloads, the others find it done
             sources = open_sources(config, tokenizer)
             held_out = held_out_rows(config, sources)
@@ -106,8 +108,8 @@ class Trainer:
         started = time.monotonic()
         config, processes = self.config, self.processes
         loss, count, recall, known, tokens = 0.0, 0, 0.0, 0, 0
-        for k in range(config.accumulate):
-            batch = next(batches)
+        taken = [next(batches) for _ in range(config.accumulate)]
+        for k, batch in enumerate(taken):
             draw = random.Random(f"{config.seed}-{self.step}-{k * processes.world + processes.rank}")
             part = self.stage.losses([marked(row) for row in batch], draw)
             part.loss.backward()
@@ -156,19 +158,23 @@ class Trainer:
     def run(self, on_report: OnReport | None = None) -> dict[str, Any]:
         """Train to the end. Returns the last report, an empty one if the run was finished already.
 
-        Ctrl-C and SIGTERM save after the step at hand and end the process with 130 or 143.
+        Ctrl-C and SIGTERM save after the step at hand, or while rows for it are waited for, and end the process with
+        130 or 143. However it ends, processes that draw rows end with it.
 
         Raises:
-            CCMError: the loss is no number any more.
+            CCMError: the loss is no number any more, or there is not enough memory.
+            DataError: no more rows can be drawn.
             StorageError: no space; the last checkpoint is intact.
         """
-        batches = iter(self.rows)
         report: dict[str, Any] = {}
         self.processes.open_curves(self.step)
-        with StopRequest() as stop:
+        with StopRequest() as stop, closing(self.rows), _memory_errors(self._to_lower):
+            batches = iter(self.rows)
+            if self.processes.world == 1:  # several stop together, between two steps
+                batches = stop.idling(batches)
             while self.progress < 1.0 or self._to_be_evaluated:
                 if not self._to_be_evaluated:  # else the run was stopped in the middle of its evaluation
-                    self.report = self._report(self.train_step(batches))
+                    self.report = self._report(self._next_step(batches, stop))
                 report = self.report
                 if due := self._to_be_evaluated:
                     self.save()  # evaluations may take minutes
@@ -186,6 +192,22 @@ class Trainer:
                 if stopped:
                     raise_for(stopped)
         return report
+
+    def _next_step(self, batches: Iterator[list[ConversationRow]], stop: StopRequest) -> float:
+        served = self.rows.served
+        try:
+            return self.train_step(batches)
+        except (KeyboardInterrupt, SystemExit):
+            if stop.idle:  # no part of the step has run
+                self.rows.served = served
+                self.save()
+            raise
+
+    def _to_lower(self) -> str:
+        return (
+            f"step {self.step} on {self.processes.device}; lower rows ({self.config.rows}) or tokens_per_batch "
+            f"({self.config.tokens_per_batch}), or set gradient_checkpointing=true, with which a saved run goes on"
+        )
 
     @property
     def _to_be_evaluated(self) -> bool:
@@ -266,6 +288,19 @@ class Trainer:
         self.processes.wait()
         if self.processes.main:
             checkpoint.prepare(self.folder, self.step - self._to_be_evaluated)
+
+
+@contextmanager
+def _memory_errors(advice: Callable[[], str]) -> Iterator[None]:
+    """What torch says of memory, in one line that ends with what to do."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        words = str(error).partition("\n")[0]
+        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not known and "out of memory" not in words and "allocate memory" not in words:
+            raise
+        raise CCMError(f"out of memory at {advice()} ({words or type(error).__name__})") from error
 
 
 def _without_paths(value: Any) -> Any:

@@ -56,7 +56,7 @@ class FoldingEngine(Engine, Generic[R]):
     """Many conversations on one compressor.
 
     Args:
-        compressor: model and adapter; nobody else may use it while the engine runs.
+        compressor: model and adapter; other threads may use it as well.
         tokenizer: of the model.
         rows: conversations that are worked on at once.
         waiting: jobs that may wait for a place beside them.
@@ -79,6 +79,7 @@ class FoldingEngine(Engine, Generic[R]):
         self.compressor, self.tokenizer, self.context = compressor, tokenizer, context
         self.rows, self.most = rows, rows + waiting
         self.metrics = metrics or Metrics()
+        compressor.know(tokenizer)
         self.template = template_of(tokenizer)
         self._ends, self._end_texts = answer_ends(tokenizer, compressor.model)
         self._inbox: queue.SimpleQueue[R | Callable[[], None] | None] = queue.SimpleQueue()

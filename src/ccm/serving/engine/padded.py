@@ -36,7 +36,7 @@ class PaddedEngine(FoldingEngine[_Row]):
     """Many conversations on one model.
 
     Args:
-        compressor: model and adapter; nobody else may use it while the engine runs.
+        compressor: model and adapter; other threads may use it as well.
         tokenizer: of the model.
         rows: conversations in the batch at most.
         waiting: jobs that may wait for a place beside them.

@@ -45,7 +45,7 @@ class VllmEngine(FoldingEngine[_Answer]):
     """Many conversations: one compressor, and vLLM.
 
     Args:
-        compressor: model and adapter; nobody else may use it while the engine runs.
+        compressor: model and adapter; other threads may use it as well.
         tokenizer: of the model.
         server: vLLM with the same model and our connector.
         store: that the connector reads; the engine closes it. With limits that end sessions after an hour or so,
