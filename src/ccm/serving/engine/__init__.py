@@ -10,6 +10,7 @@ from .base import (
     Result,
     Sampling,
     StoppingError,
+    Thought,
     Ticket,
     segments_of,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "Result",
     "Sampling",
     "StoppingError",
+    "Thought",
     "Ticket",
     "segments_of",
 ]

@@ -24,6 +24,10 @@ LONGEST_ANSWER = 1 << 15
 LONGEST_STOP = 256
 
 
+class Thought(str):
+    """A piece of an answer that is the model's thinking, not what it says."""
+
+
 class EngineError(CCMError):
     """The engine failed on this job, or has stopped; the memory that it began with is as it was."""
 
@@ -57,6 +61,7 @@ class Sampling:
         frequency_penalty, presence_penalty: taken off the logits of tokens of the answer so far, per occurrence and
             once.
         repetition_penalty: logits of tokens of prompt and answer are divided by it (multiplied where negative).
+        schema: JSON schema, as text, that the answer matches; None leaves it free.
     """
 
     max_tokens: int = 256
@@ -67,6 +72,7 @@ class Sampling:
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     repetition_penalty: float = 1.0
+    schema: str | None = None
 
     def __post_init__(self) -> None:
         for name, least, most in (
@@ -150,7 +156,7 @@ class Ticket:
     """
 
     def __init__(self, wake: Callable[[], None]) -> None:
-        self._cancelled = threading.Event()
+        self._cancelled, self._finished = threading.Event(), threading.Event()
         self._wake = wake
 
     def cancel(self) -> None:
@@ -158,9 +164,18 @@ class Ticket:
         self._cancelled.set()
         self._wake()
 
+    def finish(self) -> None:
+        """End the answer soon, with what is written by then; its listener hears the result."""
+        self._finished.set()
+        self._wake()
+
     @property
     def cancelled(self) -> bool:
         return self._cancelled.is_set()
+
+    @property
+    def finished(self) -> bool:
+        return self._finished.is_set()
 
 
 class Engine(ABC):
@@ -178,6 +193,14 @@ class Engine(ABC):
             OverloadedError: too many jobs are waiting.
             EngineError: the engine has stopped.
             ConfigError: the job can never fit into the model's context.
+        """
+
+    def check(self, sampling: Sampling) -> None:  # noqa: B027, most have nothing to say
+        """Whether answers can be written so; may take a second, hence not on an event loop's thread.
+
+        Raises:
+            ConfigError: a schema that cannot be followed.
+            MissingPackageError: what follows schemas is not installed.
         """
 
     @abstractmethod

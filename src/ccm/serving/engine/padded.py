@@ -16,8 +16,10 @@ from torch import Tensor
 from ...compressor import Compressor
 from ...memory import Memory
 from ..metrics import Metrics
+from .base import Sampling
 from .batch import Batch
 from .folding import FoldingEngine, Running, left_padded
+from .forms import Form
 from .sampling import Sampler
 
 #: Prompt tokens that are read at once.
@@ -58,7 +60,13 @@ class PaddedEngine(FoldingEngine[_Row]):
 
     def _accept(self, **common: Any) -> _Row:
         job = common["job"]
-        return _Row(**common, sampler=Sampler(job.sampling, job.prompt))
+        return _Row(**common, sampler=Sampler(job.sampling, job.prompt, self._form(job.sampling)))
+
+    def check(self, sampling: Sampling) -> None:
+        self._form(sampling)
+
+    def _form(self, sampling: Sampling) -> Form | None:
+        return None if sampling.schema is None else Form(sampling.schema, self.tokenizer, self._ends)
 
     def _answer(self) -> None:
         self._do(self._join, self._ready())

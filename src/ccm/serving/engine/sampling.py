@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .base import Sampling
+from .forms import Form
 
 #: Likeliest tokens among which the nucleus is looked for first; sorting a whole vocabulary takes longer than a step.
 _NEAR = 256
@@ -19,10 +20,11 @@ class Sampler:
     Args:
         sampling: how.
         prompt: token ids that a repetition penalty counts.
+        form: that the answer has; None leaves it free.
     """
 
-    def __init__(self, sampling: Sampling, prompt: tuple[int, ...]):
-        self.sampling, self.prompt = sampling, frozenset(prompt)
+    def __init__(self, sampling: Sampling, prompt: tuple[int, ...], form: Form | None = None):
+        self.sampling, self.prompt, self.form = sampling, frozenset(prompt), form
         self.counts: Counter[int] = Counter()
         self.generator: torch.Generator | None = None
         if sampling.temperature:
@@ -34,7 +36,10 @@ class Sampler:
 
     def draw(self, logits: Tensor) -> int:
         """The next token id, from logits (V,)."""
-        token = self._draw(self._penalized(logits.float()))
+        logits = self._penalized(logits.float())
+        token = self._draw(self.form.allow(logits) if self.form else logits)
+        if self.form:
+            self.form.take(token)
         self.counts[token] += 1
         return token
 

@@ -8,6 +8,7 @@ that vLLM reads too, as long as the answer takes, under an id that is used once 
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -200,4 +201,6 @@ def _options(sampling: Sampling, most: int, ends: list[int]) -> dict[str, Any]:
     }
     if sampling.seed is not None:
         options["seed"] = sampling.seed & (1 << 63) - 1
+    if sampling.schema is not None:
+        options["structured_outputs"] = {"json": json.loads(sampling.schema)}
     return options
