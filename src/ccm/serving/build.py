@@ -38,6 +38,7 @@ class Options:
         sessions: conversations per tenant.
         quota: megabytes stored per tenant.
         input_tokens: that one request may bring.
+        disconnect: what becomes of a turn whose client goes away: drop, keep or finish.
         batch: turns that run at once.
         queue: turns that may wait.
         vllm: URL of a vLLM that writes the answers; None: the model here does.
@@ -59,6 +60,7 @@ class Options:
     sessions: int | None = None
     quota: float | None = None
     input_tokens: int = 1 << 16
+    disconnect: str = "drop"
     batch: int = 16
     queue: int = 64
     vllm: str | None = None
@@ -100,6 +102,7 @@ def build_service(options: Options) -> Service:
         resend=options.resend,
         precision=options.precision,
         input_tokens=options.input_tokens,
+        disconnect=options.disconnect,
     )
     metrics = Metrics()
     # The engine's thread alone gets helpers: with more of them than cores, OpenMP lets all sleep between operations

@@ -69,6 +69,9 @@ def serve(
         typer.Option(min=0, metavar="MB", help="Megabytes stored per tenant.", show_default="any number"),
     ] = None,
     input_tokens: Annotated[int, typer.Option(min=1, help="Tokens that one request may bring.")] = 1 << 16,
+    on_disconnect: Annotated[
+        str, typer.Option(help="A turn whose client goes away: drop, keep what was said, or finish it.")
+    ] = "drop",
     batch: Annotated[int, typer.Option(min=1, help="Turns that run at once.")] = 16,
     queue: Annotated[int, typer.Option(min=0, help="Turns that may wait; more are told to come back.")] = 64,
     vllm: Annotated[
@@ -122,6 +125,7 @@ def serve(
         sessions=sessions,
         quota=quota,
         input_tokens=input_tokens,
+        disconnect=on_disconnect,
         batch=batch,
         queue=queue,
         vllm=vllm,

@@ -53,6 +53,8 @@ log = logging.getLogger(__name__)
 
 #: Seconds of silence after which the model's thread counts as hung; a step takes far less.
 SILENCE = 60.0
+#: What becomes of a turn whose client goes away.
+DISCONNECT = ("drop", "keep", "finish")
 #: Seconds for which a look at the store's health holds: everybody may ask, and it writes.
 FRESH = 1.0
 #: More characters per token than any text has; a longer one is refused before it is tokenized, which takes seconds.
@@ -80,6 +82,8 @@ class Settings:
         resend: what to do with a history that is not the one that is known: "refuse" it, or "rebuild" the memory.
         precision: how memories are stored: float32, bfloat16 or int8.
         input_tokens: tokens that one request may bring at most.
+        disconnect: what becomes of a turn whose client goes away: "drop" it; "keep" what was said by then, and the
+            message of the user; "finish" it without the client.
     """
 
     adapter: str
@@ -88,12 +92,15 @@ class Settings:
     resend: str = "refuse"
     precision: str = "float32"
     input_tokens: int = 1 << 16
+    disconnect: str = "drop"
 
     def __post_init__(self) -> None:
         if self.resend not in ("refuse", "rebuild"):
             raise UnknownNameError("resend", self.resend, ["refuse", "rebuild"])
         if self.precision not in codec.DTYPES:
             raise UnknownNameError("precision", self.precision, list(codec.DTYPES))
+        if self.disconnect not in DISCONNECT:
+            raise UnknownNameError("disconnect", self.disconnect, list(DISCONNECT))
 
 
 @dataclass(frozen=True)
@@ -139,6 +146,7 @@ class Outcome:
         reasoning: thoughts of the answer, apart from its text.
         tool_calls: that it asks for.
         session, version, stats: of the conversation; None and 0 for a stateless answer.
+        reasoning_tokens: of completion_tokens, those of its thoughts.
     """
 
     text: str
@@ -151,6 +159,7 @@ class Outcome:
     stats: dict[str, int] | None = None
     reasoning: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
+    reasoning_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -201,10 +210,13 @@ class Turn:
         session: str | None = None,
         version: int = 0,
         reader: AnswerReader | None = None,
+        disconnect: str = "drop",
+        left: set[Turn] | None = None,
     ):
         self.session, self.version = session, version
         self._reader, self._pieces = reader, deque[str]()
         self._commit, self._release = commit, release
+        self._disconnect, self._left = disconnect, set() if left is None else left
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._ended = False
         loop = asyncio.get_running_loop()
@@ -253,11 +265,31 @@ class Turn:
         return self.outcome
 
     async def aclose(self) -> None:
-        """Stop; unless the turn has ended, nothing of it is kept."""
-        if not self._ended:
+        """Nobody listens any more: of a turn that has not ended becomes what was chosen (see :class:`Settings`)."""
+        if self._ended:
+            return
+        if self._disconnect == "drop":
             self._ended = True
             self._ticket.cancel()
             self._release()
+            return
+        if self._disconnect == "keep":
+            self.hurry()
+        self._left.add(self)
+        self._alone = asyncio.ensure_future(self._end_alone())
+
+    def hurry(self) -> None:
+        """End the answer soon, and keep what is written by then."""
+        self._ticket.finish()
+
+    async def _end_alone(self) -> None:
+        try:
+            async for _ in self:
+                pass
+        except CCMError as error:
+            log.warning("a turn whose client had gone was not kept: %s", error)
+        finally:
+            self._left.discard(self)
 
 
 class Service:
@@ -290,6 +322,7 @@ class Service:
         self.created = int(time.time())
         self._busy: set[tuple[str, str]] = set()
         self._turns = 0
+        self._left: set[Turn] = set()  # that end without their clients
         self._draining = False
         self._health: tuple[float, bool] | None = (
             None  # when the store was looked at, and whether it was well
@@ -455,6 +488,7 @@ class Service:
         branch: bool = False,
         instructions: str | None = None,
         tools: Sequence[dict[str, Any]] = (),
+        disconnect: str | None = None,
     ) -> Turn:
         """Begin to answer.
 
@@ -469,6 +503,8 @@ class Service:
             branch: go on from that version in a branch in any case.
             instructions: a system message that is taken in first, unless it is the last one that is known.
             tools: that the model may call, in the form of chat templates.
+            disconnect: what becomes of the turn if its client goes away; None is what the settings say. Without a
+                conversation there is nothing to keep.
 
         Raises:
             ConfigError: nothing to answer, or more than the model's context can hold.
@@ -480,6 +516,8 @@ class Service:
         self._open()
         if not messages:
             raise ConfigError("messages: got none, expected at least one to answer")
+        if sampling.schema is not None:
+            await asyncio.to_thread(self.engine.check, sampling)
         if session is None:
             system = [] if instructions is None else [Message("system", instructions)]
             return await self._stateless([*system, *messages], sampling, tools)
@@ -494,7 +532,8 @@ class Service:
                 held, messages = await self._compare(tenant, held, messages)
             if instructions is not None:
                 messages = [*await self._instructions(tenant, held, instructions), *messages]
-            return await self._turn(tenant, held, messages, sampling, alone.release, tools)
+            disconnect = disconnect or self.settings.disconnect
+            return await self._turn(tenant, held, messages, sampling, alone.release, tools, disconnect)
         except BaseException:
             alone.release()
             raise
@@ -519,6 +558,7 @@ class Service:
         sampling: Sampling,
         release: Callable[[], None],
         tools: Sequence[dict[str, Any]] = (),
+        disconnect: str = "drop",
     ) -> Turn:
         rendering = await asyncio.to_thread(self._rendered, held, messages, True, tools)
         known = self._stats(held.memory, 0)["tokens_seen"]
@@ -551,7 +591,8 @@ class Service:
             release()
 
         reader = self._reader(rendering)
-        return Turn(self.engine, job, commit, both, held.session, held.version + 1, reader)
+        place = held.session, held.version + 1
+        return Turn(self.engine, job, commit, both, *place, reader, disconnect, self._left)
 
     def _reader(self, rendering: Rendering) -> AnswerReader:
         return AnswerReader(self.template, rendering.head, rendering.tools)
@@ -632,9 +673,11 @@ class Service:
         self._draining = True
 
     async def drain(self) -> None:
-        """Take no new turns, and wait for those that run."""
+        """Take no new turns, and wait for those that run; those without a client end at once."""
         self.stop_taking()
         while self._turns:
+            for turn in self._left:
+                turn.hurry()
             await asyncio.sleep(0.02)
 
     def close(self) -> None:

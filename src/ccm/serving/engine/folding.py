@@ -190,6 +190,9 @@ class FoldingEngine(Engine, Generic[R]):
                 self._beat = time.monotonic()
                 for running in [r for r in (*self._active, *self._waiting) if r.ticket.cancelled]:
                     self._leave(running)
+                for running in self._to_end():
+                    running.prompt, running.finish_reason = [], "stop"
+                    self._end([running])
                 self._do(self._take_in, self._foldable())
                 self._answer()
                 for running in [
@@ -215,6 +218,11 @@ class FoldingEngine(Engine, Generic[R]):
             self.metrics.waited.observe(time.monotonic() - running.submitted)
             self._active.append(running)
         return not self._closed
+
+    def _to_end(self) -> list[R]:
+        """Jobs that were told to end their answer, once all that stands before it is taken in."""
+        told = [running for running in self._active if running.ticket.finished and not running.segments]
+        return [running for running in told if running.prompt or running in self._writing]
 
     def _waiting_fits(self) -> bool:
         return bool(self._waiting) and len(self._active) < self.rows

@@ -133,7 +133,7 @@ function meter({ stats, precision, error }) {
   );
 }
 
-const WHO = { user: "you", assistant: "model", system: "rules" };
+const WHO = { user: "you", assistant: "model", system: "rules", tool: "tool" };
 
 function timeline(turns) {
   $("turns").replaceChildren(
@@ -257,7 +257,7 @@ async function say(text) {
       repetition_penalty: 1.1,
     };
     const response = await post("/v1/chat/completions", body, {
-      headers: { "X-Session-Id": session },
+      headers: { "X-Session-Id": session, "X-CCM-On-Disconnect": "drop" },
       signal: running.signal,
     });
     let kept = false;
