@@ -11,8 +11,9 @@ from fastapi import APIRouter, Header
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ..engine import Thought
 from ..service import Outcome, Turn
-from .common import ServiceDep, Tenant, check_model
+from .common import OnDisconnect, ServiceDep, Tenant, calls_of, check_model
 from .schemas import ChatBody, HeaderId
 from .stream import EventStream, event, unless_gone
 
@@ -29,6 +30,7 @@ async def complete(
         HeaderId | None,
         Header(description="Which conversation; it begins with its first turn. Empty: none."),
     ] = None,
+    x_ccm_on_disconnect: OnDisconnect = None,
 ) -> Response | dict[str, Any]:
     """Answer the last message. A history that is sent again is recognised; only what is new is read."""
     check_model(service, body.model)
@@ -39,6 +41,8 @@ async def complete(
         body.sampled(),
         create=True,
         resent=True,
+        tools=body.offered(),
+        disconnect=x_ccm_on_disconnect,
     )
     frame = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": service.name}
     if body.stream:
@@ -47,7 +51,7 @@ async def complete(
     outcome = await unless_gone(request, turn)
     choice = {
         "index": 0,
-        "message": {"role": "assistant", "content": outcome.text, "refusal": None},
+        "message": _message(outcome),
         "logprobs": None,
         "finish_reason": outcome.finish_reason,
     }
@@ -60,6 +64,23 @@ async def complete(
     }
 
 
+def _message(outcome: Outcome) -> dict[str, Any]:
+    """An answer; thoughts and calls are there if the model had any."""
+    calls = _calls(outcome)
+    text = outcome.text if outcome.text or not calls else None
+    message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+    if outcome.reasoning:
+        message["reasoning_content"] = outcome.reasoning
+    return {**message, "tool_calls": calls} if calls else message
+
+
+def _calls(outcome: Outcome) -> list[dict[str, Any]]:
+    return [
+        {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+        for call in calls_of(outcome)
+    ]
+
+
 async def _events(turn: Turn, frame: dict[str, Any], usage: bool) -> AsyncGenerator[str, None]:
     frame = {**frame, "object": "chat.completion.chunk"}
 
@@ -69,8 +90,10 @@ async def _events(turn: Turn, frame: dict[str, Any], usage: bool) -> AsyncGenera
 
     yield chunk({"role": "assistant", "content": ""})
     async for piece in turn:
-        yield chunk({"content": piece})
+        yield chunk({"reasoning_content" if isinstance(piece, Thought) else "content": piece})
     outcome = turn.outcome
+    for index, call in enumerate(_calls(outcome)):
+        yield chunk({"tool_calls": [{"index": index, **call}]})
     yield chunk({}, outcome.finish_reason, **memory(outcome))
     if usage:
         yield event({**frame, "choices": [], "usage": _usage(outcome)})
@@ -83,6 +106,7 @@ def _usage(outcome: Outcome) -> dict[str, Any]:
         "completion_tokens": outcome.completion_tokens,
         "total_tokens": outcome.prompt_tokens + outcome.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": outcome.known_tokens},
+        "completion_tokens_details": {"reasoning_tokens": outcome.reasoning_tokens},
     }
 
 

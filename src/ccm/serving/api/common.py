@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import secrets
+from dataclasses import replace
+from typing import Annotated, Literal
 
-from fastapi import Depends, Path, Request
+from fastapi import Depends, Header, Path, Request
 
-from ..service import Service
+from ...messages import ToolCall
+from ..service import Outcome, Service
 from .errors import ApiError
 from .guard import tenant_of
 from .schemas import SessionId
@@ -23,6 +26,15 @@ def service_of(request: Request) -> Service:
 ServiceDep = Annotated[Service, Depends(service_of)]
 Tenant = Annotated[str, Depends(tenant_of)]
 Session = Annotated[SessionId, Path(description="Id of a conversation.")]
+OnDisconnect = Annotated[
+    Literal["drop", "keep", "finish"] | None,
+    Header(description="A turn whose client goes away is dropped, kept as far as it came, or finished."),
+]
+
+
+def calls_of(outcome: Outcome) -> list[ToolCall]:
+    """The calls that an answer asks for, each with an id."""
+    return [replace(call, id=call.id or f"call_{secrets.token_hex(12)}") for call in outcome.tool_calls]
 
 
 def check_model(service: Service, name: str) -> None:

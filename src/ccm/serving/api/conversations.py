@@ -11,6 +11,7 @@ from ..history import Entry
 from ..service import View
 from .common import ServiceDep, Session, Tenant
 from .errors import ApiError
+from .parts import messages_of
 from .schemas import ConversationBody, ItemsBody, MetadataBody
 
 router = APIRouter(prefix="/v1/conversations", tags=["conversations"])
@@ -20,7 +21,7 @@ router = APIRouter(prefix="/v1/conversations", tags=["conversations"])
 async def create(service: ServiceDep, tenant: Tenant, body: ConversationBody | None = None) -> dict[str, Any]:
     """Begin a conversation, with items that are taken in."""
     body = body or ConversationBody()
-    messages = [item.message() for item in body.items or []]
+    messages = messages_of(body.items or [])
     return _shown(await service.create(tenant, metadata=body.metadata, messages=messages))
 
 
@@ -46,7 +47,7 @@ async def delete(session: Session, service: ServiceDep, tenant: Tenant) -> dict[
 async def append(session: Session, body: ItemsBody, service: ServiceDep, tenant: Tenant) -> dict[str, Any]:
     """Take items in without an answer."""
     before = await service.timeline(tenant, session)
-    await service.append(tenant, session, [item.message() for item in body.items])
+    await service.append(tenant, session, messages_of(body.items))
     after = await service.timeline(tenant, session)
     return _page(after[len(before) :], len(before), False)
 

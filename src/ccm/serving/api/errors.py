@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
-import re
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -11,7 +12,14 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from ...errors import CCMError, ConfigError, MemoryFileError, MismatchError, StorageError
+from ...errors import (
+    CCMError,
+    ConfigError,
+    MemoryFileError,
+    MismatchError,
+    MissingPackageError,
+    StorageError,
+)
 from ..engine import EngineError, OverloadedError, StoppingError
 from ..service import BusyError
 from ..store import ConflictError, NotFoundError, QuotaError
@@ -29,11 +37,21 @@ _TABLE: tuple[tuple[type[Exception], int, str, str | None], ...] = (
     (MismatchError, 409, "invalid_request_error", "memory_mismatch"),
     (MemoryFileError, 409, "invalid_request_error", "memory_damaged"),
     (ConfigError, 400, "invalid_request_error", "invalid_value"),
+    (MissingPackageError, 400, "invalid_request_error", "unsupported_value"),
     (StorageError, 503, "server_error", "store_unavailable"),
     (EngineError, 500, "server_error", "engine_failed"),
 )
 
-_FIELD = re.compile(r"(?!str$)[a-z][a-z0-9_]*|[0-9]+")
+#: What pydantic says of a value that is not what it should be.
+_EXPECTED = "Input should be "
+_WORDS = {
+    "a valid dictionary or object to extract fields from": "an object",
+    "a valid dictionary": "an object",
+    "False": "false",
+    "None": "null",
+}
+#: What to send in place of a field that OpenAI's clients know and this server does not.
+_INSTEAD = {"functions": "send tools", "function_call": "send tools, or a message with tool_calls"}
 #: What an id of the caller may be.
 ID_RULE = "expected 1 to 200 characters, not dots alone, without blanks and / \\ ? # %"
 
@@ -101,24 +119,69 @@ def install(app: FastAPI) -> None:
     async def invalid(request: Request, error: Exception) -> JSONResponse:
         if not isinstance(error, RequestValidationError):
             return response(error)
-        first = error.errors()[0]
-        kind, (source, *place) = first["type"], map(str, first["loc"])
-        # for a choice of types, pydantic names the type that it tried beside the field
-        known = [part for part in place if source != "body" or _FIELD.fullmatch(part)]
-        if kind == "extra_forbidden":
-            known = [*known, place[-1][:80]] if place[-1] not in known[-1:] else known
-        param = ".".join(known) if kind != "json_invalid" and known else None
-        message, code = f"{param or 'body'}: {first['msg']}", "invalid_value"
-        if source == "body" and not place and kind != "missing":
-            message = "the body is no JSON object: send one, with the header Content-Type: application/json"
-        elif kind == "string_pattern_mismatch":  # all our patterns are of ids
-            message = f"{param}: {ID_RULE}"
-        elif kind == "extra_forbidden":
-            message, code = f"{param} is not supported here: leave it out", "unsupported_parameter"
-        elif kind == "json_invalid":
-            message, code = f"the body is not JSON: {first.get('ctx', {}).get('error')}", "invalid_json"
-        return response(ApiError(400, message, param, code))
+        return response(_refusal(error))
 
     app.add_exception_handler(CCMError, handle)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(RequestValidationError, invalid)
+
+
+def _refusal(error: RequestValidationError) -> ApiError:
+    """One sentence for what a request has wrong, with the place of it."""
+    # of a choice of types all have failed; the error that lies deepest is of the type that was meant
+    found = [(_place(one, error.body), one) for one in error.errors()]
+    place, first = max(found, key=lambda pair: len(pair[0]))
+    kind, (source, *rest) = first["type"], first["loc"]
+    name = _named(place)
+    if kind == "json_invalid":
+        return ApiError(
+            400, f"the body is not JSON: {first.get('ctx', {}).get('error')}", None, "invalid_json"
+        )
+    if source == "body" and not rest and kind != "missing":
+        text = "the body is no JSON object: send one, with the header Content-Type: application/json"
+        return ApiError(400, text, None, "invalid_value")
+    if kind == "extra_forbidden" or first.get("ctx", {}).get("max_length") == 0:
+        text = f"{name} is not supported here: {_INSTEAD.get(str(place[-1]), 'leave it out')}"
+        return ApiError(400, text, name, "unsupported_parameter")
+    if kind == "string_pattern_mismatch":  # all our patterns are of ids
+        return ApiError(400, f"{name}: {ID_RULE}", name, "invalid_value")
+    if kind == "missing":
+        return ApiError(400, f"{name or 'the body'} is missing: send it", name, "invalid_value")
+    expected = [
+        one["msg"].removeprefix(_EXPECTED)
+        for other, one in found
+        if other == place and one["msg"].startswith(_EXPECTED)
+    ]
+    text = first["msg"]
+    if expected:
+        text = f"got {_shown(first['input'])}, expected " + " or ".join(
+            dict.fromkeys(_WORDS.get(word, word) for word in expected)
+        )
+    code = "unsupported_value" if kind == "unsupported" else "invalid_value"
+    return ApiError(400, f"{name or 'body'}: {text}", name, code)
+
+
+def _place(error: dict[str, Any], body: Any) -> list[str | int]:
+    """Where an error is; for a choice of types, pydantic names the type that it tried beside the field."""
+    source, *place = error["loc"]
+    if source != "body":
+        return list(place)
+    known: list[str | int] = []
+    for part in place:
+        if part in (body if isinstance(body, dict) else range(len(body) if isinstance(body, list) else 0)):
+            known.append(part)
+            body = body[part]
+    return [*known, place[-1]] if error["type"] == "missing" and place else known
+
+
+def _named(place: Sequence[str | int]) -> str | None:
+    parts = [f"[{part}]" if isinstance(part, int) else f".{part[:80]}" for part in place]
+    return "".join(parts).removeprefix(".") or None
+
+
+def _shown(value: Any) -> str:
+    """A value as it was sent; of what is large, only what it is."""
+    if isinstance(value, dict | list):
+        return "an object" if isinstance(value, dict) else "a list"
+    text = repr(value) if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +15,14 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ..history import Message
+from ...messages import Message, ToolCall
+from ..engine import Thought
 from ..service import Outcome, Turn
 from .chat import memory
-from .common import ServiceDep, Tenant, check_model
+from .common import OnDisconnect, ServiceDep, Tenant, calls_of, check_model
 from .errors import ApiError
-from .schemas import CompactBody, CompactionItem, ConversationRef, Item, ResponseBody, handle, opened
+from .parts import Body, CompactionItem, Said, messages_of
+from .schemas import CompactBody, ConversationRef, ResponseBody, handle, opened
 from .stream import EventStream, event, unless_gone
 
 router = APIRouter(prefix="/v1", tags=["responses"])
@@ -39,11 +41,15 @@ class _Place:
 
 @router.post("/responses", response_model=None)
 async def create(
-    body: ResponseBody, request: Request, service: ServiceDep, tenant: Tenant
+    body: ResponseBody,
+    request: Request,
+    service: ServiceDep,
+    tenant: Tenant,
+    x_ccm_on_disconnect: OnDisconnect = None,
 ) -> Response | dict[str, Any]:
     """Answer the input."""
     check_model(service, body.model)
-    place, messages = _place(body), _messages(body.input)
+    place, messages = _place(body), messages_of(body.input)
     compaction = _compaction(body.input)
     if compaction is not None:
         if place.session:
@@ -59,23 +65,26 @@ async def create(
         tenant,
         place.session,
         messages,
-        body.sampling(max_tokens=body.max_output_tokens),
+        body.sampled(),
         create=place.session == "",
         version=place.version,
         branch=place.branch,
         instructions=body.instructions,
+        tools=body.offered(),
+        disconnect=x_ccm_on_disconnect,
     )
     frame = _frame(body, service.name, turn)
     if body.stream:
         return EventStream(_events(turn, frame), turn)
-    return _completed(frame, await unless_gone(request, turn))
+    outcome = await unless_gone(request, turn)
+    return _completed(frame, outcome, _output(outcome))
 
 
 @router.post("/responses/compact", response_model=None)
 async def compact(body: CompactBody, service: ServiceDep, tenant: Tenant) -> dict[str, Any]:
     """Fold a history into an opaque item that a later input may begin with. It is kept here, under its tenant."""
     check_model(service, body.model)
-    messages = _messages(body.input or [])
+    messages = messages_of(body.input or [])
     session, version = None, None
     if body.previous_response_id is not None:
         session, version = opened(body.previous_response_id, "previous_response_id", _PREFIX)
@@ -118,23 +127,10 @@ def _place(body: ResponseBody) -> _Place:
     return _Place(ref.id if isinstance(ref, ConversationRef) else ref or "")
 
 
-def _compaction(items: str | Sequence[Item]) -> CompactionItem | None:
+def _compaction(items: str | Sequence[Said | CompactionItem]) -> CompactionItem | None:
     """The last compaction among the items; it holds what was before."""
     found = [item for item in items if isinstance(item, CompactionItem)]
     return found[-1] if found else None
-
-
-def _messages(items: str | Sequence[Item]) -> list[Message]:
-    """The messages behind the last compaction."""
-    if isinstance(items, str):
-        return [Message("user", items)]
-    messages: list[Message] = []
-    for item in items:
-        if isinstance(item, CompactionItem):
-            messages.clear()
-        else:
-            messages.append(item.message())
-    return messages
 
 
 def _frame(body: ResponseBody, model: str, turn: Turn) -> dict[str, Any]:
@@ -157,72 +153,174 @@ def _frame(body: ResponseBody, model: str, turn: Turn) -> dict[str, Any]:
         "store": turn.session is not None,
         "temperature": body.temperature,
         "top_p": body.top_p,
-        "text": {"format": {"type": "text"}},
+        "text": _given(body.text) or {"format": {"type": "text"}},
         "tool_choice": body.tool_choice or "auto",
-        "tools": [],
-        "truncation": "disabled",
+        "tools": [_given(tool) for tool in body.tools or ()],
+        "truncation": body.truncation or "disabled",
         "metadata": body.metadata or {},
         "usage": None,
     }
 
 
-def _completed(frame: dict[str, Any], outcome: Outcome, item_id: str | None = None) -> dict[str, Any]:
+def _given(part: Body | None) -> dict[str, Any]:
+    """A part of a request as it was sent."""
+    return {} if part is None else part.model_dump(by_alias=True, exclude_unset=True)
+
+
+def _completed(frame: dict[str, Any], outcome: Outcome, output: list[dict[str, Any]]) -> dict[str, Any]:
     cut = outcome.finish_reason == "length"
-    status = "incomplete" if cut else "completed"
     return {
         **frame,
-        "status": status,
+        "status": _status(outcome),
         "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
-        "output": [_message_item(outcome.text, "assistant", item_id, status)],
-        "usage": _usage(outcome.prompt_tokens, outcome.known_tokens, outcome.completion_tokens),
+        "output": output,
+        "usage": _usage(
+            outcome.prompt_tokens,
+            outcome.known_tokens,
+            outcome.completion_tokens,
+            outcome.reasoning_tokens,
+        ),
         **memory(outcome),
     }
 
 
-def _message_item(
-    text: str, role: str, item_id: str | None = None, status: str = "completed"
-) -> dict[str, Any]:
+def _status(outcome: Outcome) -> str:
+    return "incomplete" if outcome.finish_reason == "length" else "completed"
+
+
+def _output(outcome: Outcome) -> list[dict[str, Any]]:
+    """An answer as items: thoughts, what is said, and calls, as far as there are any."""
+    items = [_reasoning_item(outcome.reasoning)] if outcome.reasoning else []
+    if outcome.text or not outcome.tool_calls:
+        items.append(_message_item(outcome.text, "assistant", _status(outcome)))
+    return [*items, *map(_call_item, calls_of(outcome))]
+
+
+def _message_item(text: str, role: str, status: str = "completed") -> dict[str, Any]:
     part: dict[str, Any] = {"type": "input_text", "text": text}
     if role == "assistant":
         part = {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
     return {
         "type": "message",
-        "id": item_id or f"msg_{secrets.token_hex(12)}",
+        "id": f"msg_{secrets.token_hex(12)}",
         "role": role,
         "status": status,
         "content": [part],
     }
 
 
-def _usage(read: int, known: int, written: int) -> dict[str, Any]:
+def _reasoning_item(text: str, status: str = "completed") -> dict[str, Any]:
+    return {
+        "type": "reasoning",
+        "id": f"rs_{secrets.token_hex(12)}",
+        "summary": [],
+        "content": [{"type": "reasoning_text", "text": text}],
+        "status": status,
+    }
+
+
+def _call_item(call: ToolCall) -> dict[str, Any]:
+    return {
+        "type": "function_call",
+        "id": f"fc_{secrets.token_hex(12)}",
+        "call_id": call.id,
+        "name": call.name,
+        "arguments": call.arguments,
+        "status": "completed",
+    }
+
+
+def _usage(read: int, known: int, written: int, thought: int = 0) -> dict[str, Any]:
     return {
         "input_tokens": read,
         "input_tokens_details": {"cached_tokens": known},
         "output_tokens": written,
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": thought},
         "total_tokens": read + written,
     }
 
 
 async def _events(turn: Turn, frame: dict[str, Any]) -> AsyncGenerator[str, None]:
-    number = -1
-    item = _message_item("", "assistant", status="in_progress")
-    where = {"item_id": item["id"], "output_index": 0, "content_index": 0}
-
-    def send(kind: str, **data: Any) -> str:
-        nonlocal number
-        number += 1
-        return event({"type": kind, "sequence_number": number, **data}, kind)
-
-    yield send("response.created", response=frame)
-    yield send("response.in_progress", response=frame)
-    yield send("response.output_item.added", output_index=0, item={**item, "content": []})
-    yield send("response.content_part.added", **where, part=item["content"][0])
+    items = _Items()
+    yield items.event("response.created", response=frame)
+    yield items.event("response.in_progress", response=frame)
     async for piece in turn:
-        yield send("response.output_text.delta", **where, delta=piece, logprobs=[])
-    done = _completed(frame, turn.outcome, item["id"])
-    (item,) = done["output"]
-    yield send("response.output_text.done", **where, text=turn.outcome.text, logprobs=[])
-    yield send("response.content_part.done", **where, part=item["content"][0])
-    yield send("response.output_item.done", output_index=0, item=item)
-    yield send(f"response.{done['status']}", response=done)
+        for text in items.write(piece):
+            yield text
+    outcome = turn.outcome
+    for text in items.finish(outcome):
+        yield text
+    done = _completed(frame, outcome, items.done)
+    yield items.event(f"response.{done['status']}", response=done)
+
+
+class _Items:
+    """The output items of a streamed response, as they are written, and the events that tell of them.
+
+    Attributes:
+        done: those that are complete.
+    """
+
+    def __init__(self) -> None:
+        self.done: list[dict[str, Any]] = []
+        self._open: dict[str, Any] = {}  # the item that is written now
+        self._number = -1
+
+    def event(self, kind: str, **data: Any) -> str:
+        self._number += 1
+        return event({"type": kind, "sequence_number": self._number, **data}, kind)
+
+    def write(self, piece: str) -> Iterator[str]:
+        """One more piece, of the item that is open or of a new one."""
+        kind = "reasoning" if isinstance(piece, Thought) else "message"
+        if self._open.get("type") != kind:
+            yield from self._close("completed")
+            yield from self._begin(kind)
+        (part,) = self._open["content"]
+        part["text"] += piece
+        yield self.event(f"response.{part['type']}.delta", **self._where(), delta=piece, **_logprobs(part))
+
+    def finish(self, outcome: Outcome) -> Iterator[str]:
+        """The end of what is open, and calls."""
+        if not self._open and not outcome.tool_calls:
+            yield from self._begin("message")  # that says nothing
+        yield from self._close(_status(outcome))
+        for call in calls_of(outcome):
+            item = _call_item(call)
+            where = {"item_id": item["id"], "output_index": len(self.done)}
+            begun = {**item, "arguments": "", "status": "in_progress"}
+            yield self.event("response.output_item.added", output_index=len(self.done), item=begun)
+            yield self.event("response.function_call_arguments.delta", **where, delta=call.arguments)
+            yield self.event(
+                "response.function_call_arguments.done", **where, name=call.name, arguments=call.arguments
+            )
+            yield self.event("response.output_item.done", output_index=len(self.done), item=item)
+            self.done.append(item)
+
+    def _where(self) -> dict[str, Any]:
+        return {"item_id": self._open["id"], "output_index": len(self.done), "content_index": 0}
+
+    def _begin(self, kind: str) -> Iterator[str]:
+        item = _reasoning_item("") if kind == "reasoning" else _message_item("", "assistant")
+        self._open = item | {"status": "in_progress"}
+        yield self.event(
+            "response.output_item.added", output_index=len(self.done), item={**self._open, "content": []}
+        )
+        yield self.event("response.content_part.added", **self._where(), part=item["content"][0])
+
+    def _close(self, status: str) -> Iterator[str]:
+        if not self._open:
+            return
+        item = self._open | {"status": status}
+        (part,) = item["content"]
+        text = part["text"]
+        yield self.event(f"response.{part['type']}.done", **self._where(), text=text, **_logprobs(part))
+        yield self.event("response.content_part.done", **self._where(), part=part)
+        yield self.event("response.output_item.done", output_index=len(self.done), item=item)
+        self.done.append(item)
+        self._open = {}
+
+
+def _logprobs(part: dict[str, Any]) -> dict[str, Any]:
+    """Events of a part have them if the part has them."""
+    return {"logprobs": []} if "logprobs" in part else {}

@@ -5,12 +5,23 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import Field, StringConstraints
 
 from ..engine.base import LONGEST_STOP
-from ..history import Message
 from ..service import Sampling
 from .errors import ApiError
+from .parts import (
+    Body,
+    ChatFormat,
+    ChatMessage,
+    ChatTools,
+    FlatFormat,
+    FlatTools,
+    Item,
+    SaidItem,
+    Text,
+    Unused,
+)
 
 _NO_ID = r"\s/\\?#%\x00-\x1f\x7f"
 #: An id of the caller: printable, and usable as one part of an address.
@@ -25,15 +36,18 @@ Metadata = Annotated[
     dict[Annotated[str, StringConstraints(max_length=64)], Annotated[str, StringConstraints(max_length=512)]],
     Field(max_length=16),
 ]
-Nothing = Annotated[list[Any], Field(max_length=0)]
+Nothing = Annotated[dict[str, Any], Field(max_length=0)]
+#: Of items that only other servers' tools make: there are none here.
+Elsewhere = Literal[
+    "file_search_call.results",
+    "web_search_call.results",
+    "web_search_call.action.sources",
+    "message.input_image.image_url",
+    "computer_call_output.output.image_url",
+    "code_interpreter_call.outputs",
+    "reasoning.encrypted_content",
+]
 StopText = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_STOP)]
-Text = Annotated[str, StringConstraints(max_length=1 << 22)]
-
-
-class Body(BaseModel):
-    """Base of all: fields that are not named are refused."""
-
-    model_config = ConfigDict(extra="forbid")
 
 
 class SamplingBody(Body):
@@ -43,58 +57,44 @@ class SamplingBody(Body):
     stream: bool | None = None
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
+    top_k: Literal[-1, 0] | None = None
     repetition_penalty: float | None = Field(None, ge=0.1, le=10)
     metadata: Metadata | None = None
     user: str | None = Field(None, description="Accepted and not used; it never names a conversation.")
     safety_identifier: str | None = Field(None, description="Accepted and not used.")
+    prompt_cache_key: Unused = Field(None, description="Accepted and not used, as what follows.")
+    prompt_cache_retention: Unused = None
+    prompt_cache_options: Unused = None
     service_tier: Literal["auto", "default"] | None = None
     parallel_tool_calls: bool | None = None
-    tools: Nothing | None = None
+    tools: Any = None
     tool_choice: Literal["auto", "none"] | None = None
+    top_logprobs: Literal[0] | None = None
 
     def sampling(self, **more: Any) -> Sampling:
         """The settings that were given."""
         given = {name: getattr(self, name) for name in ("temperature", "top_p", "repetition_penalty")} | more
         return Sampling(**{name: value for name, value in given.items() if value is not None})
 
+    def offered(self) -> list[dict[str, Any]]:
+        """Tools that the model may call, as chat templates read them.
 
-class TextPart(Body):
-    type: Literal["text", "input_text", "output_text"]
-    text: Text
-    annotations: Nothing | None = None
-    logprobs: Nothing | None = None
-
-
-Content = Text | list[TextPart]
-
-
-def text_of(content: Content | None) -> str:
-    """A content as one text."""
-    if isinstance(content, list):
-        return "".join(part.text for part in content)
-    return content or ""
-
-
-def role_of(role: str) -> str:
-    return "system" if role == "developer" else role
+        Raises:
+            ApiError: calls one at a time were asked for, which a model does or does not.
+        """
+        tools = [] if self.tool_choice == "none" else [tool.tool() for tool in self.tools or ()]
+        if tools and self.parallel_tool_calls is False:
+            raise ApiError(
+                400,
+                "parallel_tool_calls: got false beside tools, which is not supported: the model may ask for several "
+                "calls at once; leave it out",
+                "parallel_tool_calls",
+                "unsupported_value",
+            )
+        return tools
 
 
 # ------------------------------------------------------------------ chat completions
-
-
-class ChatMessage(Body):
-    """A message; fields that an answer has may come back with it, empty."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Content | None = None
-    refusal: None = None
-    annotations: Nothing | None = None
-    audio: None = None
-    function_call: None = None
-    tool_calls: Nothing | None = None
-
-    def message(self) -> Message:
-        return Message(role_of(self.role), text_of(self.content))
 
 
 class StreamOptions(Body):
@@ -102,12 +102,9 @@ class StreamOptions(Body):
     include_obfuscation: Literal[False] | None = None
 
 
-class TextFormat(Body):
-    type: Literal["text"]
-
-
 class ChatBody(SamplingBody):
     messages: list[ChatMessage] = Field(min_length=1, max_length=20_000)
+    tools: ChatTools | None = None
     max_tokens: int | None = Field(None, ge=1, le=1 << 15)
     max_completion_tokens: int | None = Field(None, ge=1, le=1 << 15)
     seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
@@ -117,8 +114,11 @@ class ChatBody(SamplingBody):
     stream_options: StreamOptions | None = None
     n: Literal[1] | None = None
     logprobs: Literal[False] | None = None
-    response_format: TextFormat | None = None
+    logit_bias: Nothing | None = None
+    response_format: ChatFormat | None = None
     modalities: list[Literal["text"]] | None = None
+    reasoning_effort: Unused = Field(None, description="Accepted and not used.")
+    verbosity: Unused = Field(None, description="Accepted and not used.")
     store: Literal[False] | None = None
 
     def sampled(self) -> Sampling:
@@ -128,36 +128,12 @@ class ChatBody(SamplingBody):
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             frequency_penalty=self.frequency_penalty,
             presence_penalty=self.presence_penalty,
+            schema=self.response_format and self.response_format.schema_text(),
         )
 
 
 # ------------------------------------------------------------------ responses and conversations
 
-
-class MessageItem(Body):
-    """A message among the items of a conversation."""
-
-    type: Literal["message"] | None = None
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Content
-    id: str | None = None
-    status: Literal["in_progress", "completed", "incomplete"] | None = None
-    phase: None = None
-
-    def message(self) -> Message:
-        return Message(role_of(self.role), text_of(self.content))
-
-
-class CompactionItem(Body):
-    """A compacted conversation, as ``responses/compact`` gave it out."""
-
-    type: Literal["compaction"]
-    encrypted_content: str = Field(max_length=400)
-    id: str | None = None
-    created_by: None = None
-
-
-Item = MessageItem | CompactionItem
 Items = Annotated[list[Item], Field(max_length=20_000)]
 
 
@@ -166,21 +142,37 @@ class ConversationRef(Body):
 
 
 class TextOptions(Body):
-    format: TextFormat | None = None
+    format: FlatFormat | None = None
+    verbosity: Unused = Field(None, description="Accepted and not used.")
+
+
+class ContextManagement(Body):
+    """Every conversation is compacted here as it grows."""
+
+    type: Literal["compaction"]
+    compact_threshold: int | None = None
 
 
 class ResponseBody(SamplingBody):
     input: Text | Items
     instructions: Text | None = None
+    tools: FlatTools | None = None
     conversation: SessionId | ConversationRef | None = None
     previous_response_id: str | None = Field(None, max_length=400)
     max_output_tokens: int | None = Field(None, ge=1, le=1 << 15)
+    max_tool_calls: int | None = Field(None, description="Of tools that run on the server: there are none.")
     store: bool | None = None
     stream_options: StreamOptions | None = None
     text: TextOptions | None = None
-    truncation: Literal["disabled"] | None = None
+    truncation: Literal["auto", "disabled"] | None = None
+    context_management: list[ContextManagement] | None = None
+    reasoning: dict[str, Any] | None = Field(None, description="Accepted and not used.")
     background: Literal[False] | None = None
-    include: Nothing | None = None
+    include: list[Elsewhere] | None = None
+
+    def sampled(self) -> Sampling:
+        form = self.text and self.text.format
+        return self.sampling(max_tokens=self.max_output_tokens, schema=form and form.schema_text())
 
 
 class CompactBody(Body):
@@ -188,10 +180,14 @@ class CompactBody(Body):
     input: Text | Items | None = None
     instructions: Text | None = None
     previous_response_id: str | None = Field(None, max_length=400)
+    prompt_cache_key: Unused = Field(None, description="Accepted and not used, as what follows.")
+    prompt_cache_retention: Unused = None
+    prompt_cache_options: Unused = None
+    service_tier: Unused = None
 
 
 class ConversationBody(Body):
-    items: Annotated[list[MessageItem], Field(max_length=20_000)] | None = None
+    items: Annotated[list[SaidItem], Field(max_length=20_000)] | None = None
     metadata: Metadata | None = None
 
 
@@ -200,7 +196,7 @@ class MetadataBody(Body):
 
 
 class ItemsBody(Body):
-    items: list[MessageItem] = Field(min_length=1, max_length=20_000)
+    items: list[SaidItem] = Field(min_length=1, max_length=20_000)
 
 
 class ForkBody(Body):
