@@ -192,6 +192,37 @@ class EngineContract:
         assert engine._jobs == 0 and second.events.empty()
         engine.close()
 
+    def test_an_answer_that_is_told_to_end_is_kept(self, compressor, tokenizer, engine):
+        """With what was written by then, in the memory too; one that has not begun says nothing."""
+        long = turn(tokenizer, compressor.empty(), "go on", Sampling(max_tokens=150, temperature=0))
+        ((whole,), _) = run(engine, [long])
+        heard, begun = Heard(), threading.Event()
+
+        def listener(event: Any) -> None:
+            heard(event)
+            begun.set()
+
+        ticket = engine.submit(long, listener)
+        assert begun.wait(30)
+        ticket.finish()
+        cut = heard.result()
+        assert whole.text.startswith(cut.text) and 0 < cut.tokens < whole.tokens
+        assert cut.finish_reason == "stop" and "".join(heard.pieces) == cut.text
+        session = Session(compressor, tokenizer, slots=2, sink=2, window=16, segment=8)
+        session.generate("go on", max_new_tokens=cut.tokens, do_sample=False)
+        assert close(cut.memory, session.memory) and cut.memory.tokens == session.memory.tokens
+        assert run(engine, [long])[0][0].text == whole.text  # negative control: nobody else was told
+
+    def test_a_waiting_answer_can_be_told_to_end(self, compressor, tokenizer, make):
+        engine = make(rows=1, waiting=1)
+        first, second = Heard(), Heard()
+        engine.submit(turn(tokenizer, compressor.empty(), "go on"), first)
+        engine.submit(turn(tokenizer, compressor.empty(), "my cat is Miso"), second).finish()
+        result = second.result()
+        assert first.result().text and (result.text, result.tokens) == ("", 0)
+        assert result.memory.tokens > 0 and not second.pieces  # what the user said is there
+        engine.close()
+
     def test_a_full_queue_refuses(self, compressor, tokenizer, make):
         engine = make(rows=1, waiting=1)
         heard = [Heard(), Heard()]

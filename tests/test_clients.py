@@ -14,12 +14,14 @@ import httpx
 import jsonschema_rs
 import openai
 import pytest
+from engine_contract import Heard
 from pydantic import BaseModel
-from serving import MODEL, serving, tiny_service
+from serving import BUDGET, MODEL, serving, tiny_service
 
+from ccm import Compressor
 from ccm.errors import ConfigError
 from ccm.messages import Message, ToolCall
-from ccm.serving.engine import Thought
+from ccm.serving.engine import Job, PaddedEngine, Thought
 from ccm.serving.service import Outcome, Sampling, Settings
 
 CALL = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
@@ -615,6 +617,42 @@ def test_json_without_its_package(client, monkeypatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(openai.BadRequestError, match=r"compressed-context-memory\[json\]"):
         chat(client, response_format={"type": "json_object"})
+
+
+@pytest.mark.slow
+def test_the_embedded_model_writes_json(embedded, llguidance):
+    model, tokenizer = embedded
+    compressor = Compressor.from_pretrained(model, "ccm-chat")
+    engine = PaddedEngine(compressor, tokenizer)
+    schema = {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "maxLength": 20},
+            "age": {"type": "integer", "minimum": 0, "maximum": 99},
+            "pets": {"type": "array", "items": {"$ref": "#/$defs/pet"}, "maxItems": 2},
+        },
+        "required": ["name", "age", "pets"],
+        "additionalProperties": False,
+        "$defs": {"pet": {"anyOf": [{"enum": ["a cat", "a dog"]}, {"type": "null"}]}},
+    }
+    try:
+        for seed, temperature in ((0, 0), (1, 1)):
+            prompt = tokenizer.apply_chat_template(
+                user("I am Nadia, 31, and I have a cat. Write that as JSON."),
+                add_generation_prompt=True,
+                return_dict=False,
+            )
+            sampling = Sampling(max_tokens=200, temperature=temperature, seed=seed, schema=json.dumps(schema))
+            heard = Heard()
+            engine.submit(
+                Job(compressor.empty(), BUDGET, prompt=tuple(prompt), sampling=sampling, remember=False),
+                heard,
+            )
+            result = heard.result()
+            assert jsonschema_rs.validator_for(schema).is_valid(json.loads(result.text)), result.text
+            assert result.finish_reason == "stop"
+    finally:
+        engine.close()
 
 
 # ------------------------------------------------------------------ streams that break

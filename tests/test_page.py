@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import time
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -178,6 +179,8 @@ def test_the_error_of_a_smaller_precision_is_shown(driver, tmp_path):
 
 def test_stop(page, server, monkeypatch):
     monkeypatch.setattr(server.service.engine, "_ends", set())
+    other = replace(server.service.settings, disconnect="finish")  # the page asks for what it tells the user
+    monkeypatch.setattr(server.service, "settings", other)
     page.driver.execute_script("document.getElementById('tokens').value = 400")
     page.find("text").send_keys("go on", Press.ENTER)
     page.until(lambda: page.all(".message.assistant") and page.all(".message.assistant")[-1].text)

@@ -17,10 +17,11 @@ from tiny import random_rows, tiny_compressor, tiny_model
 
 from ccm.errors import ConfigError, MismatchError, MissingPackageError, UnsupportedModelError
 from ccm.reader import model_fingerprint
-from ccm.serving.engine import EngineError, OverloadedError
+from ccm.serving.engine import EngineError, OverloadedError, Sampling
 from ccm.serving.store import NotFoundError, Snapshot, codec, open_store
 from ccm.serving.vllm.checkpoint import Checkpoint
 from ccm.serving.vllm.client import Call, VllmServer
+from ccm.serving.vllm.engine import _options
 from ccm.serving.vllm.loader import Loader, heads_of
 from ccm.serving.vllm.reference import KEY, Reference
 
@@ -210,3 +211,10 @@ def test_errors_of_vllm():
         VllmServer(gone)
     with pytest.raises(ConfigError, match="expected a URL"):
         VllmServer("somewhere:8000")
+
+
+def test_a_schema_is_passed_on():
+    schema = '{"type": "object"}'
+    options = _options(Sampling(schema=schema), 5, [2])
+    assert options["structured_outputs"] == {"json": {"type": "object"}}
+    assert "structured_outputs" not in _options(Sampling(), 5, [2])

@@ -190,10 +190,10 @@ class FoldingEngine(Engine, Generic[R]):
                 self._beat = time.monotonic()
                 for running in [r for r in (*self._active, *self._waiting) if r.ticket.cancelled]:
                     self._leave(running)
+                self._do(self._take_in, self._foldable())
                 for running in self._to_end():
                     running.prompt, running.finish_reason = [], "stop"
                     self._end([running])
-                self._do(self._take_in, self._foldable())
                 self._answer()
                 for running in [
                     r for r in self._active if not (r.segments or r.prompt or r in self._writing)
