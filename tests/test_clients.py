@@ -20,8 +20,8 @@ from serving import BUDGET, MODEL, serving, tiny_service
 
 from ccm import Compressor
 from ccm.errors import ConfigError
-from ccm.messages import Message, ToolCall
-from ccm.serving.engine import Job, PaddedEngine, Thought
+from ccm.messages import Message, Thought, ToolCall
+from ccm.serving.engine import Job, PaddedEngine
 from ccm.serving.service import Outcome, Sampling, Settings
 
 CALL = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
@@ -345,6 +345,19 @@ def test_tool_calls_and_thoughts_in_a_stream(client, scripted):
     assert [call.function.name for call in final.message.tool_calls] == ["weather", "now"]
     assert final.message.tool_calls[0].id == "call_1"
     assert json.loads(final.message.tool_calls[0].function.arguments) == {"city": "Oslo"}
+
+
+def test_what_was_held_back_comes_at_the_end(client, scripted):
+    """The begin of what could have become a call, and did not."""
+    scripted.says('ok: {"no": "call"}')
+    scripted.pieces = scripted.pieces[:4]
+    chunks = list(chat(client, stream=True))
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == 'ok: {"no": "call"}'
+    with client.responses.stream(model=MODEL, input="hi") as stream:
+        assert (
+            "".join(e.delta for e in stream if e.type == "response.output_text.delta") == 'ok: {"no": "call"}'
+        )
+        assert stream.get_final_response().output_text == 'ok: {"no": "call"}'
 
 
 def test_tokens_of_thoughts_are_counted(client, scripted):

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Header
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ..engine import Thought
+from ...messages import Thought
 from ..service import Outcome, Turn
 from .common import OnDisconnect, ServiceDep, Tenant, calls_of, check_model
 from .schemas import ChatBody, HeaderId
@@ -89,9 +89,16 @@ async def _events(turn: Turn, frame: dict[str, Any], usage: bool) -> AsyncGenera
         return event({**frame, "choices": [choice], **more})
 
     yield chunk({"role": "assistant", "content": ""})
+    said = 0
     async for piece in turn:
-        yield chunk({"reasoning_content" if isinstance(piece, Thought) else "content": piece})
+        if isinstance(piece, Thought):
+            yield chunk({"reasoning_content": piece})
+        else:
+            said += len(piece)
+            yield chunk({"content": piece})
     outcome = turn.outcome
+    if rest := outcome.text[said:]:  # held back, as it could have become a call
+        yield chunk({"content": rest})
     for index, call in enumerate(_calls(outcome)):
         yield chunk({"tool_calls": [{"index": index, **call}]})
     yield chunk({}, outcome.finish_reason, **memory(outcome))

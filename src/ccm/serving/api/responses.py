@@ -15,8 +15,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ...messages import Message, ToolCall
-from ..engine import Thought
+from ...messages import Message, Thought, ToolCall
 from ..service import Outcome, Turn
 from .chat import memory
 from .common import OnDisconnect, ServiceDep, Tenant, calls_of, check_model
@@ -244,10 +243,15 @@ async def _events(turn: Turn, frame: dict[str, Any]) -> AsyncGenerator[str, None
     items = _Items()
     yield items.event("response.created", response=frame)
     yield items.event("response.in_progress", response=frame)
+    said = 0
     async for piece in turn:
+        said += 0 if isinstance(piece, Thought) else len(piece)
         for text in items.write(piece):
             yield text
     outcome = turn.outcome
+    if rest := outcome.text[said:]:  # held back, as it could have become a call
+        for text in items.write(rest):
+            yield text
     for text in items.finish(outcome):
         yield text
     done = _completed(frame, outcome, items.done)

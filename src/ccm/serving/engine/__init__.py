@@ -10,7 +10,6 @@ from .base import (
     Result,
     Sampling,
     StoppingError,
-    Thought,
     Ticket,
     segments_of,
 )
@@ -27,7 +26,6 @@ __all__ = [
     "Result",
     "Sampling",
     "StoppingError",
-    "Thought",
     "Ticket",
     "segments_of",
 ]

@@ -24,10 +24,6 @@ LONGEST_ANSWER = 1 << 15
 LONGEST_STOP = 256
 
 
-class Thought(str):
-    """A piece of an answer that is the model's thinking, not what it says."""
-
-
 class EngineError(CCMError):
     """The engine failed on this job, or has stopped; the memory that it began with is as it was."""
 
