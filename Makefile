@@ -16,7 +16,7 @@ help: ## show the targets
 demo: $(STAMP) ## run the demonstration (fetches the embedded model the first time)
 	$(BIN)/ccm demo
 
-bench-serving: $(STAMP) ## measure the server: exactness, speed, load, kills, fuzz (some forty minutes)
+bench-serving: $(STAMP) ## measure the server: exactness, speed, load, kills, fuzz, clients (some forty minutes)
 	$(BIN)/python benchmarks/serving
 
 test: $(STAMP) ## run the quick tests

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from harness import parser
 
-PARTS = ("exactness", "first_token", "throughput", "load", "kills", "fuzz")
+PARTS = ("exactness", "first_token", "throughput", "load", "kills", "fuzz", "clients")
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""What the server's benchmarks stored, as a Markdown table for docs/serving.md.
+"""What the server's benchmarks stored, as Markdown tables for docs/serving.md.
 
 python benchmarks/serving/table.py
 """
@@ -91,6 +91,18 @@ def main() -> None:
             result = json.loads(path.read_text())
             must, measured = row(result)
             print(f"| {must} | {measured} | {'yes' if result['reached'] else '**no**'} |")
+    clients()
+
+
+def clients() -> None:
+    """What stock clients sent, case by case."""
+    path = RESULTS / "clients.json"
+    if not path.exists():
+        return
+    print("\n| client | case | what happened | |", "|---|---|---|---|", sep="\n")
+    for row in json.loads(path.read_text())["cases"]:
+        what = " ".join(row["what"].replace("|", "\\|").split())
+        print(f"| {row['client']} | {row['case']} | {what} | {'✓' if row['ok'] else '**✗**'} |")
 
 
 if __name__ == "__main__":
