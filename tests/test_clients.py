@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import replace
 from typing import Literal
 
 import httpx
@@ -278,14 +279,25 @@ IMAGE = {"type": "image_url", "image_url": {"url": "https://example.org/x.png"}}
             "tools[0].function.name",
         ),
         (
-            {"tools": [TOOL], "tool_choice": "required"},
-            "tool_choice: got 'required', expected 'auto' or 'none'",
+            {"tools": [TOOL], "tool_choice": "any"},
+            "tool_choice: got 'any', expected 'auto', 'none' or 'required' or an object",
             "tool_choice",
         ),
         (
+            {"tools": [TOOL], "tool_choice": {"type": "allowed_tools", "allowed_tools": {}}},
+            "tool_choice: allowed_tools choices are not supported: send auto, none, required or one function",
+            "tool_choice",
+        ),
+        (
+            {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "now"}}},
+            "tool_choice: got 'now', which is not among the tools",
+            "tool_choice",
+        ),
+        ({"tool_choice": "required"}, "tool_choice: got 'required' without tools", "tool_choice"),
+        (
             {"tools": [TOOL], "parallel_tool_calls": False},
             "parallel_tool_calls: got false beside tools, which is not supported: the model may ask for several "
-            "calls at once; leave it out",
+            "calls at once; leave it out, or send tool_choice required",
             "parallel_tool_calls",
         ),
         (
@@ -602,6 +614,47 @@ def test_the_clients_own_models_are_parsed(client, llguidance):
     assert isinstance(answer.output_parsed, Answer)
     with pytest.raises(openai.LengthFinishReasonError):
         client.chat.completions.parse(model=MODEL, messages=user("hi"), response_format=Answer, max_tokens=3)
+
+
+NESTED = {
+    "type": "object",
+    "properties": {"pets": {"type": "array", "items": {"$ref": "#/$defs/pet"}, "minItems": 1, "maxItems": 2}},
+    "required": ["pets"],
+    "additionalProperties": False,
+    "$defs": {"pet": {"enum": ["cat", "dog"]}},
+}
+
+
+def test_a_call_can_be_required(server, client, scripted, llguidance):
+    """The model's answer is then one call, as JSON that is read as one."""
+    now = {"type": "function", "function": {"name": "now"}}
+    pets = {"type": "function", "function": {"name": "pets", "parameters": NESTED, "strict": True}}
+    chat(client, tools=[now, pets], tool_choice="required", parallel_tool_calls=False, response_format=FORM)
+    either, tools = scripted.sampling, scripted.asked["tools"]
+    assert [tool["function"]["name"] for tool in tools] == ["now", "pets"]
+    chat(client, tools=[now, pets], tool_choice={"type": "function", "function": {"name": "pets"}})
+    one = scripted.sampling
+    flat = [{"type": "function", "name": "now"}, {"type": "function", "name": "pets", "parameters": NESTED}]
+    answer = respond(client, tools=flat, tool_choice={"type": "function", "name": "pets"})
+    assert scripted.sampling.schema == one.schema and answer.tool_choice.name == "pets"
+    chat(client, tools=[now, pets], tool_choice="auto")
+    assert scripted.sampling.schema is None  # negative control
+    names = set()
+    for sampling in (either, one):
+        for seed in range(6):
+            heard = Heard()
+            drawn = replace(sampling, temperature=2.0, seed=seed, max_tokens=400)
+            job = Job(
+                server.service.compressor.empty(), BUDGET, prompt=(5, 6), sampling=drawn, remember=False
+            )
+            server.service.engine.submit(job, heard)
+            call = json.loads(heard.result().text)
+            assert set(call) == {"name", "arguments"}
+            names.add((sampling is one, call["name"]))
+            if call["name"] == "pets":
+                assert jsonschema_rs.validator_for(NESTED).is_valid(call["arguments"])
+    assert {name for single, name in names if single} == {"pets"}
+    assert "pets" in {name for single, name in names if not single}
 
 
 def test_any_object_and_what_is_cut(client, llguidance):

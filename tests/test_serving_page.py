@@ -15,7 +15,7 @@ from ccm import cli
 from ccm.serving.api import create_app
 
 PAGE = (Path(__file__).parent.parent / "docs" / "serving.md").read_text()
-CHAT, RESPONSES, LANGCHAIN = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+CHAT, RESPONSES, TOOLS, LANGCHAIN = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +43,11 @@ def test_openai(server):
     assert [turn.content[0].text for turn in turns][2] == "Where do I live?"
 
 
+def test_tools(server):
+    names, _ = run(server, CHAT, TOOLS)
+    assert names["message"].role == "assistant"
+
+
 def test_langchain(server):
     pytest.importorskip("langchain_openai", reason="not among our packages; pip install langchain-openai")
     names, _ = run(server, LANGCHAIN)
@@ -54,7 +59,7 @@ def test_langchain(server):
 
 def test_what_is_named_is_there(server):
     options = {name for command in ("serve", "chat", "key") for name in options_of(command)}
-    others = {"--system", "--data-binary"}  # of useradd and curl
+    others = {"--system", "--data-binary", "--frameworks"}  # of useradd, curl and a benchmark
     named = set(re.findall(r"(?<!-)--[a-z][a-z-]*", PAGE)) - others
     assert named <= options, named - options
     metrics = server.service.metrics.text().decode()

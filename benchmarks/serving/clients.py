@@ -239,7 +239,13 @@ def image(live: Live) -> str:
 
 
 def required(live: Live) -> str:
-    return refusal(lambda: live.chat("Hi.", tools=[TOOL], tool_choice="required"))
+    said = [user("What is the weather of Oslo?")]
+    choice = live.chat(said, "agent", tools=[TOOL], tool_choice="required", max_tokens=300).choices[0]
+    (call,) = choice.message.tool_calls
+    result = {"role": "tool", "tool_call_id": call.id, "content": "sunny"}
+    again = live.chat([*said, choice.message.to_dict(), result], "agent", tools=[TOOL])
+    what = f"{choice.finish_reason}: {call.function.name}({call.function.arguments}); with its result: {noted(again)}"
+    return expect(again.memory["turns"] == 4, what)
 
 
 def legacy(live: Live) -> str:
@@ -368,7 +374,7 @@ CASES: list[tuple[int, str, Callable[[Live], str]]] = [
     (6, "reasoning_content of an older answer", thoughts),
     (6, "parameters that change nothing", nothing_changes),
     (6, "an image", image),
-    (6, "tool_choice required", required),
+    (6, "tool_choice required, and the result", required),
     (6, "legacy functions", legacy),
     (6, "response_format json_schema", json_schema),
     (6, "response_format json_object", json_object),

@@ -266,7 +266,7 @@ class Turn:
 
     async def aclose(self) -> None:
         """Nobody listens any more: of a turn that has not ended becomes what was chosen (see :class:`Settings`)."""
-        if self._ended:
+        if self._ended or self in self._left:
             return
         if self._disconnect == "drop":
             self._ended = True

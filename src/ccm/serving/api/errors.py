@@ -130,7 +130,7 @@ def _refusal(error: RequestValidationError) -> ApiError:
     """One sentence for what a request has wrong, with the place of it."""
     # of a choice of types all have failed; the error that lies deepest is of the type that was meant
     found = [(_place(one, error.body), one) for one in error.errors()]
-    place, first = max(found, key=lambda pair: len(pair[0]))
+    place, first = max(found, key=lambda pair: (len(pair[0]), pair[1]["type"] == "unsupported"))
     kind, (source, *rest) = first["type"], first["loc"]
     name = _named(place)
     if kind == "json_invalid":
@@ -153,7 +153,7 @@ def _refusal(error: RequestValidationError) -> ApiError:
         if other == place and one["msg"].startswith(_EXPECTED)
     ]
     text = first["msg"]
-    if expected:
+    if text.startswith(_EXPECTED):
         text = f"got {_shown(first['input'])}, expected " + " or ".join(
             dict.fromkeys(_WORDS.get(word, word) for word in expected)
         )

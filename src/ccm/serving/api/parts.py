@@ -155,6 +155,69 @@ ChatTools = Annotated[list[Annotated[ChatTool, _functions]], Field(max_length=10
 FlatTools = Annotated[list[Annotated[FlatTool, _functions]], Field(max_length=1024)]
 
 
+class FunctionName(Body):
+    name: Name
+
+
+class ChatChoice(Body):
+    """The one function that has to be called, in chat completions."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+    @property
+    def called(self) -> str:
+        return self.function.name
+
+
+class FlatChoice(FunctionName):
+    """The same in responses."""
+
+    type: Literal["function"]
+
+    @property
+    def called(self) -> str:
+        return self.name
+
+
+_choice = only("choices", ("function",), "send auto, none, required or one function")
+Choice = Literal["auto", "none", "required"]
+ChatToolChoice = Choice | Annotated[ChatChoice, _choice]
+FlatToolChoice = Choice | Annotated[FlatChoice, _choice]
+
+
+def call_schema(tools: Sequence[dict[str, Any]]) -> str:
+    """JSON schema of one call of one of these functions."""
+    calls = []
+    for i, tool in enumerate(tools):
+        parameters = tool["function"].get("parameters") or {"type": "object"}
+        fields = {
+            "name": {"const": tool["function"]["name"]},
+            "arguments": _moved(parameters, f"#/anyOf/{i}/properties/arguments"),
+        }
+        calls.append(
+            {
+                "type": "object",
+                "properties": fields,
+                "required": list(fields),
+                "additionalProperties": False,
+            }
+        )
+    return json.dumps({"anyOf": calls})
+
+
+def _moved(schema: Any, place: str) -> Any:
+    """A schema whose references to parts of itself hold where it is put."""
+    if isinstance(schema, list):
+        return [_moved(part, place) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    moved = {name: _moved(part, place) for name, part in schema.items()}
+    if isinstance(ref := schema.get("$ref"), str) and ref.startswith("#"):
+        moved["$ref"] = place + ref[1:]
+    return moved
+
+
 # ------------------------------------------------------------------ forms of an answer
 
 

@@ -153,7 +153,7 @@ def _frame(body: ResponseBody, model: str, turn: Turn) -> dict[str, Any]:
         "temperature": body.temperature,
         "top_p": body.top_p,
         "text": _given(body.text) or {"format": {"type": "text"}},
-        "tool_choice": body.tool_choice or "auto",
+        "tool_choice": _choice(body),
         "tools": [_given(tool) for tool in body.tools or ()],
         "truncation": body.truncation or "disabled",
         "metadata": body.metadata or {},
@@ -164,6 +164,10 @@ def _frame(body: ResponseBody, model: str, turn: Turn) -> dict[str, Any]:
 def _given(part: Body | None) -> dict[str, Any]:
     """A part of a request as it was sent."""
     return {} if part is None else part.model_dump(by_alias=True, exclude_unset=True)
+
+
+def _choice(body: ResponseBody) -> Any:
+    return _given(body.tool_choice) if isinstance(body.tool_choice, Body) else body.tool_choice or "auto"
 
 
 def _completed(frame: dict[str, Any], outcome: Outcome, output: list[dict[str, Any]]) -> dict[str, Any]:

@@ -14,13 +14,16 @@ from .parts import (
     Body,
     ChatFormat,
     ChatMessage,
+    ChatToolChoice,
     ChatTools,
     FlatFormat,
+    FlatToolChoice,
     FlatTools,
     Item,
     SaidItem,
     Text,
     Unused,
+    call_schema,
 )
 
 _NO_ID = r"\s/\\?#%\x00-\x1f\x7f"
@@ -68,7 +71,7 @@ class SamplingBody(Body):
     service_tier: Literal["auto", "default"] | None = None
     parallel_tool_calls: bool | None = None
     tools: Any = None
-    tool_choice: Literal["auto", "none"] | None = None
+    tool_choice: Any = None
     top_logprobs: Literal[0] | None = None
 
     def sampling(self, **more: Any) -> Sampling:
@@ -80,18 +83,35 @@ class SamplingBody(Body):
         """Tools that the model may call, as chat templates read them.
 
         Raises:
-            ApiError: calls one at a time were asked for, which a model does or does not.
+            ApiError: one call at a time was asked for, where the model decides.
         """
         tools = [] if self.tool_choice == "none" else [tool.tool() for tool in self.tools or ()]
-        if tools and self.parallel_tool_calls is False:
+        if tools and self.parallel_tool_calls is False and self.tool_choice in (None, "auto"):
             raise ApiError(
                 400,
                 "parallel_tool_calls: got false beside tools, which is not supported: the model may ask for several "
-                "calls at once; leave it out",
+                "calls at once; leave it out, or send tool_choice required",
                 "parallel_tool_calls",
                 "unsupported_value",
             )
         return tools
+
+    def forced(self) -> str | None:
+        """JSON schema of the one call that the answer has to be, if it has to be one.
+
+        Raises:
+            ApiError: of a function that is not among the tools.
+        """
+        if self.tool_choice in (None, "auto", "none"):
+            return None
+        name = None if self.tool_choice == "required" else self.tool_choice.called
+        tools = [tool for tool in self.offered() if name in (None, tool["function"]["name"])]
+        if not tools:
+            what = (
+                "'required' without tools" if name is None else f"{name[:80]!r}, which is not among the tools"
+            )
+            raise ApiError(400, f"tool_choice: got {what}", "tool_choice", "invalid_value")
+        return call_schema(tools)
 
 
 # ------------------------------------------------------------------ chat completions
@@ -105,6 +125,7 @@ class StreamOptions(Body):
 class ChatBody(SamplingBody):
     messages: list[ChatMessage] = Field(min_length=1, max_length=20_000)
     tools: ChatTools | None = None
+    tool_choice: ChatToolChoice | None = None
     max_tokens: int | None = Field(None, ge=1, le=1 << 15)
     max_completion_tokens: int | None = Field(None, ge=1, le=1 << 15)
     seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
@@ -128,7 +149,7 @@ class ChatBody(SamplingBody):
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             frequency_penalty=self.frequency_penalty,
             presence_penalty=self.presence_penalty,
-            schema=self.response_format and self.response_format.schema_text(),
+            schema=self.forced() or (self.response_format and self.response_format.schema_text()),
         )
 
 
@@ -157,6 +178,7 @@ class ResponseBody(SamplingBody):
     input: Text | Items
     instructions: Text | None = None
     tools: FlatTools | None = None
+    tool_choice: FlatToolChoice | None = None
     conversation: SessionId | ConversationRef | None = None
     previous_response_id: str | None = Field(None, max_length=400)
     max_output_tokens: int | None = Field(None, ge=1, le=1 << 15)
@@ -172,7 +194,8 @@ class ResponseBody(SamplingBody):
 
     def sampled(self) -> Sampling:
         form = self.text and self.text.format
-        return self.sampling(max_tokens=self.max_output_tokens, schema=form and form.schema_text())
+        schema = self.forced() or (form and form.schema_text())
+        return self.sampling(max_tokens=self.max_output_tokens, schema=schema)
 
 
 class CompactBody(Body):
