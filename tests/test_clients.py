@@ -15,9 +15,11 @@ import httpx
 import jsonschema_rs
 import openai
 import pytest
+import torch
 from engine_contract import Heard
 from pydantic import BaseModel
 from serving import BUDGET, MODEL, serving, tiny_service
+from tiny import tiny_tokenizer
 
 from ccm import Compressor
 from ccm.errors import ConfigError
@@ -683,6 +685,27 @@ def test_json_without_its_package(client, monkeypatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(openai.BadRequestError, match=r"compressed-context-memory\[json\]"):
         chat(client, response_format={"type": "json_object"})
+
+
+def test_the_form_waits_for_the_end_of_thoughts(server, llguidance):
+    """A template may open thoughts before the answer; tokens may cut the mark that ends them as they like."""
+    engine, tokenizer = server.service.engine, tiny_tokenizer()
+    sampling = Sampling(schema=json.dumps(SCHEMA))
+
+    def encode(text):
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    def allowed(form):
+        return (form.allow(torch.zeros(len(tokenizer))) == 0).nonzero().flatten().tolist()
+
+    form = engine._form(sampling, tuple(encode("<|im_start|>assistant\n<think>\n")))
+    for token in encode("hm, { is how it begins</think"):
+        form.take(token)
+        assert len(allowed(form)) == len(tokenizer)
+    form.take(*encode(">"))
+    assert set(encode("{")) <= set(allowed(form)) < set(encode("{ \n"))
+    closed = engine._form(sampling, tuple(encode("<think>\n\n</think>\n")))  # negative control: no thoughts
+    assert set(encode("{")) <= set(allowed(closed)) < set(encode("{ \n"))
 
 
 @pytest.mark.slow

@@ -391,6 +391,7 @@ CASES: list[tuple[int, str, Callable[[Live], str]]] = [
 
 
 def row(part: int, client: str, case: str, run: Callable[[], str]) -> dict[str, Any]:
+    print(f"{client}: {case}", file=sys.stderr, flush=True)
     try:
         return {"part": part, "client": client, "case": case, "ok": True, "what": run()}
     except Exception as error:  # what went wrong is a result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from ...errors import ConfigError, MissingPackageError
 
+#: Where models think.
+THOUGHTS = ("<think>", "</think>")
 #: Blanks between parts of JSON: models write them as they like, but one that writes nothing else never ends.
 _BLANKS = r"[ \n]{0,16}"
 
@@ -22,13 +25,14 @@ class Form:
         schema: JSON schema, as text.
         tokenizer: of the model, a fast one.
         ends: token ids that end an answer.
+        thoughts: whether the answer begins in the middle of thoughts; the form is that of what follows them.
 
     Raises:
         ConfigError: the schema, or the tokenizer, is not usable.
         MissingPackageError: without llguidance.
     """
 
-    def __init__(self, schema: str, tokenizer: Any, ends: Iterable[int]):
+    def __init__(self, schema: str, tokenizer: Any, ends: Iterable[int], thoughts: bool = False):
         try:
             from llguidance import LLMatcher
         except ImportError as error:
@@ -36,17 +40,20 @@ class Form:
                 "answers that follow a JSON schema need a package more: "
                 "pip install 'compressed-context-memory[json]'"
             ) from error
-        self.ends = sorted(ends)
+        self.tokenizer, self.ends, self.thoughts = tokenizer, sorted(ends), thoughts
+        self._newest: deque[int] = deque(maxlen=16)  # tokens of thoughts
         grammar = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": _BLANKS})
         self._matcher = LLMatcher(_vocabulary(tokenizer), grammar, log_level=0)
         self._check("the schema is not usable here")
 
     def allow(self, logits: Tensor) -> Tensor:
         """Logits (V,) with those of tokens that cannot come next at -inf."""
+        if self.thoughts:
+            return logits
         allowed = torch.zeros(len(logits), dtype=torch.bool)
         if not self._matcher.is_stopped():
             packed = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
-            bits = (packed[:, None] >> torch.arange(8)) & 1
+            bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
             known = bits.flatten().bool()[: len(logits)]
             allowed[: len(known)] = known
         allowed[self.ends] = self._matcher.is_accepting() or self._matcher.is_stopped()
@@ -54,7 +61,10 @@ class Form:
 
     def take(self, token: int) -> None:
         """The next token of the answer."""
-        if token not in self.ends:
+        if self.thoughts:
+            self._newest.append(token)
+            self.thoughts = THOUGHTS[1] not in self.tokenizer.decode(list(self._newest))
+        elif token not in self.ends:
             self._matcher.consume_token(token)
             self._check("the answer left its form")
 

@@ -19,7 +19,7 @@ from ..metrics import Metrics
 from .base import Sampling
 from .batch import Batch
 from .folding import FoldingEngine, Running, left_padded
-from .forms import Form
+from .forms import THOUGHTS, Form
 from .sampling import Sampler
 
 #: Prompt tokens that are read at once.
@@ -60,13 +60,17 @@ class PaddedEngine(FoldingEngine[_Row]):
 
     def _accept(self, **common: Any) -> _Row:
         job = common["job"]
-        return _Row(**common, sampler=Sampler(job.sampling, job.prompt, self._form(job.sampling)))
+        form = self._form(job.sampling, job.prompt)
+        return _Row(**common, sampler=Sampler(job.sampling, job.prompt, form))
 
     def check(self, sampling: Sampling) -> None:
         self._form(sampling)
 
-    def _form(self, sampling: Sampling) -> Form | None:
-        return None if sampling.schema is None else Form(sampling.schema, self.tokenizer, self._ends)
+    def _form(self, sampling: Sampling, prompt: tuple[int, ...] = ()) -> Form | None:
+        if sampling.schema is None:
+            return None
+        thinking = self.tokenizer.decode(list(prompt[-16:])).rstrip().endswith(THOUGHTS[0])
+        return Form(sampling.schema, self.tokenizer, self._ends, thinking)
 
     def _answer(self) -> None:
         self._do(self._join, self._ready())
