@@ -6,9 +6,11 @@ Where the model's part does not matter, the service's answer is written by the t
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Literal
 
 import httpx
@@ -332,7 +334,7 @@ def test_a_refusal_names_the_part(http, change, message, param):
 # ------------------------------------------------------------------ chat completions: what goes out
 
 
-CALLS = [ToolCall("weather", '{"city": "Oslo"}', "call_1"), ToolCall("now")]
+CALLS = [ToolCall("weather", '{"city": "Oslo"}', "call_1"), ToolCall("now", id="call_2")]
 
 
 def test_tool_calls_and_thoughts_of_a_chat(client, scripted):
@@ -342,7 +344,7 @@ def test_tool_calls_and_thoughts_of_a_chat(client, scripted):
     assert choice.message.reasoning_content == "hm"
     first, second = choice.message.tool_calls
     assert first.to_dict() == CALL
-    assert second.id.startswith("call_") and second.function.to_dict() == {"name": "now", "arguments": "{}"}
+    assert second.id == "call_2" and second.function.to_dict() == {"name": "now", "arguments": "{}"}
     scripted.says(calls=CALLS, finish="tool_calls")
     assert chat(client, tools=[TOOL]).choices[0].message.content is None
     scripted.says("plain")  # negative control: what is not there is not said
@@ -521,7 +523,7 @@ def test_tool_calls_and_thoughts_of_a_response(client, scripted):
     answer = respond(client, tools=[FLAT])
     assert [item.type for item in answer.output] == ["reasoning", "message", "function_call", "function_call"]
     assert answer.output[0].content[0].text == "hm" and answer.output_text == "let me look"
-    assert answer.output[2].call_id == "call_1" and answer.output[3].call_id.startswith("call_")
+    assert answer.output[2].call_id == "call_1" and answer.output[3].call_id == "call_2"
     assert answer.status == "completed"
     # what was given out may be sent back
     output = {"type": "function_call_output", "call_id": "call_1", "output": "sunny"}
@@ -659,6 +661,23 @@ def test_a_call_can_be_required(server, client, scripted, llguidance):
     assert "pets" in {name for single, name in names if not single}
 
 
+def test_a_call_and_its_result_in_a_conversation(client, http, llguidance):
+    """From a tool that must be called to the answer behind its result, with the client's own messages."""
+    tools = [{"type": "function", "function": {"name": "pets", "parameters": NESTED}}]
+    history = user("which pets?")
+    choice = chat(client, history, "called", tools=tools, tool_choice="required", max_tokens=300).choices[0]
+    (call,) = choice.message.tool_calls
+    assert choice.finish_reason == "tool_calls" and choice.message.content is None
+    assert re.fullmatch("call[A-Za-z0-9]{5}", call.id) and call.function.name == "pets"
+    assert jsonschema_rs.validator_for(NESTED).is_valid(json.loads(call.function.arguments))
+    history += [choice.message, {"role": "tool", "tool_call_id": call.id, "content": "two of them"}]
+    answer = chat(client, history, "called", tools=tools, max_tokens=5)
+    assert answer.memory["turns"] == 4 and answer.usage.prompt_tokens_details.cached_tokens > 0
+    assert [role for role, _ in turns(http, "called")] == ["user", "assistant", "tool", "assistant"]
+    kinds = [event.type for event in respond(client, tools=[FLAT], tool_choice="required", stream=True)]
+    assert "response.function_call_arguments.done" in kinds or kinds[-1] == "response.incomplete"
+
+
 def test_any_object_and_what_is_cut(client, llguidance):
     choice = chat(client, response_format={"type": "json_object"}, max_tokens=20).choices[0]
     assert choice.message.content.startswith("{")
@@ -687,9 +706,10 @@ def test_json_without_its_package(client, monkeypatch):
         chat(client, response_format={"type": "json_object"})
 
 
-def test_the_form_waits_for_the_end_of_thoughts(server, llguidance):
+def test_the_form_waits_for_the_end_of_thoughts(server, llguidance, monkeypatch):
     """A template may open thoughts before the answer; tokens may cut the mark that ends them as they like."""
     engine, tokenizer = server.service.engine, tiny_tokenizer()
+    monkeypatch.setattr(engine, "template", SimpleNamespace(thoughts=("<think>", "</think>")))
     sampling = Sampling(schema=json.dumps(SCHEMA))
 
     def encode(text):

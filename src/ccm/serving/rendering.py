@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import secrets
+import string
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from ..answers import Answer, read_answer
 from ..dialogue import Dialogue, Dialogues, Step
 from ..memory import Memory
 from ..messages import Message
@@ -48,6 +51,7 @@ class Rendering:
         tools: Sequence[dict[str, Any]] = (),
     ):
         self.dialogues, self.memory, self.budget = dialogues, memory, budget
+        self._ids: list[str] = []  # of calls
         self.head: Ids = ()
         self.lengths: list[int] = []
         self._settled: list[Ids] = []
@@ -76,6 +80,14 @@ class Rendering:
         """That are taken in."""
         return sum(map(len, self.segments))
 
+    def read(self, text: str) -> Answer:
+        """An answer that is complete, taken apart; its calls have ids, the same ones every time."""
+        answer = read_answer(self.dialogues.template, self.head, text, self.tools)
+        while len(self._ids) < len(answer.tool_calls):
+            self._ids.append(_call_id())
+        pairs = zip(answer.tool_calls, self._ids, strict=False)
+        return replace(answer, tool_calls=tuple(replace(call, id=call.id or new) for call, new in pairs))
+
     def remember(self, message: Message) -> tuple[Kept, Dialogue]:
         """What the answer leaves in the memory, and how far the dialogue has come with it."""
         step = self._step(message)
@@ -101,3 +113,8 @@ class Rendering:
 
     def _segments(self, pieces: Sequence[Ids]) -> tuple[Ids, ...]:
         return tuple(segment for ids in pieces for segment in segments_of(ids, self.budget))
+
+
+def _call_id() -> str:
+    """An id of a call; templates of Mistral's want nine letters and digits."""
+    return "call" + "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(5))

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from ..answers import AnswerReader, read_answer
+from ..answers import AnswerReader
 from ..compressor import Compressor
 from ..dialogue import Dialogue, Dialogues
 from ..errors import CCMError, ConfigError, MemoryFileError, MismatchError, UnknownNameError
@@ -599,14 +599,24 @@ class Service:
 
     def _answer(self, rendering: Rendering, text: str) -> Message:
         """The answer as it is remembered: clients send it back without its thoughts."""
-        answer = read_answer(self.template, rendering.head, text, rendering.tools)
-        return answer.message().without_thoughts()
+        return rendering.read(text).message().without_thoughts()
 
     def _outcome(self, result: Result, rendering: Rendering, prompt: int, known: int) -> Outcome:
-        answer = read_answer(self.template, rendering.head, result.text, rendering.tools)
+        answer = rendering.read(result.text)
         finish = "tool_calls" if answer.tool_calls else result.finish_reason
-        outcome = Outcome(answer.content, finish, prompt, known, result.tokens)
-        return replace(outcome, reasoning=answer.reasoning, tool_calls=answer.tool_calls)
+        thought = (
+            len(self.tokenizer.encode(answer.reasoning, add_special_tokens=False)) if answer.reasoning else 0
+        )
+        return Outcome(
+            answer.content,
+            finish,
+            prompt,
+            known,
+            result.tokens,
+            reasoning=answer.reasoning,
+            tool_calls=answer.tool_calls,
+            reasoning_tokens=min(thought, result.tokens),
+        )
 
     async def _compare(
         self, tenant: str, held: _Held, messages: Sequence[Message]

@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from ...messages import Thought
 from ..service import Outcome, Turn
-from .common import OnDisconnect, ServiceDep, Tenant, calls_of, check_model
+from .common import OnDisconnect, ServiceDep, Tenant, check_model
 from .schemas import ChatBody, HeaderId
 from .stream import EventStream, event, unless_gone
 
@@ -77,7 +77,7 @@ def _message(outcome: Outcome) -> dict[str, Any]:
 def _calls(outcome: Outcome) -> list[dict[str, Any]]:
     return [
         {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-        for call in calls_of(outcome)
+        for call in outcome.tool_calls
     ]
 
 

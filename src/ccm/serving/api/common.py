@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import secrets
-from dataclasses import replace
 from typing import Annotated, Literal
 
 from fastapi import Depends, Header, Path, Request
 
-from ...messages import ToolCall
-from ..service import Outcome, Service
+from ..service import Service
 from .errors import ApiError
 from .guard import tenant_of
 from .schemas import SessionId
@@ -30,11 +27,6 @@ OnDisconnect = Annotated[
     Literal["drop", "keep", "finish"] | None,
     Header(description="A turn whose client goes away is dropped, kept as far as it came, or finished."),
 ]
-
-
-def calls_of(outcome: Outcome) -> list[ToolCall]:
-    """The calls that an answer asks for, each with an id."""
-    return [replace(call, id=call.id or f"call_{secrets.token_hex(12)}") for call in outcome.tool_calls]
 
 
 def check_model(service: Service, name: str) -> None:

@@ -18,7 +18,7 @@ from starlette.responses import Response
 from ...messages import Message, Thought, ToolCall
 from ..service import Outcome, Turn
 from .chat import memory
-from .common import OnDisconnect, ServiceDep, Tenant, calls_of, check_model
+from .common import OnDisconnect, ServiceDep, Tenant, check_model
 from .errors import ApiError
 from .parts import Body, CompactionItem, Said, messages_of
 from .schemas import CompactBody, ConversationRef, ResponseBody, handle, opened
@@ -196,7 +196,7 @@ def _output(outcome: Outcome) -> list[dict[str, Any]]:
     items = [_reasoning_item(outcome.reasoning)] if outcome.reasoning else []
     if outcome.text or not outcome.tool_calls:
         items.append(_message_item(outcome.text, "assistant", _status(outcome)))
-    return [*items, *map(_call_item, calls_of(outcome))]
+    return [*items, *map(_call_item, outcome.tool_calls)]
 
 
 def _message_item(text: str, role: str, status: str = "completed") -> dict[str, Any]:
@@ -293,7 +293,7 @@ class _Items:
         if not self._open and not outcome.tool_calls:
             yield from self._begin("message")  # that says nothing
         yield from self._close(_status(outcome))
-        for call in calls_of(outcome):
+        for call in outcome.tool_calls:
             item = _call_item(call)
             where = {"item_id": item["id"], "output_index": len(self.done)}
             begun = {**item, "arguments": "", "status": "in_progress"}

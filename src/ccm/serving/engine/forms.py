@@ -12,8 +12,6 @@ from torch import Tensor
 
 from ...errors import ConfigError, MissingPackageError
 
-#: Where models think.
-THOUGHTS = ("<think>", "</think>")
 #: Blanks between parts of JSON: models write them as they like, but one that writes nothing else never ends.
 _BLANKS = r"[ \n]{0,16}"
 
@@ -25,14 +23,15 @@ class Form:
         schema: JSON schema, as text.
         tokenizer: of the model, a fast one.
         ends: token ids that end an answer.
-        thoughts: whether the answer begins in the middle of thoughts; the form is that of what follows them.
+        thoughts: the mark that ends thoughts, if the answer begins in the middle of some; the form is that of what
+            follows.
 
     Raises:
         ConfigError: the schema, or the tokenizer, is not usable.
         MissingPackageError: without llguidance.
     """
 
-    def __init__(self, schema: str, tokenizer: Any, ends: Iterable[int], thoughts: bool = False):
+    def __init__(self, schema: str, tokenizer: Any, ends: Iterable[int], thoughts: str | None = None):
         try:
             from llguidance import LLMatcher
         except ImportError as error:
@@ -63,7 +62,8 @@ class Form:
         """The next token of the answer."""
         if self.thoughts:
             self._newest.append(token)
-            self.thoughts = THOUGHTS[1] not in self.tokenizer.decode(list(self._newest))
+            if self.thoughts in self.tokenizer.decode(list(self._newest)):
+                self.thoughts = None
         elif token not in self.ends:
             self._matcher.consume_token(token)
             self._check("the answer left its form")

@@ -19,7 +19,7 @@ from ..metrics import Metrics
 from .base import Sampling
 from .batch import Batch
 from .folding import FoldingEngine, Running, left_padded
-from .forms import THOUGHTS, Form
+from .forms import Form
 from .sampling import Sampler
 
 #: Prompt tokens that are read at once.
@@ -69,8 +69,9 @@ class PaddedEngine(FoldingEngine[_Row]):
     def _form(self, sampling: Sampling, prompt: tuple[int, ...] = ()) -> Form | None:
         if sampling.schema is None:
             return None
-        thinking = self.tokenizer.decode(list(prompt[-16:])).rstrip().endswith(THOUGHTS[0])
-        return Form(sampling.schema, self.tokenizer, self._ends, thinking)
+        begin, end = self.template.thoughts or ("", None)
+        thinking = self.tokenizer.decode(list(prompt[-16:])).rstrip().endswith(begin)
+        return Form(sampling.schema, self.tokenizer, self._ends, end if thinking else None)
 
     def _answer(self) -> None:
         self._do(self._join, self._ready())
