@@ -503,6 +503,17 @@ def test_a_refusal_of_responses_names_the_part(http, change, message, param):
     assert said.startswith(message) and place == param
 
 
+def test_calls_are_items_of_a_conversation(client):
+    made = client.conversations.create(items=ITEMS[:1])
+    added = client.conversations.items.create(made.id, items=ITEMS[1:])
+    kinds = ["message", "function_call", "function_call", "function_call_output", "function_call_output"]
+    assert [item.type for item in added.data] == kinds
+    found = list(client.conversations.items.list(made.id, order="asc", limit=2))
+    assert [item.type for item in found] == ["message", *kinds] and len({item.id for item in found}) == 6
+    assert found[2].arguments == '{"city": "Oslo"}' and found[2].call_id == found[4].call_id == "a"
+    assert [item.id for item in client.conversations.items.list(made.id)] == [i.id for i in found[::-1]]
+
+
 def test_calls_and_thoughts_are_compacted(client, server, monkeypatch):
     heard = []
 

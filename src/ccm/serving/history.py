@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..messages import Message
+from ..messages import Message, ToolCall
 
 _OPENINGS = (["user"], ["system", "user"])
 #: Entry that says: forget what was noted before, the memory was made anew from here on.
@@ -23,18 +23,28 @@ class Entry:
         content: what; None if texts are not kept.
         tokens: of the turn, with what the chat template adds.
         folded: whether all of it is in slots by now.
+        tool_calls: that an assistant asked for.
+        tool_call_id: of the call that a tool answered.
     """
 
     role: str
     content: str | None
     tokens: int
     folded: bool
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
 
 
 def note(message: Message, tokens: int, texts: bool) -> dict[str, Any]:
     """A message as an entry of a transcript; without texts its digest alone."""
     entry = {"role": message.role, "sha256": _digest(message), "tokens": tokens}
-    return {**entry, "content": message.content} if texts else entry
+    if not texts:
+        return entry
+    entry["content"] = message.content
+    if message.tool_calls:
+        entry["tool_calls"] = [[call.name, call.arguments, call.id] for call in message.tool_calls]
+    more = {"tool_call_id": message.tool_call_id, "name": message.name}
+    return {**entry, **{name: value for name, value in more.items() if value}}
 
 
 def current(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -48,7 +58,9 @@ def timeline(entries: Sequence[dict[str, Any]], folded: int) -> list[Entry]:
     turns, seen = [], 0
     for entry in current(entries):
         seen += entry["tokens"]
-        turns.append(Entry(entry["role"], entry.get("content"), entry["tokens"], seen <= folded))
+        calls = tuple(ToolCall(*call) for call in entry.get("tool_calls", ()))
+        said = entry["role"], entry.get("content"), entry["tokens"], seen <= folded
+        turns.append(Entry(*said, calls, entry.get("tool_call_id")))
     return turns
 
 

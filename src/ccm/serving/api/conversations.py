@@ -49,7 +49,7 @@ async def append(session: Session, body: ItemsBody, service: ServiceDep, tenant:
     before = await service.timeline(tenant, session)
     await service.append(tenant, session, messages_of(body.items))
     after = await service.timeline(tenant, session)
-    return _page(after[len(before) :], len(before), False)
+    return _list(_items(after)[len(_items(before)) :], False)
 
 
 @router.get("/{session}/items")
@@ -62,17 +62,16 @@ async def items(
     order: Literal["asc", "desc"] = "desc",
 ) -> dict[str, Any]:
     """What was said, if texts are kept."""
-    turns = list(enumerate(await service.timeline(tenant, session)))
-    if any(turn.content is None for _, turn in turns):
+    turns = await service.timeline(tenant, session)
+    if any(turn.content is None for turn in turns):
         raise ApiError(400, "the texts of this conversation were not kept")
-    turns = turns if order == "asc" else turns[::-1]
+    found = _items(turns) if order == "asc" else _items(turns)[::-1]
     if after is not None:
-        places = [i for i, (n, _) in enumerate(turns) if _item_id(n) == after]
+        places = [i for i, item in enumerate(found) if item["id"] == after]
         if not places:
             raise ApiError(404, f"after: there is no item {after[:80]!r}", "after")
-        turns = turns[places[0] + 1 :]
-    data = [_item(turn, n) for n, turn in turns[:limit]]
-    return _list(data, len(turns) > limit)
+        found = found[places[0] + 1 :]
+    return _list(found[:limit], len(found) > limit)
 
 
 def _shown(view: View) -> dict[str, Any]:
@@ -84,28 +83,34 @@ def _shown(view: View) -> dict[str, Any]:
     }
 
 
-def _page(turns: Sequence[Entry], first: int, more: bool) -> dict[str, Any]:
-    return _list([_item(turn, n) for n, turn in enumerate(turns, first)], more)
-
-
 def _list(data: list[dict[str, Any]], more: bool) -> dict[str, Any]:
     ends = (data[0]["id"], data[-1]["id"]) if data else ("", "")
     return {"object": "list", "data": data, "first_id": ends[0], "last_id": ends[1], "has_more": more}
 
 
-def _item_id(place: int) -> str:
-    return f"msg_{place}"
+def _items(turns: Sequence[Entry]) -> list[dict[str, Any]]:
+    """Turns as items: messages, calls, and what tools gave back."""
+    return [item for place, turn in enumerate(turns) for item in _of_turn(turn, place)]
 
 
-def _item(turn: Entry, place: int) -> dict[str, Any]:
-    kind = "output_text" if turn.role == "assistant" else "input_text"
-    part: dict[str, Any] = {"type": kind, "text": turn.content or ""}
-    if kind == "output_text":
-        part |= {"annotations": [], "logprobs": []}
-    return {
-        "type": "message",
-        "id": _item_id(place),
-        "role": turn.role,
-        "status": "completed",
-        "content": [part],
-    }
+def _of_turn(turn: Entry, place: int) -> list[dict[str, Any]]:
+    text = turn.content or ""
+    if turn.role == "tool" and turn.tool_call_id:
+        output = {"type": "function_call_output", "id": f"fco_{place}", "call_id": turn.tool_call_id}
+        return [{**output, "output": text, "status": "completed"}]
+    part: dict[str, Any] = {"type": "input_text", "text": text}
+    if turn.role == "assistant":
+        part = {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+    message = {"type": "message", "id": f"msg_{place}", "role": turn.role, "status": "completed"}
+    calls = [
+        {
+            "type": "function_call",
+            "id": f"fc_{place}_{n}",
+            "call_id": call.id,
+            "name": call.name,
+            "arguments": call.arguments,
+            "status": "completed",
+        }
+        for n, call in enumerate(turn.tool_calls)
+    ]
+    return [{**message, "content": [part]}, *calls] if text or not calls else calls

@@ -135,13 +135,17 @@ function meter({ stats, precision, error }) {
 
 const WHO = { user: "you", assistant: "model", system: "rules", tool: "tool" };
 
+/** What a turn said, or which tools it asked for. */
+const words = ({ content, tool_calls }) =>
+  content || tool_calls.map((call) => `${call.name}(${call.arguments})`).join(" ");
+
 function timeline(turns) {
   $("turns").replaceChildren(
     ...turns.map((turn) => {
       const row = element("li", "", turn.folded ? "folded" : "raw");
       row.append(
         element("span", WHO[turn.role], "who"),
-        element("span", turn.content ?? "", "what"),
+        element("span", words(turn), "what"),
         element("span", turn.tokens.toLocaleString(), "tokens"),
       );
       row.title = `${turn.role}, ${turn.tokens} tokens, ${turn.folded ? "folded into slots" : "held word for word"}`;
@@ -209,7 +213,7 @@ async function open(id) {
   current = id;
   document.body.classList.remove("menu");
   blank();
-  for (const turn of memory.turns) shown(turn.role, turn.content ?? `(${turn.tokens} tokens, text not kept)`);
+  for (const turn of memory.turns) shown(turn.role, turn.content === null ? `(${turn.tokens} tokens, text not kept)` : words(turn));
   toEnd();
   meter(memory);
   timeline(memory.turns);
