@@ -672,6 +672,31 @@ def test_a_call_can_be_required(server, client, scripted, llguidance):
     assert "pets" in {name for single, name in names if not single}
 
 
+def test_a_required_call_invents_no_arguments(client, scripted):
+    chat(client, tools=[TOOL, {"type": "function", "function": {"name": "now"}}], tool_choice="required")
+    weather, now = json.loads(scripted.sampling.schema)["anyOf"]
+    is_call = jsonschema_rs.validator_for({"anyOf": [weather, now]}).is_valid
+    assert is_call({"name": "weather", "arguments": {"city": "Oslo"}}) and is_call(
+        {"name": "now", "arguments": {}}
+    )
+    assert not is_call({"name": "weather", "arguments": {"city": "Oslo", "type": "object"}})
+    assert not is_call({"name": "now", "arguments": {"city": "Oslo"}})
+
+
+def test_what_looks_like_a_call_of_an_unknown_function_is_text(server, client, llguidance):
+    form = {"type": "object", "properties": {"name": {"const": "sunny"}, "arguments": {"const": {}}}}
+    form |= {"required": ["name", "arguments"], "additionalProperties": False}
+    answer = {"type": "json_schema", "json_schema": {"name": "x", "schema": form}}
+    for session in (None, "unknown-function"):
+        asked = {"tools": [TOOL], "response_format": answer, "session": session, "max_tokens": 300}
+        choice = chat(client, **asked).choices[0]
+        assert choice.message.tool_calls is None and choice.finish_reason == "stop"
+        assert json.loads(choice.message.content) == {"name": "sunny", "arguments": {}}
+        streamed = chat(client, "and?", stream=True, **asked)
+        text = "".join(c.choices[0].delta.content or "" for c in streamed)
+        assert json.loads(text)["name"] == "sunny"
+
+
 def test_a_call_and_its_result_in_a_conversation(client, http, llguidance):
     """From a tool that must be called to the answer behind its result, with the client's own messages."""
     tools = [{"type": "function", "function": {"name": "pets", "parameters": NESTED}}]

@@ -81,8 +81,14 @@ class Rendering:
         return sum(map(len, self.segments))
 
     def read(self, text: str) -> Answer:
-        """An answer that is complete, taken apart; its calls have ids, the same ones every time."""
-        answer = read_answer(self.dialogues.template, self.head, text, self.tools)
+        """An answer that is complete, taken apart; its calls have ids, the same ones every time.
+
+        What looks like a call of a function that was not offered is text.
+        """
+        template, names = self.dialogues.template, {_name(tool) for tool in self.dialogue.tools}
+        answer = read_answer(template, self.head, text, self.tools)
+        if any(call.name not in names for call in answer.tool_calls):
+            answer = read_answer(template, self.head, text)
         while len(self._ids) < len(answer.tool_calls):
             self._ids.append(_call_id())
         pairs = zip(answer.tool_calls, self._ids, strict=False)
@@ -113,6 +119,11 @@ class Rendering:
 
     def _segments(self, pieces: Sequence[Ids]) -> tuple[Ids, ...]:
         return tuple(segment for ids in pieces for segment in segments_of(ids, self.budget))
+
+
+def _name(tool: dict[str, Any]) -> str:
+    name: str = tool.get("function", tool).get("name", "")
+    return name
 
 
 def _call_id() -> str:

@@ -186,11 +186,17 @@ ChatToolChoice = Choice | Annotated[ChatChoice, _choice]
 FlatToolChoice = Choice | Annotated[FlatChoice, _choice]
 
 
+#: Keys of a schema of an object that takes nothing but its properties, if it does not say otherwise.
+_PLAIN = {"type", "properties", "required", "title", "description", "$defs", "$schema"}
+
+
 def call_schema(tools: Sequence[dict[str, Any]]) -> str:
-    """JSON schema of one call of one of these functions."""
+    """JSON schema of one call of one of these functions, with the arguments that they name and no others."""
     calls = []
     for i, tool in enumerate(tools):
-        parameters = tool["function"].get("parameters") or {"type": "object"}
+        parameters = tool["function"].get("parameters") or {"type": "object", "properties": {}}
+        if parameters.keys() <= _PLAIN:  # a small model would go on inventing arguments
+            parameters = {**parameters, "additionalProperties": False}
         fields = {
             "name": {"const": tool["function"]["name"]},
             "arguments": _moved(parameters, f"#/anyOf/{i}/properties/arguments"),
