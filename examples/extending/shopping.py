@@ -9,7 +9,7 @@ from typing import Any
 
 from ccm.evaluation.items import Choice, Item
 from ccm.evaluation.tasks import EvalTask, register_task
-from ccm.turns import render, render_dialogue, turns_of
+from ccm.turns import render_dialogue, turns_of
 
 GOODS = ("milk", "bread", "rice", "soap", "eggs", "salt", "tea", "butter")
 OTHERS = ("corn", "ham", "jam", "honey", "beans", "flour", "oil", "fish")
@@ -41,6 +41,6 @@ class Shopping(EvalTask):
     def ask(self, tokenizer: Any, things: list[str], answer: int, tag: str) -> Choice:
         """The right thing comes first in ``things`` and is put at place ``answer``."""
         things = things[::-1] if answer else things
-        question = render(tokenizer, "user", f"What do we need, {things[0]} or {things[1]}?").ids
+        question = turns_of(tokenizer).asked(f"What do we need, {things[0]} or {things[1]}?")
         options = tuple(tuple(tokenizer.encode(thing, add_special_tokens=False)) for thing in things)
-        return Choice((*question, *turns_of(tokenizer).head), options, answer, tag=tag)
+        return Choice(question, options, answer, tag=tag)

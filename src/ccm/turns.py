@@ -14,6 +14,8 @@ from .messages import Message
 from .template import MORE, Template, template_of
 
 _MARK = "Stand-in content 0."
+#: Whom a role follows, if it is not an answer.
+_USUAL = {"assistant": "user"}
 
 
 @dataclass(frozen=True)
@@ -39,16 +41,14 @@ class Turns(Dialogues):
 
     def turn(self, role: str, text: str, past: str | None = None) -> RenderedTurn:
         """A turn behind one of ``past``: by default an answer follows a user, and all others follow an answer; "" is
-        the begin of a dialogue. Behind a role that the template refuses there, it is as behind an answer.
+        the begin of a dialogue. Where the template refuses that, it is as behind the usual one.
 
         Raises:
             ConfigError: empty text, or a role that the template does not know.
         """
         if not text.strip():
             raise ConfigError(f"a turn of {role!r} has no text; give at least one character")
-        before, head, tail = self._frame(
-            role, ("user" if role == "assistant" else "assistant") if past is None else past
-        )
+        before, head, tail = self._frame(role, _USUAL.get(role, "assistant") if past is None else past)
         said = self.template.broken(text)
         start, content, whole = before, before + head, before + head + said + tail
         ids = self.template.encode(whole)
@@ -56,6 +56,12 @@ class Turns(Dialogues):
         begin = shared(ids, self._context(content))
         end = shared(ids, self.template.encode(content + said)) if tail else len(ids)
         return RenderedTurn(tuple(ids[first:]), (begin - first, min(end + bool(tail), len(ids)) - first))
+
+    def asked(self, text: str) -> tuple[int, ...]:
+        """A question of the user behind an answer, and the head of the answer to it."""
+        dialogue = Dialogue(past="assistant", open=(Message("user", text),))
+        kept, head = self._kept(dialogue, generation=True)
+        return (*kept, *head)
 
     @cached_property
     def head(self) -> list[int]:
@@ -85,15 +91,15 @@ class Turns(Dialogues):
         dialogue = Dialogue(past=past, open=(message,))
         try:
             text, start = self._whole(dialogue)
-            longer, _ = self._whole(dialogue, Message("user", MORE))
-        except ConfigError:
             try:
-                text, start = self._whole(dialogue)
-                longer, _ = self._whole(dialogue, generation=True)
+                longer, _ = self._whole(dialogue, Message("user", MORE))
             except ConfigError:
-                if past in ("", "assistant"):
-                    raise
-                return self._framed(role, "assistant")
+                longer, _ = self._whole(dialogue, generation=True)
+        except ConfigError:
+            usual = _USUAL.get(role, "assistant")
+            if past == usual:
+                raise
+            return self._framed(role, usual)
         if _MARK not in text or _MARK not in longer:
             raise ConfigError(f"the model's chat template writes nothing for a message of {role!r}")
         at = longer.index(_MARK)
@@ -115,7 +121,7 @@ def _turns(template: Template) -> Turns:
 
 
 def render(tokenizer: Any, role: str, text: str, past: str | None = None) -> RenderedTurn:
-    """One turn: see :meth:`Template.turn`."""
+    """One turn: see :meth:`Turns.turn`."""
     return turns_of(tokenizer).turn(role, text, past)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from ...errors import ConfigError
-from ...turns import render, turns_of
+from ...turns import turns_of
 from ..items import Choice, Ids
 
 _T = TypeVar("_T")
@@ -56,11 +56,7 @@ def shortly(question: str) -> str:
 
 def ask(tokenizer: Any, question: str, stem: str = "") -> Ids:
     """A question as the user's turn, the header of the assistant's, and the beginning of its answer."""
-    return (
-        *render(tokenizer, "user", question).ids,
-        *turns_of(tokenizer).head,
-        *encode(tokenizer, stem),
-    )
+    return (*turns_of(tokenizer).asked(question), *encode(tokenizer, stem))
 
 
 def choice(
