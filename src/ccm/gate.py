@@ -64,7 +64,8 @@ class LayerGate(PerThread):
             if places is None:
                 return
             # (row, column) pairs would take three times as long, or more, forward and backward
-            flat = isinstance(places, Tensor)
+            if flat := isinstance(places, Tensor):
+                places = places.to(out.device)
             x = args[0].flatten(0, 1).index_select(0, places) if flat else args[0][:, places]
             delta = linear(linear(x.to(down.dtype), down) * scaling, up).to(out.dtype)
             if flat:

@@ -61,9 +61,9 @@ def merge(model: PreTrainedModel) -> None:
     """Add the first stage to the model's own weights: half the work of a pass, rounded as their dtype is.
 
     Its matrices stay where they are, closed, so that it can still be saved and other adapters can still be loaded
-    (PEFT's own merging is undone, with rounding, by the next adapter).
+    (PEFT's own merging is undone, with rounding, by the next adapter). Quantized weights stay as they are, beside it.
     """
-    if model.__dict__.get(_MERGED):
+    if model.__dict__.get(_MERGED) or getattr(model, "is_quantized", False):
         return
     model_fingerprint(model)  # of the weights as they were; the model keeps it
     for module in model.modules():
