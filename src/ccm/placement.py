@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -136,6 +137,8 @@ def place(
         ConfigError: an unknown device or type, one that is not there, or options that exclude each other.
         MissingPackageError: the package that quantizes is not installed.
     """
+    if is_gguf(model) and not Path(str(model)).is_file():
+        raise ConfigError(f"no file {str(model)!r}: expected a GGUF file of this name")
     if load_in is not None:
         _check_quantized(str(model), load_in)
     if device_map is not None:

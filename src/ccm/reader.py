@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import DynamicCache, PreTrainedModel
@@ -364,7 +365,7 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     if known is None:
         with torch.no_grad():
             samples = (
-                _plain(parameter)[sampled_rows(len(parameter)), :16]
+                _plain(model, name)[sampled_rows(len(parameter)), :16]
                 for name, parameter in model.named_parameters()
                 if "lora_" not in name and parameter.ndim == 2
             )
@@ -372,9 +373,13 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     return known
 
 
-def _plain(parameter: Tensor) -> Tensor:
-    """torchao's quantized weights as floats; they cannot be cut as they are."""
-    return parameter.dequantize() if is_traceable_wrapper_subclass(parameter) else parameter
+def _plain(model: nn.Module, name: str) -> Tensor:
+    """A parameter of which rows can be taken: torchao's quantized ones as floats, those on no device from where they
+    are kept."""
+    module = model.get_submodule(name.rpartition(".")[0])
+    with align_module_device(module):
+        parameter = module.get_parameter(name.rpartition(".")[2])
+        return parameter.dequantize() if is_traceable_wrapper_subclass(parameter) else parameter.data
 
 
 def sampled_rows(rows: int) -> slice:
