@@ -163,7 +163,7 @@ def test_what_cannot_be_is_one_line_before_anything_is_loaded(
 def test_training_takes_two_types(tmp_path, capsys):
     (tmp_path / "recipe.yaml").write_text("model: nowhere\n")
     assert cli.main(["train", str(tmp_path / "recipe.yaml"), "--dtype", "float16"]) == 2
-    assert "training takes float32 or bfloat16" in capsys.readouterr().err
+    assert "train in bfloat16 or float32" in capsys.readouterr().err
     for dtype, bf16 in (("float32", "false"), ("bfloat16", "true")):
         assert cli.main(["train", str(tmp_path / "recipe.yaml"), "--dtype", dtype, "--show"]) == 0
         assert f"bf16: {bf16}" in capsys.readouterr().out
@@ -221,6 +221,19 @@ def test_a_plan_reads_a_gguf_file(tmp_path):
 # ---------------------------------------------------------------------- quantized weights
 
 
+def held(model: Any) -> int:
+    """Bytes of the weights; those of torchao say that they are floats."""
+    total = 0
+    for name, weight in model.named_parameters():
+        parts = [weight]
+        if hasattr(weight, "__tensor_flatten__"):
+            parts = [getattr(weight, part) for part in weight.__tensor_flatten__()[0]]
+        if (state := getattr(weight, "quant_state", None)) is not None:
+            parts += [state.absmax]
+        total += 0 if "lora_" in name else sum(part.nbytes for part in parts)
+    return total
+
+
 @pytest.mark.parametrize("load_in", QUANTIZED)
 def test_a_quantized_model_folds_trains_and_is_another_model(tmp_path, load_in):
     wide = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
@@ -248,7 +261,7 @@ def test_a_quantized_model_folds_trains_and_is_another_model(tmp_path, load_in):
     # as many gradients as in the plain model: also after passes without any
     for mine, other in zip(compressor.trainable_parameters(), plain.trainable_parameters(), strict=True):
         assert bool(mine.grad.abs().sum()) == bool(other.grad.abs().sum())
-    assert compressor.model.get_memory_footprint() < plain.model.get_memory_footprint()
+    assert held(compressor.model) < 0.6 * held(plain.model)
     assert compressor.kv_bytes_per_token() == plain.kv_bytes_per_token()
     both = torch.stack([found.flatten(), right.flatten()])
     assert 0.5 < float(torch.corrcoef(both)[0, 1]) < 0.99999
@@ -260,26 +273,22 @@ def test_a_quantized_model_folds_trains_and_is_another_model(tmp_path, load_in):
     again = Compressor.from_pretrained(ccm.load_model(folder, load_in=load_in)[0], tmp_path / "adapter")
     ids, mask = pad([row[-1] for row in rows])
     assert torch.equal(again.logits(ids, memory, mask), found)
-    # whole layers of the plan are as small as those that were loaded
     made = plan(Load(1, 4, 8), model=folder, load_in=load_in, measured=False)
-    held = ccm.load_model(folder, load_in=load_in)[0]
-    if load_in == "4bit":  # torch counts torchao's as floats
-        assert made["weight_bytes"] == pytest.approx(held.get_memory_footprint(), rel=0.2)
-    assert made["weight_bytes"] < 0.6 * plan(Load(1, 4, 8), model=folder, measured=False)["weight_bytes"]
+    assert made["weight_bytes"] == pytest.approx(held(ccm.load_model(folder, load_in=load_in)[0]), rel=0.05)  # scales beside them
 
 
 @pytest.mark.parametrize("load_in", QUANTIZED)
 def test_a_quantized_model_is_trained_by_a_recipe(tmp_path, load_in):
     folder = save(tmp_path / "model", max_position_embeddings=1024)
     talks = [
-        {"messages": [{"role": "user" if i % 2 == 0 else "assistant", "content": f"{n} {i}"} for i in range(6)]}
-        for n in range(12)
+        {"messages": [{"role": "user" if i % 2 == 0 else "assistant", "content": f"{n} {i}"} for i in range(8)]}
+        for n in range(60)
     ]
     (tmp_path / "talks.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
     recipe = {
         "model": folder,
         "compressor": {"slots": 1, "rank": 2},
-        "data": {"chat": {"path": str(tmp_path / "talks.jsonl")}},
+        "data": {"jsonl": {"path": str(tmp_path / "talks.jsonl"), "turns": [4, 6]}},
         "steps": 2,
         "eval_rows": 2,
         "eval_every": 1,
@@ -320,7 +329,8 @@ SPREADS = [
 def spread(model: Any) -> Any:
     """The model on two pretended cards."""
     places = {f"model.{name}": f"xla:{card}" for name, card in TWO.items()}
-    return dispatch_model(model, {**places, "lm_head": "xla:1"}, main_device="xla:0")
+    head = "xla:0" if model.config.tie_word_embeddings else "xla:1"
+    return dispatch_model(model, {**places, "lm_head": head}, main_device="xla:0")
 
 
 def answers(compressor: Compressor, **sizes: int) -> list[torch.Tensor]:

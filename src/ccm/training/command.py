@@ -60,10 +60,8 @@ def train(
     """Train an adapter as a recipe says; Ctrl-C saves, the same command goes on."""
     from .recipe import dump, load_recipe
 
-    if dtype not in (AUTO, "float32", "bfloat16"):
-        raise ConfigError(
-            f"--dtype {dtype}: training takes float32 or bfloat16, gradients leave the range of others"
-        )
+    if dtype == "float16":
+        raise ConfigError("--dtype float16: gradients leave its range; train in bfloat16 or float32")
     chosen = [] if dtype == AUTO else [f"bf16={str(dtype == 'bfloat16').lower()}"]
     config = load_recipe(recipe, [*(overrides or ()), *chosen])
     kind = dtype if dtype != AUTO else "bfloat16" if config.bf16 else None
