@@ -61,7 +61,7 @@ class _Operations(TorchDispatchMode):
 
 
 class _Calls(TorchFunctionMode):
-    """What does not come so far as to be an operation: tensors from numbers, and calls that ask for a driver first."""
+    """What never becomes an operation: tensors from numbers, and calls that ask for a driver first."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

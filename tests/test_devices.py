@@ -7,7 +7,6 @@ import importlib.util
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,12 +14,12 @@ import torch
 from accelerate import dispatch_model
 from gguf_files import write_gguf
 from pretend import Pretend, pretended_devices
-from tiny import pad, random_rows, scramble, tiny_compressor, tiny_model, tiny_tokenizer
+from tiny import pad, random_rows, saved_folder, scramble, tiny_compressor, tiny_model, tiny_tokenizer
 
 import ccm
 from ccm import cli, doctor, placement
 from ccm.compressor import Compressor, CompressorConfig
-from ccm.errors import CCMError, ConfigError, MismatchError, MissingPackageError, UnsupportedModelError
+from ccm.errors import CCMError, ConfigError, MissingPackageError, UnsupportedModelError
 from ccm.memory import Memory
 from ccm.placement import Loading, place
 from ccm.planning.plan import Load, plan
@@ -30,23 +29,8 @@ from ccm.serving.service import Service, Settings
 from ccm.serving.store import open_store
 from ccm.session import Budget, Session
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CPU = torch.device("cpu")
 HERE = torch.accelerator.is_available()
-QUANTIZED = [
-    pytest.param(
-        load_in, marks=pytest.mark.skipif(not importlib.util.find_spec(package), reason=f"needs {package}")
-    )
-    for load_in, package in placement.LOAD_IN.items()
-]
-
-
-def save(folder: Path, **changes: Any) -> str:
-    """A tiny model and its tokenizer in a folder."""
-    tokenizer = tiny_tokenizer()
-    model = tiny_model(**{"vocab_size": len(tokenizer), "max_position_embeddings": 512, **changes})
-    model.to(changes.get("dtype", torch.float32)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture
@@ -99,7 +83,7 @@ def test_an_accelerator_is_taken_with_the_type_that_suits_it(cards, kind, bfloat
 
 def test_a_checkpoint_keeps_its_type_but_float16(tmp_path):
     for dtype, auto in ((torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.float16, torch.float32)):
-        folder = save(tmp_path / str(dtype), dtype=dtype)
+        folder = saved_folder(tmp_path / str(dtype), dtype=dtype)
         assert ccm.load_model(folder)[0].dtype is dtype
         model, _ = ccm.load_model(folder, "auto", "cpu")
         assert model.dtype is auto
@@ -125,10 +109,10 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize("command", ["chat", "demo", "serve --port 0", "eval quick", "train {recipe}", "plan"])
-def test_what_cannot_be_is_one_line_before_anything_is_loaded(
-    command, cards, monkeypatch, tmp_path, capsys
-):
+@pytest.mark.parametrize(
+    "command", ["chat", "demo", "serve --port 0", "eval quick", "train {recipe}", "plan"]
+)
+def test_what_cannot_be_is_one_line_before_anything_is_loaded(command, cards, monkeypatch, tmp_path, capsys):
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("something was loaded")
 
@@ -218,92 +202,8 @@ def test_a_plan_reads_a_gguf_file(tmp_path):
     assert made["weight_bytes"] == 4 * sum(p.numel() for p in model.parameters())
 
 
-# ---------------------------------------------------------------------- quantized weights
-
-
-def held(model: Any) -> int:
-    """Bytes of the weights; those of torchao say that they are floats."""
-    total = 0
-    for name, weight in model.named_parameters():
-        parts = [weight]
-        if hasattr(weight, "__tensor_flatten__"):
-            parts = [getattr(weight, part) for part in weight.__tensor_flatten__()[0]]
-        if (state := getattr(weight, "quant_state", None)) is not None:
-            parts += [state.absmax]
-        total += 0 if "lora_" in name else sum(part.nbytes for part in parts)
-    return total
-
-
-@pytest.mark.parametrize("load_in", QUANTIZED)
-def test_a_quantized_model_folds_trains_and_is_another_model(tmp_path, load_in):
-    wide = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
-    folder = save(tmp_path / "model", **wide)
-    rows = random_rows([[7, 5, 6], [9, 4, 8]])
-
-    def used(model):
-        compressor = scramble(Compressor(model, CompressorConfig(slots=2)))
-        memory = None
-        for segment in zip(*(row[:-1] for row in rows), strict=True):
-            ids, mask = pad(segment)
-            memory = compressor.compress(ids, memory, mask, sink=2, window=6)
-        ids, mask = pad([row[-1] for row in rows])
-        recurrent = compressor.logits(ids, memory, mask)
-        out = compressor(rows, sink=2, window=6)
-        for r, row in enumerate(rows):
-            torch.testing.assert_close(
-                recurrent[r, : len(row[-1])], out.segment_logits(r, 2), atol=1e-4, rtol=1e-4
-            )
-        out.loss.backward()
-        return compressor, memory, recurrent
-
-    plain, known, right = used(ccm.load_model(folder)[0])
-    compressor, memory, found = used(ccm.load_model(folder, load_in=load_in)[0])
-    # as many gradients as in the plain model: also after passes without any
-    for mine, other in zip(compressor.trainable_parameters(), plain.trainable_parameters(), strict=True):
-        assert bool(mine.grad.abs().sum()) == bool(other.grad.abs().sum())
-    assert held(compressor.model) < 0.6 * held(plain.model)
-    assert compressor.kv_bytes_per_token() == plain.kv_bytes_per_token()
-    both = torch.stack([found.flatten(), right.flatten()])
-    assert 0.5 < float(torch.corrcoef(both)[0, 1]) < 0.99999
-    with pytest.raises(MismatchError):
-        plain.logits([[5]], memory[0])
-    with pytest.raises(MismatchError):
-        compressor.logits([[5]], known[0])
-    compressor.save_pretrained(tmp_path / "adapter", dtype=torch.float32)
-    again = Compressor.from_pretrained(ccm.load_model(folder, load_in=load_in)[0], tmp_path / "adapter")
-    ids, mask = pad([row[-1] for row in rows])
-    assert torch.equal(again.logits(ids, memory, mask), found)
-    made = plan(Load(1, 4, 8), model=folder, load_in=load_in, measured=False)
-    assert made["weight_bytes"] == pytest.approx(held(ccm.load_model(folder, load_in=load_in)[0]), rel=0.05)  # scales beside them
-
-
-@pytest.mark.parametrize("load_in", QUANTIZED)
-def test_a_quantized_model_is_trained_by_a_recipe(tmp_path, load_in):
-    folder = save(tmp_path / "model", max_position_embeddings=1024)
-    talks = [
-        {"messages": [{"role": "user" if i % 2 == 0 else "assistant", "content": f"{n} {i}"} for i in range(8)]}
-        for n in range(60)
-    ]
-    (tmp_path / "talks.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
-    recipe = {
-        "model": folder,
-        "compressor": {"slots": 1, "rank": 2},
-        "data": {"jsonl": {"path": str(tmp_path / "talks.jsonl"), "turns": [4, 6]}},
-        "steps": 2,
-        "eval_rows": 2,
-        "eval_every": 1,
-        "bf16": False,
-    }
-    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
-    command = ["train", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "run"), "--load-in", load_in]
-    assert cli.main(command) == 0
-    model, _ = ccm.load_model(folder, load_in=load_in)
-    trained = Compressor.from_pretrained(model, tmp_path / "run" / "adapter")
-    assert any(bool(weight.abs().sum()) for weight in trained.lora_parameters[1::2])  # B begins at 0
-
-
 def test_what_is_quantized_already_is_not_quantized_again(tmp_path, monkeypatch):
-    folder = save(tmp_path / "model")
+    folder = saved_folder(tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     quantized = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "quantization_config": quantized}))
@@ -396,7 +296,7 @@ def test_a_session_runs_on_one_card(tmp_path):
 
 
 def test_layers_that_wait_on_the_disk_fold_as_in_memory(tmp_path):
-    folder = save(tmp_path / "model")
+    folder = saved_folder(tmp_path / "model")
     compressor = scramble(Compressor(ccm.load_model(folder)[0], CompressorConfig(slots=2)))
     compressor.save_pretrained(tmp_path / "adapter")
     adapted = Compressor.from_pretrained(ccm.load_model(folder)[0], tmp_path / "adapter")
@@ -418,7 +318,7 @@ def test_layers_that_wait_on_the_disk_fold_as_in_memory(tmp_path):
 
 
 def test_auto_spreads_a_model_over_what_there_is(tmp_path):
-    folder = save(tmp_path / "model")
+    folder = saved_folder(tmp_path / "model")
     model, _ = Loading(folder, device_map="auto").load()
     expected, _ = ccm.load_model(folder)
     ids = torch.tensor(random_rows([[9]])[0], device=model.device)
@@ -483,7 +383,9 @@ def test_the_server_takes_memories_of_another_type(pair, tmp_path):
 
     def serve(compressor: Compressor) -> Service:
         store = open_store(f"sqlite://{tmp_path}/memories.db")
-        return Service(compressor, tokenizer, store, Settings("tiny", budget), PaddedEngine(compressor, tokenizer))
+        return Service(
+            compressor, tokenizer, store, Settings("tiny", budget), PaddedEngine(compressor, tokenizer)
+        )
 
     async def run() -> None:
         from ccm.serving.service import Message, Sampling

@@ -6,7 +6,6 @@ import asyncio
 from dataclasses import replace
 
 import pytest
-import torch
 from tiny import tiny_compressor, tiny_tokenizer
 
 from ccm import Session

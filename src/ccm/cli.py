@@ -57,7 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit code: 0, 1 (a check failed), 2 (bad input) or 130 (Ctrl-C)."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # on being imported, of what they do without
+    for name in (
+        "bitsandbytes",
+        "torchao",
+        "torch.utils._pytree",
+    ):  # on being imported, of what they do without
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         return app(args=arguments or ["--help"], prog_name="ccm", standalone_mode=False) or 0

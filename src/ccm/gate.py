@@ -104,7 +104,9 @@ def attach(model: PreTrainedModel, config: LoraConfig, adapter: str) -> list[nn.
             continue
         module.set_adapter(active.get(name, []))
         if adapter in module.lora_A:
-            if module.lora_A[adapter].weight.is_meta:  # as the layer below, which is on no device until it runs
+            if module.lora_A[
+                adapter
+            ].weight.is_meta:  # as the layer below, which is on no device until it runs
                 module.lora_A[adapter].to_empty(device=model.device)
                 module.lora_B[adapter].to_empty(device=model.device)
                 module.reset_lora_parameters(adapter, True)

@@ -140,7 +140,7 @@ def plan(
     budget = Budget(config.slots, sink, window, segment_for(window))
     where = place(model, dtype, device, load_in)
     model_config = load_config(model)
-    model_config.dtype = where.dtype_of(model_config.dtype)
+    model_config.dtype = where.dtype or model_config.dtype
     shape = Shape.of(model_config, load_in)
     held = after(load.turns, load.tokens, budget, config)
     check_fits(held, budget, shape)
