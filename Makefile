@@ -5,10 +5,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RAY := .venv-ray
 VLLM := .venv-vllm
+QUANT := .venv-quant
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench-serving test test-slow test-ray ray-env test-vllm vllm-env lint types clean
+.PHONY: help demo bench-serving test test-slow test-ray ray-env test-vllm vllm-env test-quant quant-env lint types clean
 
 help: ## show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
@@ -35,6 +36,11 @@ test-vllm: $(STAMP) $(VLLM)/.installed ## run the tests against a real vLLM, whi
 
 vllm-env: $(VLLM)/.installed ## make that environment
 
+test-quant: $(QUANT)/.installed ## run the tests of quantized weights, in an environment of their own
+	$(QUANT)/bin/python -m pytest tests/test_quantized.py
+
+quant-env: $(QUANT)/.installed ## make that environment
+
 lint: $(STAMP) ## check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -43,7 +49,7 @@ types: $(STAMP) ## check the type annotations
 	$(BIN)/mypy
 
 clean: ## remove the environment, caches and build outputs
-	rm -rf $(VENV) $(RAY) $(VLLM) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(RAY) $(VLLM) $(QUANT) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch is asked for by itself, so that a CPU build that the machine provides is taken when there is one.
@@ -60,6 +66,13 @@ $(RAY)/.installed: pyproject.toml constraints.txt
 	$(RAY)/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
 	$(RAY)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]' \
 		httpx pytest pytest-timeout
+	@touch $@
+
+$(QUANT)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(QUANT)
+	$(QUANT)/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(QUANT)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[quant]' \
+		pytest pytest-timeout
 	@touch $@
 
 # vLLM's build for CPUs. Its torch comes without the three packages beside it, whose builds do not fit that torch.

@@ -6,7 +6,6 @@ import asyncio
 from dataclasses import replace
 
 import pytest
-import torch
 from tiny import tiny_compressor, tiny_tokenizer
 
 from ccm import Session
@@ -401,7 +400,6 @@ def test_forged_files_are_refused(service, compressor):
     parts = ("sink", "slots", "window")
     bad = [
         forged(lambda row: {name: narrow(getattr(row, name)) for name in parts}),
-        forged(lambda row: {"slots": row.slots.to(torch.bfloat16)}),
         forged(lambda row: {"slots": KV(*(t.repeat(1, 1, 300, 1) for t in row.slots))}),
         memory_file.dumps(replace(good, rows=good.rows * 2), {}),
         memory_file.dumps(good, {"session": '{"turns": -1}'}),

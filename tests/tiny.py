@@ -7,6 +7,7 @@ error of 1e-4 means something.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import tokenizers
@@ -131,3 +132,12 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         chat_template=TEMPLATE,
     )
     return tokenizer
+
+
+def saved_folder(folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> str:
+    """A tiny model and its tokenizer in a folder."""
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(**{"vocab_size": len(tokenizer), "max_position_embeddings": 512, **changes})
+    model.to(dtype).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)

@@ -4,6 +4,7 @@ Alone means a ``ccm.Session`` in this process, with the same weights. The contro
 key: a check that could not see a mixed memory would find nothing wrong with it.
 
     python benchmarks/serving/exactness.py
+    python benchmarks/serving/exactness.py --device cuda --dtype bfloat16
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 import openai
 import torch
-from harness import Server, ask, parser, serving, store, streamed
+from harness import Server, ask, placed, placed_parser, serving, store, streamed
 from texts import conversations, twins
 
 import ccm
@@ -37,9 +38,11 @@ def script(talk: list[dict[str, str]], before: int, turns: int) -> list[list[dic
     return [talk[: users[0] + 1], *([talk[i]] for i in users[1:turns])]
 
 
-def alone(scripts: Sequence[list[list[dict[str, str]]]], tokens: int) -> list[list[str]]:
+def alone(
+    scripts: Sequence[list[list[dict[str, str]]]], tokens: int, device: str, dtype: str
+) -> list[list[str]]:
     """The answers of a session of the library for each script."""
-    model, tokenizer = ccm.load_default_model()
+    model, tokenizer = ccm.load_model(None, dtype, device)
     compressor = ccm.Compressor.from_pretrained(model, "ccm-merge")
     answers = []
     for lines in scripts:
@@ -97,7 +100,7 @@ def concurrent(
 
 
 def main() -> bool:
-    arguments = parser(__doc__.splitlines()[0]).parse_args()
+    arguments = placed_parser(__doc__.splitlines()[0]).parse_args()
     torch.set_num_threads(arguments.threads)
     count, turns, tokens, runs = (8, 2, 8, 1) if arguments.quick else (16, 4, 24, 3)
     talks = conversations(count, 24)
@@ -106,12 +109,14 @@ def main() -> bool:
     facts = [[{"role": "user", "content": text}] for both, _ in pairs for text in both]
     questions = [[{"role": "user", "content": question}] for _, question in pairs for _ in TENANTS]
     plays = [[fact, question] for fact, question in zip(facts, questions, strict=True)]
-    expected, twin_answers = alone(scripts, tokens), alone(plays, tokens)
+    where = arguments.device, arguments.dtype
+    expected, twin_answers = alone(scripts, tokens, *where), alone(plays, tokens, *where)
 
     with tempfile.TemporaryDirectory() as home:
         folder = Path(home)
         keys = {tenant: Keys.add(folder / "keys", tenant) for tenant in TENANTS}
-        with serving(folder, arguments.threads, "--api-keys", str(folder / "keys")) as server:
+        options = ("--api-keys", str(folder / "keys"), *placed(arguments))
+        with serving(folder, arguments.threads, *options) as server:
             alice, bob = (server.client(keys[tenant]) for tenant in TENANTS)
             rows = []
             for run in range(runs):

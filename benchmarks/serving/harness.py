@@ -20,6 +20,7 @@ from typing import Any
 import httpx
 import openai
 import psutil
+import torch
 
 sys.path.append(str(Path(__file__).parent.parent))
 from common import RESULTS, environment
@@ -39,6 +40,19 @@ def parser(description: str) -> argparse.ArgumentParser:
     return arguments
 
 
+def placed_parser(description: str) -> argparse.ArgumentParser:
+    """As :func:`parser`, of a benchmark that may run elsewhere than on the CPU."""
+    arguments = parser(description)
+    arguments.add_argument("--device", default="cpu", help="of the server's model, such as cuda")
+    arguments.add_argument("--dtype", default="float32", help="of its weights")
+    return arguments
+
+
+def placed(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """Options of ``ccm serve`` for where its model goes."""
+    return "--device", arguments.device, "--dtype", arguments.dtype
+
+
 class Server:
     """A ``ccm serve`` process; started again after a kill, it is reached at the same attributes.
 
@@ -53,6 +67,8 @@ class Server:
         self.command = [str(CCM), "serve", "--port", "0", "--threads", str(threads), *options]
         if "--adapter" not in options:
             self.command += ["--adapter", "ccm-merge"]  # of all figures in results/serving
+        if "--device" not in options:
+            self.command += ["--device", "cpu"]
         if "--store" not in options:
             self.command += ["--store", f"sqlite://{folder}/memories.db"]
         self.environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
@@ -206,8 +222,16 @@ def machine(threads: int) -> dict[str, Any]:
 
 
 def store(name: str, result: dict[str, Any], arguments: argparse.Namespace) -> bool:
-    """Print a result and keep it as ``results/serving/NAME.json``, unless it is quick; returns what was reached."""
-    text = json.dumps({**result, "environment": machine(arguments.threads)}, indent=1)
+    """Print a result and keep it as ``results/serving/NAME.json``, unless it is quick; returns what was reached.
+
+    Results of another device or type than the CPU's float32 have these in their name.
+    """
+    where = {name: getattr(arguments, name) for name in ("device", "dtype") if hasattr(arguments, name)}
+    if where not in ({}, {"device": "cpu", "dtype": "float32"}):
+        name = "-".join((name, *where.values()))
+        if where["device"].startswith("cuda"):
+            where["gpu"] = torch.cuda.get_device_name(where["device"])
+    text = json.dumps({**result, "environment": {**machine(arguments.threads), **where}}, indent=1)
     if not arguments.quick:
         (RESULTS / "serving").mkdir(parents=True, exist_ok=True)
         (RESULTS / "serving" / f"{name}.json").write_text(text + "\n")

@@ -4,6 +4,7 @@ Every conversation has a memory already (a copy of one that was prepared) and ge
 its whole turn is counted: HTTP, reading the question, the answer, folding both, the commit. Both cases take turns.
 
     python benchmarks/serving/throughput.py
+    python benchmarks/serving/throughput.py --device cuda --dtype bfloat16
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from exactness import at_once
-from harness import Others, Server, ask, parser, serving, spread, store, undisturbed
+from harness import Others, Server, ask, placed, placed_parser, serving, spread, store, undisturbed
 from texts import conversations
 
 QUESTION = (
@@ -45,10 +46,13 @@ def measure(server: Server, names: list[str], batched: bool, tokens: int, label:
 
 
 def main() -> bool:
-    arguments = parser(__doc__.splitlines()[0]).parse_args()
+    arguments = placed_parser(__doc__.splitlines()[0]).parse_args()
     count, repeats, tokens = (4, 1, 16) if arguments.quick else (8, 7, 64)
     talks = conversations(count, 12)
-    with tempfile.TemporaryDirectory() as home, serving(Path(home), arguments.threads) as server:
+    with (
+        tempfile.TemporaryDirectory() as home,
+        serving(Path(home), arguments.threads, *placed(arguments)) as server,
+    ):
         client = server.client()
         names = [f"base-{i}" for i in range(count)]
         for name, talk in zip(names, talks, strict=True):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, TypeAlias
 
 import torch
@@ -59,6 +59,21 @@ class Plan(ABC):
     adapter: str
     gate: Places | None
     stop_at: int = field(default=-1, kw_only=True)
+    _elsewhere: dict[torch.device, Any] = field(default_factory=dict, kw_only=True)
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+
+    def on(self, device: torch.device) -> Plan:
+        """The plan for a layer that is on a device: itself, or one copy for all layers there."""
+        if device == self.device:
+            return self
+        if device not in self._elsewhere:
+            own = {f.name: getattr(self, f.name) for f in fields(self) if not f.name.startswith("_")}
+            self._elsewhere[device] = type(self)(**{name: _moved(v, device) for name, v in own.items()})
+        return self._elsewhere[device]
 
     def blocks(self, mask: Any) -> list[Blocks]:
         """How to cut the queries so that each part meets few keys; empty: not at all."""
@@ -88,6 +103,10 @@ class ParallelPlan(Plan):
     held: int  # sink tokens of the row that has most
     _by_window: dict[int | None, Tensor] = field(default_factory=dict)
     _blocks: dict[int, list[Blocks]] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        return self.mask.device
 
     @classmethod
     def build(
@@ -191,6 +210,10 @@ class RecurrentPlan(Plan):
     is_memory: Tensor
     valid: Tensor
 
+    @property
+    def device(self) -> torch.device:
+        return self.valid.device
+
     def extend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, sliding: int | None
     ) -> tuple[Tensor, Tensor, Tensor, Any]:
@@ -227,6 +250,18 @@ def _bring_plan(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
     if cache.layers and (repeat := len(kwargs["input_ids"]) // len(cache.layers[0].keys)) > 1:
         cache.batch_repeat_interleave(repeat)
     return args, {**kwargs, PLAN: plan}
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """A part of a plan, with all tensors inside, on another device."""
+    if isinstance(value, Tensor | Layout):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _moved(part, device) for key, part in value.items()}
+    if isinstance(value, tuple):
+        parts = [_moved(part, device) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return value
 
 
 def _heads(tables: Tables) -> Tables:
@@ -274,6 +309,7 @@ def _wrap(
             return run(module, query, key, value, attention_mask, **kwargs)
         if module.layer_idx == ccm_plan.stop_at:
             raise StatesDone
+        ccm_plan = ccm_plan.on(query.device)
         query, key, value, mask = ccm_plan.extend(
             module, query, key, value, attention_mask, kwargs.get("sliding_window")
         )

@@ -19,6 +19,7 @@ from .evaluation.command import EPILOG as _EVAL_EPILOG
 from .evaluation.command import evaluate
 from .evaluation.report.command import EPILOG as _REPORT_EPILOG
 from .evaluation.report.command import report
+from .placement import AUTO, Device, DeviceMap, Dtype, LoadIn, Loading, ModelName
 from .planning.command import EPILOG as _PLAN_EPILOG
 from .planning.command import plan
 from .serving.command import EPILOG as _SERVE_EPILOG
@@ -47,9 +48,6 @@ memory_app = typer.Typer(help="Look at memory and session files.")
 app.add_typer(memory_app, name="memory")
 app.add_typer(data_app, name="data")
 
-Model = Annotated[
-    str | None, typer.Option(help="Folder or hub id of a causal language model.", show_default="embedded")
-]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout, everything else on stderr.")
 ]
@@ -59,6 +57,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit code: 0, 1 (a check failed), 2 (bad input) or 130 (Ctrl-C)."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    for name in (
+        "bitsandbytes",
+        "torchao",
+        "torch.utils._pytree",
+    ):  # on being imported, of what they do without
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         return app(args=arguments or ["--help"], prog_name="ccm", standalone_mode=False) or 0
     except CCMError as error:
@@ -103,8 +107,12 @@ def _options(
 
 @app.command(epilog="Example: ccm chat --window 128 --system 'You are a travel agent.'")
 def chat(
-    model: Model = None,
+    model: ModelName = None,
     adapter: Annotated[str, typer.Option(help="Shipped adapter, folder or hub id.")] = "ccm-chat",
+    device: Device = AUTO,
+    dtype: Dtype = AUTO,
+    load_in: LoadIn = None,
+    device_map: DeviceMap = None,
     slots: Annotated[
         int | None, typer.Option(help="Slots per segment.", show_default="the adapter's")
     ] = None,
@@ -121,13 +129,14 @@ def chat(
         raise ConfigError(
             "--load brings its own budget and past: leave --slots, --sink, --window and --system out"
         )
+    loading = Loading(model, device, dtype, load_in, device_map)
+    loading.check()
     from .compressor import Compressor
-    from .models import load_model
     from .repl import Repl
     from .session import CHAT, Session
 
     console = _console()
-    language_model, tokenizer = load_model(model)
+    language_model, tokenizer = loading.load()
     compressor = Compressor.from_pretrained(language_model, adapter)
 
     def begin() -> Session:
@@ -151,7 +160,11 @@ def demo(
     methods: Annotated[
         str, typer.Option(help="Methods or adapter folders, by commas; none and full always play.")
     ] = "none,full,window,ccm-concat,ccm-merge",
-    model: Model = None,
+    model: ModelName = None,
+    device: Device = AUTO,
+    dtype: Dtype = AUTO,
+    load_in: LoadIn = None,
+    device_map: DeviceMap = None,
     plot: Annotated[Path, typer.Option(metavar="PATH", help="Where the picture goes.")] = Path(
         "ccm-demo.png"
     ),
@@ -161,12 +174,11 @@ def demo(
     from .evaluation.demo import choose_players
     from .evaluation.demo import demo as play_demo
     from .evaluation.plot import plot as save_plot
-    from .models import load_model
 
     console = _console(as_json)
     names = [name.strip() for name in methods.split(",") if name.strip()]
     choose_players(names)  # a wrong name shows before anything is loaded
-    language_model, tokenizer = load_model(model)
+    language_model, tokenizer = Loading(model, device, dtype, load_in, device_map).load()
     result = play_demo(language_model, tokenizer, console, conversations, turns, names)
     try:
         save_plot(result, plot)

@@ -190,11 +190,11 @@ class Compressor(Reader):
             position_ids=layout.rope_position,
             use_cache=False,
             **{attention.PLAN: plan},
-        ).last_hidden_state
+        ).last_hidden_state.to(self.model.device)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) from hidden states (..., d)."""
-        logits = self.model.get_output_embeddings()(hidden)
+        logits = self.model.get_output_embeddings()(hidden).to(hidden.device)
         cap = getattr(self.model.config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 

@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 
 from ccm import models, packages
 from ccm.data import chitchat
+from ccm.placement import place
 
 DISTRIBUTION = "compressed-context-memory"
 _ADAPTERS = Path(__file__).parent / "adapters"
@@ -98,6 +99,9 @@ def _hardware() -> Iterator[Check]:
     )
     yield _check("CPU bfloat16", True, found, "", required=False)
     yield _check("GPU", True, _gpu(), "", required=False)
+    where = place()
+    dtype = "the checkpoint's type" if where.dtype is None else str(where.dtype).removeprefix("torch.")
+    yield _check("models run", True, f"on {where.device}, in {dtype}", "", required=False)
     memory = psutil.virtual_memory().available
     fix = f"close other programs: {_size(_MIN_MEMORY)} are enough for the embedded model"
     yield _check("free memory", memory >= _MIN_MEMORY, _size(memory), fix, required=False)
@@ -105,7 +109,10 @@ def _hardware() -> Iterator[Check]:
 
 def _gpu() -> str:
     if torch.cuda.is_available():
-        return ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+        return ", ".join(
+            f"{torch.cuda.get_device_name(index)}, {_size(torch.cuda.mem_get_info(index)[0])} free"
+            for index in range(torch.cuda.device_count())
+        )
     if torch.backends.mps.is_available():
         return "Apple GPU (mps)"
     return "none: the CPU is used"

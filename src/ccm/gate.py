@@ -64,7 +64,8 @@ class LayerGate(PerThread):
             if places is None:
                 return
             # (row, column) pairs would take three times as long, or more, forward and backward
-            flat = isinstance(places, Tensor)
+            if flat := isinstance(places, Tensor):
+                places = places.to(out.device)
             x = args[0].flatten(0, 1).index_select(0, places) if flat else args[0][:, places]
             delta = linear(linear(x.to(down.dtype), down) * scaling, up).to(out.dtype)
             if flat:
@@ -103,6 +104,12 @@ def attach(model: PreTrainedModel, config: LoraConfig, adapter: str) -> list[nn.
             continue
         module.set_adapter(active.get(name, []))
         if adapter in module.lora_A:
+            if module.lora_A[
+                adapter
+            ].weight.is_meta:  # as the layer below, which is on no device until it runs
+                module.lora_A[adapter].to_empty(device=model.device)
+                module.lora_B[adapter].to_empty(device=model.device)
+                module.reset_lora_parameters(adapter, True)
             gate = next(gate for prefix, gate in gates.items() if name.startswith(prefix))
             module.register_forward_hook(gate.behind(module))
             parameters += [module.lora_A[adapter].weight, module.lora_B[adapter].weight]

@@ -33,7 +33,8 @@ class KV(NamedTuple):
         return KV(self.keys[:, :, start:stop].clone(), self.values[:, :, start:stop].clone())
 
     def to(self, *args: Any) -> KV:
-        return KV(self.keys.to(*args), self.values.to(*args))
+        keys, values = self.keys.to(*args), self.values.to(*args)
+        return self if keys is self.keys and values is self.values else KV(keys, values)
 
     @staticmethod
     def cat(parts: Iterable[KV]) -> KV:
@@ -133,8 +134,29 @@ class Memory:
         """Bytes of all tensors held, measured."""
         return sum(kv.nbytes for row in self.rows for kv in (row.sink, row.slots, row.window))
 
-    def to_cache(self, rotary: Rotary, dtype: torch.dtype) -> tuple[DynamicCache, Tensor, Tensor]:
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Memory:
+        """On a device, its raw tokens in a model's type; slots are fp32 everywhere. Itself if that is so."""
+        rows = []
+        for row in self.rows:
+            sink, slots, window = (
+                row.sink.to(device, dtype),
+                row.slots.to(device, torch.float32),
+                row.window.to(device, dtype),
+            )
+            same = sink is row.sink and slots is row.slots and window is row.window
+            rows.append(row if same else replace(row, sink=sink, slots=slots, window=window))
+        same = all(new is old for new, old in zip(rows, self.rows, strict=True))
+        return self if same else replace(self, rows=tuple(rows))
+
+    def to_cache(
+        self, rotary: Rotary, dtype: torch.dtype, devices: Sequence[torch.device] = ()
+    ) -> tuple[DynamicCache, Tensor, Tensor]:
         """The memory as past keys and values at canonical positions, left-padded over the batch.
+
+        Args:
+            rotary: of the model that reads it.
+            dtype: of that model.
+            devices: of its layers, if they are on several.
 
         Returns:
             the cache with (B, H, m, D) per layer, a (B, m) bool mask of real entries, and a (B, m) bool mask of
@@ -157,7 +179,8 @@ class Memory:
         cache = DynamicCache()
         if width:
             for layer, (k, v) in enumerate(zip(torch.stack(keys, 1), torch.stack(values, 1), strict=True)):
-                cache.update(k, v, layer)
+                place = devices[layer] if devices else device
+                cache.update(k.to(place), v.to(place), layer)
         return cache, valid, folded
 
     def check_finite(self) -> None:

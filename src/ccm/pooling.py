@@ -63,7 +63,8 @@ class Pooling(nn.Module):
         """
         pooled = []
         for part, states in enumerate((keys, values)):
-            logits = torch.einsum("...hk,...stk->...hst", self.curve[layer, part], parts.near)
+            curve = self.curve[layer, part].to(parts.near.device)
+            logits = torch.einsum("...hk,...stk->...hst", curve, parts.near)
             weights = logits.masked_fill(~parts.inside.unsqueeze(-3), -torch.inf).softmax(-1)
             pooled.append(weights @ states.float())
         return pooled[0], pooled[1]

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import DynamicCache, PreTrainedModel
 
 from . import attention
@@ -72,6 +74,7 @@ class Reader(nn.Module):
         self.family = get_family(model)
         self.model = model
         self.rotary = Rotary(model)
+        self.devices = layer_devices(model)
         self._ahead = _Ahead()
         attention.register()
         attention.carry(model)
@@ -202,9 +205,10 @@ class Reader(nn.Module):
         for r in range(len(ids)):
             text = mask[r].nonzero().squeeze(1)[:keep]
             new = torch.cat([text, torch.arange(n, device=ids.device) + ids.shape[1]])
+            at = new + memory.length
             keys, values = (
                 torch.stack(
-                    [states[r].index_select(1, new + memory.length) for states in layers]
+                    [s[r].index_select(1, at.to(s.device)).to(ids.device) for s in layers]
                 )  # (L, H, K, D)
                 for layers in zip(*((layer.keys, layer.values) for layer in cache.layers), strict=True)
             )
@@ -248,7 +252,7 @@ class Reader(nn.Module):
         of ``gate``.
         """
         order = torch.arange(n, device=ids.device)
-        cache, held, folded = memory.to_cache(self.rotary, self.model.dtype)
+        cache, held, folded = memory.to_cache(self.rotary, self.model.dtype, self.devices)
         start = held.sum(1, keepdim=True)
         text_position = start + (mask.long().cumsum(1) - 1).clamp(min=0)
         comp_position = (start + mask.sum(1, keepdim=True) if at is None else at) + order
@@ -292,6 +296,7 @@ class Reader(nn.Module):
             )
         memory = self.empty(len(ids)) if memory is None else memory
         self.check(memory, len(ids))
+        memory = memory.to(self.model.device, self.model.dtype)
         self._check_length(memory.length + ids.shape[1])
         order = mask.bool().long().argsort(dim=1, stable=True)
         return ids.gather(1, order), mask.bool().gather(1, order), order, memory
@@ -320,6 +325,27 @@ def kv_shape(config: Any) -> tuple[int, int, int]:
     return config.num_hidden_layers, heads, size
 
 
+def is_spread(model: PreTrainedModel) -> bool:
+    """Whether its layers are on several devices, or on none until they run."""
+    return len(set(getattr(model, "hf_device_map", {}).values())) > 1
+
+
+def layer_devices(model: PreTrainedModel) -> list[torch.device]:
+    """Where the keys and values of each layer are; empty if that is the same place for all.
+
+    Raises:
+        ConfigError: the embeddings are on no device.
+    """
+    if not is_spread(model):
+        return []
+    if model.device.type == "meta":
+        raise ConfigError(
+            "the device map keeps the embeddings on no device: give them one, such as 0 or 'cpu'"
+        )
+    held = [next(layer.parameters()).device for layer in model.base_model.layers]
+    return [model.device if device.type == "meta" else device for device in held]  # those run on the first
+
+
 def base_name(model: PreTrainedModel) -> str:
     """The model's name without any folder of this machine."""
     return Path(model.config._name_or_path).name or type(model).__name__
@@ -339,12 +365,21 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     if known is None:
         with torch.no_grad():
             samples = (
-                parameter[sampled_rows(len(parameter)), :16]
+                _plain(model, name)[sampled_rows(len(parameter)), :16]
                 for name, parameter in model.named_parameters()
                 if "lora_" not in name and parameter.ndim == 2
             )
             known = model.__dict__["_ccm_fingerprint"] = fingerprint_of(model, samples)
     return known
+
+
+def _plain(model: nn.Module, name: str) -> Tensor:
+    """A parameter of which rows can be taken: torchao's quantized ones as floats, those on no device from where they
+    are kept."""
+    module = model.get_submodule(name.rpartition(".")[0])
+    with align_module_device(module):
+        parameter = module.get_parameter(name.rpartition(".")[2])
+        return parameter.dequantize() if is_traceable_wrapper_subclass(parameter) else parameter.data
 
 
 def sampled_rows(rows: int) -> slice:

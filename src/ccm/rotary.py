@@ -71,7 +71,10 @@ class Rotary:
         for kind in dict.fromkeys(self.layer_types):
             cos, sin = self.module(probe, flat) if kind is None else self.module(probe, flat, kind)
             shape = (*positions.shape, cos.shape[-1])
-            result[kind] = (cos.float().view(shape), sin.float().view(shape))
+            result[kind] = (
+                cos.float().view(shape).to(positions.device),
+                sin.float().view(shape).to(positions.device),
+            )
         return result
 
     def stacked(self, positions: Tensor) -> Tables:

@@ -281,12 +281,8 @@ class Session:
             session.dialogue = resumed(session.dialogues, state, memory)
         except (KeyError, TypeError, ValueError) as error:
             raise MemoryFileError(f"{path} holds a memory but no session ({error})") from error
-        device = compressor.model.device
-        rows = [
-            replace(row, sink=row.sink.to(device), slots=row.slots.to(device), window=row.window.to(device))
-            for row in memory.rows
-        ]
-        session.memory, session._before = replace(memory, rows=tuple(rows)), None
+        session.memory = memory.to(compressor.model.device, compressor.model.dtype)
+        session._before = None
         return session
 
 

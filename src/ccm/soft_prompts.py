@@ -32,9 +32,10 @@ def blocks(compressor: Compressor, memory: Memory, ids: Tensor, mask: Tensor, n:
     cache, call = compressor._over(memory, ids, mask, n, gate=slice(0, None))
     words = compressor.model.get_input_embeddings()(ids)
     summary = compressor.comp_embeddings[:n].to(words.dtype).expand(len(ids), -1, -1)
-    out = compressor.model.base_model(
+    states = compressor.model.base_model(
         inputs_embeds=torch.cat([words, summary], dim=1), past_key_values=cache, **call
-    ).last_hidden_state[:, -n:]
+    ).last_hidden_state
+    out = states[:, -n:].to(ids.device)
     # hidden states are many times as long as embeddings
     size = compressor.comp_embeddings.detach().square().mean().sqrt()
     prompts = out.float() / out.float().square().mean(-1, keepdim=True).sqrt() * size
@@ -61,6 +62,7 @@ def hidden(compressor: Compressor, layout: Layout) -> Tensor:
         memory = Memory(tuple(rows[r] for r in alive), empty.fingerprint)
         cache, call = compressor._over(memory, ids, mask)
         states = compressor.model.base_model(input_ids=ids, past_key_values=cache, **call).last_hidden_state
+        states = states.to(out.device)
         for place, r in enumerate(alive):
             out[r, slice(*spans[r][step])] = states[place, mask[place]]
         more = [place for place, r in enumerate(alive) if step + 1 < len(spans[r])]

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..placement import AUTO, Device, DeviceMap, Dtype, LoadIn, Loading, ModelName
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
@@ -16,7 +18,6 @@ if TYPE_CHECKING:
     from .runner import Evaluation
     from .suites import Plan, Suite
 
-DTYPES = ("float32", "bfloat16", "float16")
 EPILOG = "Example: ccm eval quick --methods none,full,ccm-concat,streaming-llm@ccm-concat --limit 2"
 
 
@@ -28,11 +29,9 @@ class Options:
     methods: tuple[str, ...]
     tasks: tuple[str, ...]
     limit: int | None
-    model: str | None
+    loading: Loading
     adapter: str | None
     first_stage: str | None
-    dtype: str | None
-    device: str | None
     threads: int | None
     strict: bool = False
 
@@ -57,15 +56,13 @@ def prepare(options: Options) -> Evaluation:
     """The evaluation, its model and adapters loaded."""
     import torch
 
-    from ..models import load_model
     from ..storage import adapter_folder, base_stage
     from .runner import Evaluation
 
     suite, plans = options.chosen()
     if options.threads:
         torch.set_num_threads(options.threads)
-    dtype = getattr(torch, options.dtype) if options.dtype else None
-    model, tokenizer = load_model(options.model, dtype, options.device)
+    model, tokenizer = options.loading.load()
     if first_stage := options.first_stage or suite.first_stage:
         base_stage.attach(model, adapter_folder.first_stage(first_stage))
         base_stage.merge(model)
@@ -89,10 +86,7 @@ def evaluate(
     tasks: Annotated[
         str | None, typer.Option(help="Some of the suite's tasks, by commas.", show_default="all")
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(help="Folder or hub id of a causal language model.", show_default="embedded"),
-    ] = None,
+    model: ModelName = None,
     adapter: Annotated[
         str | None,
         typer.Option(
@@ -108,17 +102,10 @@ def evaluate(
             show_default="the suite's",
         ),
     ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TYPE",
-            help="Of the weights: float32, bfloat16 or float16.",
-            show_default="the checkpoint's",
-        ),
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="Where the model runs, such as cuda.", show_default="cpu")
-    ] = None,
+    device: Device = AUTO,
+    dtype: Dtype = AUTO,
+    load_in: LoadIn = None,
+    device_map: DeviceMap = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Items of each task.", show_default="the suite's")
     ] = None,
@@ -152,18 +139,15 @@ def evaluate(
     """Measure methods on tasks; Ctrl-C saves, the same command goes on."""
     from rich.console import Console
 
-    from ..errors import UnknownNameError
     from .suites import parse_method, split_methods
 
     named = tuple(split_methods(methods or ""))
-    options = Options(
-        suite, named, _names(tasks), limit, model, adapter, first_stage, dtype, device, threads, strict
-    )
+    loading = Loading(model, device, dtype, load_in, device_map)
+    options = Options(suite, named, _names(tasks), limit, loading, adapter, first_stage, threads, strict)
     chosen, plans = options.chosen()
     for text in {text for plan in plans for text in plan.methods}:
         parse_method(text).method()  # a wrong name shows before anything is loaded
-    if dtype not in (None, *DTYPES):
-        raise UnknownNameError("type of weights", dtype, list(DTYPES))
+    loading.check()
     folder = out or Path("results") / "eval" / chosen.name
     console = Console(stderr=as_json)
     for tally in (entry.task.tally for entry in plans):

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..errors import CCMError, ConfigError, MissingPackageError
 from ..methods import Run
-from ..models import load_model
+from ..placement import AUTO, Loading
 from .protocol import SAME
 from .suites import MethodSpec
 
@@ -62,7 +62,8 @@ class ContextMemoryLM(HFLM):
         method: a method's name, or an adapter's folder or hub id; without it ``adapter``, or ``ccm-concat``.
         delimiter: text that ends a demonstration; ``\\n`` may be written as backslash and n.
         segment: tokens of a segment when a whole text is scored (``loglikelihood_rolling``).
-        device: where a model is loaded to; the CPU if it is a CUDA device and there is none.
+        device: where a model is loaded to; what there is if it is a CUDA device and there is none.
+        dtype, load_in, device_map: as for ``load_model``.
         batch_size, max_batch_size: taken for the harness's sake; there is one request at a time.
         **options: of the method, such as ``adapter``, ``slots`` or ``window``.
 
@@ -79,6 +80,9 @@ class ContextMemoryLM(HFLM):
         delimiter: str = "\n\n",
         segment: int = 64,
         device: str | None = None,
+        dtype: str = AUTO,
+        load_in: str | None = None,
+        device_map: str | None = None,
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
         **options: Any,
@@ -95,7 +99,8 @@ class ContextMemoryLM(HFLM):
         if pretrained is None or isinstance(pretrained, str):
             # the harness asks for cuda:0 unless it is told otherwise, and its own class takes what there is
             absent = str(device).startswith("cuda") and not torch.cuda.is_available()
-            pretrained, tokenizer = load_model(pretrained, device=None if absent else device)
+            where = AUTO if absent or device is None or device_map else str(device)
+            pretrained, tokenizer = Loading(pretrained, where, dtype, load_in, device_map).load()
         super().__init__(pretrained=pretrained, tokenizer=tokenizer, backend="causal", batch_size=1)
         self.folded = 0
         self._ends: dict[str, list[int]] = {}  # of demonstrations, in contexts made by the chat template

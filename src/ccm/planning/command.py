@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..placement import AUTO, Device, Dtype, LoadIn, ModelName
+
 if TYPE_CHECKING:
     from .plan import Figure, Plan
 
@@ -19,13 +21,13 @@ def plan(
     tokens_per_turn: Annotated[
         int | None, typer.Option(min=1, help="With what the chat template adds.", show_default="64")
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(help="Folder or hub id of a model; its config is enough.", show_default="embedded"),
-    ] = None,
+    model: ModelName = None,
     adapter: Annotated[
         str, typer.Option(help="Gives rule and slots; it may be one for another model.")
     ] = "ccm-chat",
+    device: Device = AUTO,
+    dtype: Dtype = AUTO,
+    load_in: LoadIn = None,
     slots: Annotated[
         int | None, typer.Option(min=1, help="Slots per segment.", show_default="the adapter's")
     ] = None,
@@ -65,6 +67,9 @@ def plan(
         made = make_plan(
             load,
             model=model,
+            device=device,
+            dtype=dtype,
+            load_in=load_in,
             adapter=adapter,
             slots=slots,
             sink=sink,

@@ -47,7 +47,14 @@ class Speed:
 
 
 @torch.inference_mode()
-def speed(model_config: Any, shape: Shape, config: CompressorConfig, budget: Budget, held: Held) -> Speed:
+def speed(
+    model_config: Any,
+    shape: Shape,
+    config: CompressorConfig,
+    budget: Budget,
+    held: Held,
+    device: torch.device,
+) -> Speed:
     """Time a model of this shape with random weights, which is as fast as one with trained ones.
 
     Args:
@@ -56,12 +63,13 @@ def speed(model_config: Any, shape: Shape, config: CompressorConfig, budget: Bud
         config: of the adapter.
         budget: segments are as long as its longest.
         held: the memory that they are folded into.
+        device: where.
 
     Raises:
         ConfigError: the model does not fit into the free memory.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    free = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
+    on_cuda = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if on_cuda else psutil.virtual_memory().available
     needed = int(1.2 * (shape.weight_bytes + 4 * held.nbytes(shape)))
     if needed > free:
         raise ConfigError(
@@ -96,8 +104,8 @@ def speed(model_config: Any, shape: Shape, config: CompressorConfig, budget: Bud
         fold()
 
     folding = _median(two, device) / (2 * budget.segment)
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    return Speed(seconds, folding, name)
+    name = f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else str(device)
+    return Speed(seconds, folding, torch.cuda.get_device_name(device) if on_cuda else name)
 
 
 @dataclass(frozen=True)
@@ -134,13 +142,13 @@ def writing(url: str | None, nbytes: int) -> Writing:
     return Writing(statistics.median(times[1:]), where)
 
 
-def _median(call: Callable[[], None], device: str) -> float:
+def _median(call: Callable[[], None], device: torch.device) -> float:
     times = []
     for _ in range(1 + _REPEATS):
         began = time.perf_counter()
         call()
-        if device == "cuda":
-            torch.cuda.synchronize()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
         times.append(time.perf_counter() - began)
     return statistics.median(times[1:])
 

@@ -12,6 +12,7 @@ import torch
 from ..errors import ConfigError
 from ..kinds import KINDS
 from ..models import load_config
+from ..placement import AUTO, Placement, place
 from ..serving import history
 from ..serving.store import Limits
 from ..session import CHAT, Budget, segment_for
@@ -99,6 +100,9 @@ def plan(
     load: Load,
     *,
     model: str | None = None,
+    device: str = AUTO,
+    dtype: str = AUTO,
+    load_in: str | None = None,
     adapter: str = "ccm-chat",
     slots: int | None = None,
     sink: int = CHAT["sink"],
@@ -112,10 +116,11 @@ def plan(
     Args:
         load: users and their conversations.
         model: as for ``load_model``; its config is enough.
+        device, dtype, load_in: as for ``load_model``. What quantized layers take is calculated; they are not timed.
         adapter: gives rule and slots; it may be one for another model.
         slots: per segment, in place of the adapter's, whether or not it has so many.
         sink, window: raw tokens that stay.
-        gpu_memory: bytes; None takes those of the first GPU, and leaves GPUs out where there is none.
+        gpu_memory: bytes; None takes those of the device, and leaves GPUs out where that is none.
         store: URL of a store to measure; None takes a temporary SQLite file.
         measured: whether to measure at all.
 
@@ -133,22 +138,26 @@ def plan(
         )
     config = config if slots is None else replace(config, slots=slots)
     budget = Budget(config.slots, sink, window, segment_for(window))
+    where = place(model, dtype, device, load_in)
     model_config = load_config(model)
-    shape = Shape.of(model_config)
+    model_config.dtype = where.dtype or model_config.dtype
+    shape = Shape.of(model_config, load_in)
     held = after(load.turns, load.tokens, budget, config)
     check_fits(held, budget, shape)
     sections = {
         "A conversation": list(_conversation(load, shape, held)),
-        "GPUs": list(_gpus(load, shape, held, gpu_memory)),
+        "GPUs": list(_gpus(load, shape, held, gpu_memory, where)),
         "Prefill": list(_prefill(load, budget, held)),
         "Store": list(_store(load, shape, held)),
     }
     if measured:
         nbytes = held.nbytes(shape)
         sections["Store"] += _bandwidth(load, nbytes, measure.writing(store, nbytes))
+    if measured and not load_in:
         # halfway through, where a memory that grows has its mean size
         half = after(load.turns // 2, load.tokens, budget, config)
-        sections["Prefill"] += _seconds(load, measure.speed(model_config, shape, config, budget, half))
+        speed = measure.speed(model_config, shape, config, budget, half, where.device)
+        sections["Prefill"] += _seconds(load, speed)
     rule = f"{adapter}: {config.rule}, {config.slots} slots a segment of {budget.segment} tokens at most"
     return Plan(model or "the embedded model", rule, sections)
 
@@ -175,7 +184,7 @@ def _conversation(load: Load, shape: Shape, held: Held) -> Iterator[Figure]:
     yield Figure("times_less", "times less", full / kept, "x", "calculated")
 
 
-def _gpus(load: Load, shape: Shape, held: Held, gpu_memory: int | None) -> Iterator[Figure]:
+def _gpus(load: Load, shape: Shape, held: Held, gpu_memory: int | None, where: Placement) -> Iterator[Figure]:
     type_name = str(shape.dtype).removeprefix("torch.")
     yield Figure(
         "weight_bytes",
@@ -183,11 +192,11 @@ def _gpus(load: Load, shape: Shape, held: Held, gpu_memory: int | None) -> Itera
         shape.weight_bytes,
         "bytes",
         "calculated",
-        f"{shape.parameters:,} in {type_name}",
+        f"{shape.parameters:,} in {type_name}" + (f", layers in {where.load_in}" if where.load_in else ""),
     )
     origin = "given"
-    if gpu_memory is None and torch.cuda.is_available():
-        gpu_memory, origin = torch.cuda.get_device_properties(0).total_memory, "measured"
+    if gpu_memory is None and where.device.type == "cuda":
+        gpu_memory, origin = torch.cuda.get_device_properties(where.device).total_memory, "measured"
     if gpu_memory is None:
         return
     yield Figure("gpu_bytes", "memory of a GPU", gpu_memory, "bytes", origin)

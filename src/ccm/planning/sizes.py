@@ -16,6 +16,9 @@ from ..rotary import Rotary
 from ..rules import get_rule
 from ..session import Budget
 
+#: Bits of a quantized weight: 4-bit ones share a float32 among 64, 8-bit ones one among a row.
+BITS = {"4bit": 4.5, "8bit": 8}
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -25,6 +28,7 @@ class Shape:
         layers, heads, size: of its keys and values; heads are KV heads.
         dtype: of the weights, of raw tokens and of the cache.
         parameters: their number.
+        weight_bytes: of all of them.
         context: most positions.
     """
 
@@ -33,11 +37,12 @@ class Shape:
     size: int
     dtype: torch.dtype
     parameters: int
+    weight_bytes: int
     context: int
 
     @classmethod
-    def of(cls, config: Any) -> Shape:
-        """From a transformers config.
+    def of(cls, config: Any, load_in: str | None = None) -> Shape:
+        """From a transformers config, its layers quantized if that is asked for.
 
         Raises:
             UnsupportedModelError: the model cannot carry a memory.
@@ -46,15 +51,16 @@ class Shape:
         get_family(model)
         Rotary(model)
         count = sum(parameter.numel() for parameter in model.parameters())
-        return cls(*kv_shape(config), model.dtype, count, config.max_position_embeddings)
+        nbytes = count * model.dtype.itemsize
+        if load_in:
+            head = model.get_output_embeddings()
+            layers = (m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head)
+            nbytes -= sum(m.weight.numel() * (8 * model.dtype.itemsize - BITS[load_in]) for m in layers) // 8
+        return cls(*kv_shape(config), model.dtype, count, int(nbytes), config.max_position_embeddings)
 
     def kv_bytes(self, tokens: int, dtype: torch.dtype | None = None) -> int:
         """Bytes of the keys and values of so many tokens or slots, in the model's type by default."""
         return 2 * self.layers * self.heads * self.size * (dtype or self.dtype).itemsize * tokens
-
-    @property
-    def weight_bytes(self) -> int:
-        return self.parameters * self.dtype.itemsize
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..placement import AUTO, Loading
+
 if TYPE_CHECKING:
     from ..compressor import Compressor
     from .engine import Engine
@@ -26,7 +28,7 @@ class Options:
 
     Attributes:
         store: URL.
-        model: folder or hub id; None is the embedded one.
+        model, device, dtype, load_in, device_map: as in :class:`ccm.placement.Loading`.
         adapter: shipped name, folder or hub id.
         threads: of the CPU; None is torch's choice.
         slots, sink, window: the budget of a conversation; None is the adapter's own.
@@ -47,6 +49,10 @@ class Options:
 
     store: str
     model: str | None = None
+    device: str = AUTO
+    dtype: str = AUTO
+    load_in: str | None = None
+    device_map: str | None = None
     adapter: str = "ccm-chat"
     threads: int | None = None
     slots: int | None = None
@@ -66,6 +72,11 @@ class Options:
     vllm: str | None = None
     vllm_store: str | None = None
 
+    @property
+    def loading(self) -> Loading:
+        """The model and where it goes."""
+        return Loading(self.model, self.device, self.dtype, self.load_in, self.device_map)
+
 
 def build_service(options: Options) -> Service:
     """Open the store, load model and adapter, and start the engine.
@@ -76,12 +87,12 @@ def build_service(options: Options) -> Service:
     import torch
 
     from ..compressor import Compressor
-    from ..models import load_model
     from ..session import Session
     from .metrics import Metrics
     from .service import Service, Settings
     from .store import Limits, open_store
 
+    options.loading.check()
     limits = Limits(
         keep=options.keep,
         ttl=None if options.ttl is None else options.ttl * DAY,
@@ -91,7 +102,7 @@ def build_service(options: Options) -> Service:
     store = open_store(options.store, limits)
     threads = options.threads or torch.get_num_threads()
     torch.set_num_threads(1)
-    model, tokenizer = load_model(options.model)
+    model, tokenizer = options.loading.load()
     compressor = Compressor.from_pretrained(model, options.adapter)
     sizes = {name: getattr(options, name) for name in ("slots", "sink", "window")}
     budget = Session(compressor, tokenizer, **sizes).budget

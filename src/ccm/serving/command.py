@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigError, MissingPackageError
+from ..placement import AUTO, Device, DeviceMap, Dtype, LoadIn, ModelName
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -34,11 +35,12 @@ def serve(
             show_default="a file in your state folder",
         ),
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(help="Folder or hub id of a causal language model.", show_default="embedded"),
-    ] = None,
+    model: ModelName = None,
     adapter: Annotated[str, typer.Option(help="Shipped adapter, folder or hub id.")] = "ccm-chat",
+    device: Device = AUTO,
+    dtype: Dtype = AUTO,
+    load_in: LoadIn = None,
+    device_map: DeviceMap = None,
     api_keys: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Who may come in (ccm key); without it this machine alone."),
@@ -112,6 +114,10 @@ def serve(
     options = Options(
         store=store or default_store(),
         model=model,
+        device=device,
+        dtype=dtype,
+        load_in=load_in,
+        device_map=device_map,
         adapter=adapter,
         threads=threads,
         slots=slots,

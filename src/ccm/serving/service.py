@@ -19,8 +19,6 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import torch
-
 from ..answers import AnswerReader
 from ..compressor import Compressor
 from ..dialogue import Dialogue, Dialogues
@@ -756,7 +754,7 @@ class Service:
         return _Held(session, snapshot.version, memory, dialogue, kept["stats"]["turns"], user)
 
     def _checked(self, memory: Memory) -> Memory:
-        """The memory on the model's device, if this model and adapter made it and it can be what it says."""
+        """The memory as this model takes it, if this model and adapter made it and it can be what it says."""
         try:
             self.compressor.check(memory, 1)
         except MismatchError as error:
@@ -765,18 +763,13 @@ class Service:
             ) from error
         (row,) = memory.rows
         layers, heads, size = self.compressor._kv_shape()
-        parts = {"sink": self.compressor.model.dtype, "slots": torch.float32}
         for name in ("sink", "slots", "window"):
-            kv, dtype = getattr(row, name), parts.get(name, self.compressor.model.dtype)
-            shape = kv.keys.shape[0], kv.keys.shape[1], kv.keys.shape[3]
-            if shape != (layers, heads, size) or kv.keys.dtype != dtype:
-                raise MemoryFileError(
-                    f"the memory's {name} is {shape} of {kv.keys.dtype}, expected {(layers, heads, size)} of {dtype}"
-                )
+            keys = getattr(row, name).keys
+            shape = keys.shape[0], keys.shape[1], keys.shape[3]
+            if shape != (layers, heads, size):
+                raise MemoryFileError(f"the memory's {name} is {shape}, expected {(layers, heads, size)}")
         self.compressor._check_length(memory.length + 1)
-        device = self.compressor.model.device
-        row = replace(row, sink=row.sink.to(device), slots=row.slots.to(device), window=row.window.to(device))
-        return replace(memory, rows=(row,))
+        return memory.to(self.compressor.model.device, self.compressor.model.dtype)
 
     def _rendered(
         self,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import ConfigError, MismatchError, StorageError
-from ..reader import model_fingerprint
+from ..reader import is_spread, model_fingerprint
 from .atomic import write_atomically
 
 #: Where an adapter folder keeps it, and its name among the model's adapters.
@@ -61,9 +61,10 @@ def merge(model: PreTrainedModel) -> None:
     """Add the first stage to the model's own weights: half the work of a pass, rounded as their dtype is.
 
     Its matrices stay where they are, closed, so that it can still be saved and other adapters can still be loaded
-    (PEFT's own merging is undone, with rounding, by the next adapter).
+    (PEFT's own merging is undone, with rounding, by the next adapter). Weights that are quantized or spread
+    over devices stay as they are, beside it.
     """
-    if model.__dict__.get(_MERGED):
+    if model.__dict__.get(_MERGED) or getattr(model, "is_quantized", False) or is_spread(model):
         return
     model_fingerprint(model)  # of the weights as they were; the model keeps it
     for module in model.modules():

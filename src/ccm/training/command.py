@@ -10,9 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import ConfigError
+from ..placement import AUTO, Device, DeviceMap, LoadIn, Loading
+
 if TYPE_CHECKING:
+    import torch
     from rich.console import Console
 
+    from .config import TrainConfig
     from .trainer import Trainer
 
 EPILOG = "Example: ccm train recipes/cpu-minutes.yaml compressor.slots=8 --out runs/first"
@@ -35,6 +40,18 @@ def train(
     extend: Annotated[
         bool, typer.Option("--extend", help="Go on with a finished run for as long again.")
     ] = False,
+    device: Device = AUTO,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            "--dtype",
+            metavar="TYPE",
+            help="Of the frozen weights: float32 or bfloat16.",
+            show_default="the recipe's",
+        ),
+    ] = AUTO,
+    load_in: LoadIn = None,
+    device_map: DeviceMap = None,
     show: Annotated[bool, typer.Option("--show", help="Print every setting of the run and stop.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object on stdout, everything else on stderr.")
@@ -43,7 +60,11 @@ def train(
     """Train an adapter as a recipe says; Ctrl-C saves, the same command goes on."""
     from .recipe import dump, load_recipe
 
-    config = load_recipe(recipe, overrides or ())
+    if dtype == "float16":
+        raise ConfigError("--dtype float16: gradients leave its range; train in bfloat16 or float32")
+    chosen = [] if dtype == AUTO else [f"bf16={str(dtype == 'bfloat16').lower()}"]
+    config = load_recipe(recipe, [*(overrides or ()), *chosen])
+    kind = dtype if dtype != AUTO else "bfloat16" if config.bf16 else None
     if show:
         print(dump(config), end="")
         return
@@ -51,19 +72,44 @@ def train(
 
     # of several processes one speaks
     console = Console(stderr=as_json, quiet=os.environ.get("RANK", "0") != "0")
-    import torch
-
+    where = _device(Loading(config.model, device, dtype, load_in, device_map), config)
     from ..models import load_model
     from .trainer import Trainer
 
-    model, tokenizer = load_model(config.model, dtype=torch.bfloat16 if config.bf16 else None)
-    trainer = Trainer(model, tokenizer, config, out or Path("runs") / recipe.stem, extend)
+    # plain weights of several processes are sharded or copied from the CPU
+    first = None if device_map or (_several() and not load_in) else where
+    model, tokenizer = load_model(config.model, kind, first, load_in=load_in, device_map=device_map)
+    trainer = Trainer(model, tokenizer, config, out or Path("runs") / recipe.stem, extend, where)
     try:
         result = _run(trainer, console)
         if trainer.processes.main:
             _finish(trainer, result, console, as_json)
     finally:
         trainer.close()
+
+
+def _several() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _device(loading: Loading, config: TrainConfig) -> torch.device:
+    """Of this process, one of several perhaps.
+
+    Raises:
+        ConfigError: it is not there, or options exclude each other.
+    """
+    import torch
+
+    device = loading.check().device
+    if not _several():
+        return device
+    if loading.device_map or ":" in loading.device:
+        raise ConfigError(
+            "several processes take one device each: leave --device-map and the number of --device out"
+        )
+    if loading.load_in and config.parallel == "fsdp2":
+        raise ConfigError("parallel: fsdp2 shards plain weights only; with --load-in give parallel=ddp")
+    return device if device.type == "cpu" else torch.device(device.type, int(os.environ["LOCAL_RANK"]))
 
 
 def _finish(trainer: Trainer, result: dict[str, Any], console: Console, as_json: bool) -> None:

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import ConfigError, MissingPackageError
+from ..reader import is_spread
 from .config import TrainConfig, flat
 
 
@@ -29,27 +30,28 @@ class Processes:
     Args:
         config: the run.
         folder: where TensorBoard's files go.
+        device: of this process; None takes an accelerator if there is one.
 
     Raises:
         ConfigError: ``torchrun`` started several processes that could not be joined.
         MissingPackageError: TensorBoard is asked for and not installed.
     """
 
-    def __init__(self, config: TrainConfig, folder: Path):
+    def __init__(self, config: TrainConfig, folder: Path, device: torch.device | None = None):
         if config.tensorboard and not importlib.util.find_spec("tensorboard"):
             raise MissingPackageError(
                 "tensorboard: true needs a package: pip install 'compressed-context-memory[train]'"
             )
         # without cpu=True accelerate starts no process group on machines without an accelerator
         self.accelerator = Accelerator(
-            cpu=not torch.accelerator.is_available(),
+            cpu=device.type == "cpu" if device else not torch.accelerator.is_available(),
             log_with="tensorboard" if config.tensorboard else None,
             project_dir=str(folder),
         )
         self.config = config
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.rank == 0
-        self.device = self.accelerator.device
+        self.device = device or self.accelerator.device
         if self.world != (wanted := int(os.environ.get("WORLD_SIZE", "1"))):
             raise ConfigError(
                 f"{wanted} processes were started and {self.world} joined; start them with torchrun"
@@ -90,8 +92,8 @@ class Processes:
             parameter.grad = part.view_as(parameter)
 
     def place(self, model: PreTrainedModel) -> None:
-        """Put the model on this process's device, unless its layers will be sharded first."""
-        if not self.sharded:
+        """Put the model on this process's device, unless it was put where it belongs or will be sharded first."""
+        if not (self.sharded or getattr(model, "is_quantized", False) or is_spread(model)):
             model.to(self.device)
 
     def shard(self, model: PreTrainedModel, trained: Sequence[nn.Parameter]) -> None:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from ..compressor import Compressor
 from ..errors import ConfigError
 from ..families import get_family, resolve_targets
-from ..reader import base_name
+from ..reader import base_name, is_spread
 from ..storage import base_stage
 from ..storage.adapter_folder import CHANGEABLE
 from .config import TrainConfig
@@ -99,7 +99,8 @@ class MemoryStage(Stage):
             self.compressor = Compressor(model, config.compressor, base_adapter=config.base_adapter)
         if self.compressor.base_parameters:  # frozen, and read twice a step
             base_stage.merge(model)
-        self.compressor.to(model.device)
+        if not is_spread(model):
+            self.compressor.to(model.device)
         self.parameters = self.compressor.trainable_parameters()
         self.objective = OBJECTIVES[config.objective]
         self.held_out = HeldOut(held_out, config)
@@ -205,10 +206,10 @@ class BaseStage(Stage):
         device = self.model.device
         with torch.autocast(device.type, torch.bfloat16, enabled=self.model.dtype == torch.bfloat16):
             out = self.model.base_model(ids.to(device), use_cache=False)
-        return out.last_hidden_state, [[(0, length)] for length in lengths]
+        return out.last_hidden_state.to(device), [[(0, length)] for length in lengths]
 
     def _head(self, hidden: Tensor) -> Tensor:
-        logits = self.model.get_output_embeddings()(hidden)
+        logits = self.model.get_output_embeddings()(hidden).to(hidden.device)
         cap = getattr(self.model.config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 

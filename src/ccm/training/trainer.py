@@ -50,6 +50,8 @@ class Trainer:
         folder: where checkpoints, log and adapter go.
         extend: go on with a finished run for another ``steps`` or ``minutes``, with a learning rate that rises and
             falls once more.
+        device: where this process trains; None takes an accelerator if there is one. A model that is spread or
+            quantized stays where it is.
 
     Raises:
         ConfigError: the folder holds a run with another configuration.
@@ -64,11 +66,12 @@ class Trainer:
         config: TrainConfig,
         folder: str | Path,
         extend: bool = False,
+        device: torch.device | None = None,
     ):
         self.config, self.folder, self.model = config, Path(folder), model
-        self.processes = Processes(config, self.folder)
+        self.processes = Processes(config, self.folder, device)
         model.requires_grad_(False)
-        if config.bf16:
+        if config.bf16 and not getattr(model, "is_quantized", False):
             if model.device.type == "cpu" and bfloat16_units() == []:
                 log.warning("this processor has no units for bfloat16: bf16=false may be many times as fast")
             model.to(torch.bfloat16)

@@ -40,7 +40,7 @@ class Batch:
     @classmethod
     def over(cls, reader: Reader, memory: Memory) -> Batch:
         """Rows that have read nothing yet but their memories."""
-        cache, valid, is_memory = memory.to_cache(reader.rotary, reader.model.dtype)
+        cache, valid, is_memory = memory.to_cache(reader.rotary, reader.model.dtype, reader.devices)
         return cls(reader, cache, (valid.long().cumsum(1) - 1).clamp(min=0), is_memory, valid)
 
     def __len__(self) -> int:
@@ -91,7 +91,7 @@ class Batch:
         cache = DynamicCache()
         for index, layer in enumerate(self.cache.layers):
             keys, values = (
-                states.index_select(0, chosen).index_select(2, columns)
+                states.index_select(0, chosen.to(states.device)).index_select(2, columns.to(states.device))
                 for states in (layer.keys, layer.values)
             )
             cache.update(keys, values, index)

@@ -12,7 +12,7 @@ lets a second turn of a running conversation be refused before it is computed, r
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,7 @@ def application(options: RayOptions, keys: Keys | None) -> serve.Application:
         "graceful_shutdown_wait_loop_s": 0.5,
         "health_check_period_s": 2,
         "max_constructor_retry_count": 3,
-        "ray_actor_options": {"num_cpus": options.threads or 1},
+        "ray_actor_options": {"num_cpus": options.threads or 1, "num_gpus": _gpus(options)},
         "request_router_config": RequestRouterConfig(request_router_class=ROUTER),
         # paths hold ids of conversations, which are secrets; the app has its own log
         "logging_config": LoggingConfig(enable_access_log=False),
@@ -118,6 +118,18 @@ def application(options: RayOptions, keys: Keys | None) -> serve.Application:
     }
     replica = serve.deployment(serve.ingress()(Conversations))
     return replica.options(**settings).bind(plain, keys)
+
+
+def _gpus(options: RayOptions) -> int:
+    """GPUs of a replica: one if it is asked for, or taken because there is one here."""
+    if options.device_map or ":" in options.device:
+        raise ConfigError(
+            "a replica gets one GPU, whichever Ray gives it: leave the device map and the number of the device out"
+        )
+    if options.device == "cuda":  # of the replica's machine, which may be another one
+        replace(options.loading, device="cpu").check()
+        return 1
+    return int(options.loading.check().device.type == "cuda")
 
 
 def _scale(options: RayOptions) -> dict[str, Any]:
