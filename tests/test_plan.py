@@ -81,7 +81,8 @@ def test_figures_are_what_a_real_conversation_has(
     )
     session = Session(compressor, tiny_tokenizer(), slots=slots, sink=sink, window=window)
     for turn in range(turns):
-        session._take_in(tuple((turn * tokens + i) % 90 + 3 for i in range(tokens)))
+        ids = tuple((turn * tokens + i) % 90 + 3 for i in range(tokens))
+        session.memory = session._folded(session.memory, ids)
 
     stats = session.stats()
     assert made["memory_kv_bytes"] == made["snapshot_bytes"] == stats["nbytes"] == session.memory.nbytes
