@@ -316,6 +316,20 @@ class EngineContract:
         (result,), _ = run(engine, [job])
         assert result.tokens == 6 and result.finish_reason == "length"
 
+    def test_an_answer_that_fills_the_context_is_remembered(self, compressor, tokenizer, engine):
+        """As many tokens as leave room for the fold behind them; the turn is not lost when it is taken in."""
+        memory = None
+        for _ in range(CONTEXT // 2 - 15):
+            memory = compressor.compress([[5]], memory, slots=2, sink=0, window=0)
+        before = memory.tokens
+        job = turn(tokenizer, memory, "hi", Sampling(max_tokens=5000, temperature=0))
+        (result,), _ = run(engine, [job])
+        assert result.finish_reason == "length" and 0 < result.tokens < CONTEXT - memory.length
+        row = result.memory.rows[0]
+        assert row.tokens + row.window.length == before + sum(
+            map(len, (*job.segments, job.prompt, job.closing))
+        ) + (result.tokens)
+
     def test_stop_texts_end_an_answer(self, compressor, tokenizer, engine):
         (whole,), _ = run(engine, [turn(tokenizer, compressor.empty(), "hi")])
         stop = whole.text[3:5]
