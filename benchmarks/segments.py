@@ -1,12 +1,14 @@
 """How long a segment may be: 32, 64 and 128 tokens, at equal bytes and at equal reach.
 
 Held-out small talk, its turns joined to messages of the length that people and assistants write: a short one by the
-user, then 150 to 300 tokens by the assistant, some 4,500 tokens a conversation. Some of the user's messages hold a
+user, then 150 to 300 tokens by the assistant, some 3,300 tokens a conversation. Some of the user's messages hold a
 planted fact. Every memory has room for the same 256 slots beside 4 sink and 64 recent tokens, as in ``ccm chat``;
 what differs is how many tokens share the slots of a segment. Two figures:
 
 * recovered share of the user's messages from the third exchange on (those without a fact);
 * accuracy and evidence for each fact, as in ``reach.py``, by its distance in tokens.
+
+The model runs in bfloat16; bytes are those of a memory in fp32.
 
     python benchmarks/segments.py
 """
@@ -33,8 +35,8 @@ from ccm.memory import Memory
 from ccm.methods.compressed import CompressedRun, shared_compressor
 from ccm.session import CHAT, Budget
 
-TOKENS = 4500
-DISTANCES = (200, 500, 800, 1200, 1600, 2300, 3000, 3900)
+TOKENS = 3200
+DISTANCES = (200, 500, 900, 1300, 2000, 2700)
 #: Room for 256 slots each: tokens of a segment, its slots, blocks kept apart.
 MEMORIES = {
     "32 tokens, 4 slots": (32, 4, 64),
@@ -132,12 +134,23 @@ def live(
     return nll, Memory.stack(memories)
 
 
+def full_nll(reader: ccm.Compressor, talk: Talk) -> float:
+    """Of the targets, behind all that was said before them, in one pass."""
+    ids = torch.tensor([sum((turn.ids for turn in talk.messages), ())])
+    hidden, total = reader.model.base_model(ids, use_cache=False).last_hidden_state[0], 0.0
+    for i in talk.targets():
+        start, turn = sum(len(t.ids) for t in talk.messages[:i]), talk.messages[i]
+        logits = reader.head(hidden[start : start + len(turn.ids)])
+        total += turn_nll(logits, turn.ids, turn.content)[0]
+    return total
+
+
 @torch.inference_mode()
 def main() -> None:
     options = parser(__doc__.splitlines()[0])
     arguments = options.parse_args()
     torch.set_num_threads(arguments.threads)
-    model, tokenizer = ccm.load_default_model()
+    model, tokenizer = ccm.load_default_model(dtype=torch.bfloat16)
     texts = [
         turn.text
         for split in ("test", "validation")
@@ -146,7 +159,7 @@ def main() -> None:
         for turn in talk.turns
         if len(tokenizer.encode(turn.text)) <= 100
     ]
-    talks = [talk_of(texts, tokenizer, number) for number in range(arguments.limit or 12)]
+    talks = [talk_of(texts, tokenizer, number) for number in range(arguments.limit or 8)]
     right: dict[tuple[str, int], list[float]] = defaultdict(list)
     evidence: dict[tuple[str, int], list[float]] = defaultdict(list)
     nll: dict[str, Nll] = {}
@@ -155,6 +168,7 @@ def main() -> None:
         sum(t.messages[i].content[1] - t.messages[i].content[0] for i in t.targets()) for t in talks
     )
     reader = shared_compressor(model, "ccm-chat")
+    bytes_per_token = 2 * reader.kv_bytes_per_token()  # in fp32
     alone = []
     for talk in talks:
         turns = [talk.messages[i] for i in talk.targets()]
@@ -175,16 +189,7 @@ def main() -> None:
             right[name, distance].append(float(int(gain.argmax()) == true))
             evidence[name, distance].append(float(gain[true] - others.mean()))
 
-    totals = []
-    for k, talk in enumerate(track(talks, "full context")):
-        run, total, targets = ccm.get_method("full").open(model, tokenizer), 0.0, talk.targets()
-        for i, turn in enumerate(talk.messages):
-            if i in targets:
-                total += turn_nll(run.logits(turn.ids), turn.ids, turn.content)[0]
-            run.append(turn.ids)
-        totals.append(total)
-        ask("full", run, k)
-    nll["full"] = Nll(tuple(totals), counts)
+    nll["full"] = Nll(tuple(full_nll(reader, talk) for talk in track(talks, "full context")), counts)
     for name, (segment, slots, blocks) in MEMORIES.items():
         compressor = shared_compressor(model, "ccm-chat", rule_options={"blocks": blocks})
         budget = Budget(slots, CHAT["sink"], CHAT["window"], segment)
@@ -199,9 +204,9 @@ def main() -> None:
             "slots_a_segment": slots,
             "blocks": blocks,
             "segments_folded": round(sum(row.steps for row in memory.rows) / len(talks), 1),
-            "kv_bytes": round(memory.nbytes / len(talks)),
+            "kv_bytes": round(sum(row.length for row in memory.rows) / len(talks)) * bytes_per_token,
         }
-        store("segments", report(talks, nll, held, right, evidence))
+        store("segments", report(talks, nll, held, right, evidence), "bfloat16")
 
 
 def report(
@@ -232,7 +237,7 @@ def report(
             "n": len(talks),
         }
         for name in nll
-        if name != "none"
+        if name in held
         for distance in DISTANCES
     ]
     return {
