@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from tiny import scramble, tiny_model, tiny_tokenizer
 
 import ccm
@@ -227,11 +228,22 @@ def test_without_merging_the_context_ends_the_reach() -> None:
 
 
 @pytest.mark.parametrize("rule", ["mean", "bounded"])
-def test_one_paste_longer_than_the_context_is_answered(rule: str) -> None:
+def test_one_paste_longer_than_the_context_is_answered(rule: str, caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_model(vocab_size=len(TOKENIZER), max_position_embeddings=160)
     small = scramble(Compressor(model, CompressorConfig(slots=2, rule=rule)))
-    session = Session(small, TOKENIZER, **CHAT)
-    assert session.generate("word " * 100, **GREEDY)
+    tokenizer = tiny_tokenizer()
+    tokenizer.model_max_length = 160
+    session = Session(small, tokenizer, **CHAT)
+    transformers.utils.logging.enable_propagation()
+    try:
+        assert session.generate("word " * 100, **GREEDY)
+        assert not caplog.records
+        tokenizer.encode(
+            "word " * 100
+        )  # negative control: transformers warns of errors that there are none of
+        assert "indexing errors" in caplog.text
+    finally:
+        transformers.utils.logging.disable_propagation()
     stats = session.stats()
     assert stats["tokens_seen"] > 500 and stats["window"] <= CHAT["window"]
 
