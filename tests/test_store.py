@@ -1269,7 +1269,7 @@ FORGERIES: dict[str, tuple[Callable[..., None], str]] = {
     "true": (lambda t, m, r: put(r[0], "steps", True), "impossible counters"),
     "other field": (
         lambda t, m, r: put(r[0], "__class__", 1),
-        "written by a newer ccm: it counts '__class__'",
+        "counts '__class__': a newer ccm wrote it",
     ),
     "no counter": (lambda t, m, r: r[0].pop("tokens"), "other fields"),
     "merged": (lambda t, m, r: put(r[0], "merged", -1), "impossible counters"),

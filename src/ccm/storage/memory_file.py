@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 
@@ -79,20 +78,15 @@ def load(path: str | os.PathLike[str]) -> tuple[Memory, dict[str, str]]:
         sink, slots, window = (
             KV(tensors[f"{r}.{name}.keys"], tensors[f"{r}.{name}.values"]) for name in PARTS
         )
-        check_known(counters, os.fspath(path))
+        if unknown := sorted(set(counters) - COUNTERS):
+            raise MemoryFileError(
+                f"{path} was written by a newer ccm: it counts {', '.join(unknown)!r}; read it with that version"
+            )
         counters = {k: tuple(v) if isinstance(v, list) else v for k, v in counters.items()}
         rows.append(Row(sink, slots, window, **counters))
     memory = Memory(tuple(rows), metadata["fingerprint"])
     memory.check_finite()
     return memory, metadata
-
-
-def check_known(counters: Iterable[str], where: str) -> None:
-    """Raises MemoryFileError if there are counters that this version does not know."""
-    if unknown := sorted(set(counters) - COUNTERS):
-        raise MemoryFileError(
-            f"{where} was written by a newer ccm: it counts {', '.join(unknown)[:80]!r}; read it with that version"
-        )
 
 
 def content_digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:

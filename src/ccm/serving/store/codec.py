@@ -211,7 +211,8 @@ def _check(rows: Any, dtype: Any, specs: dict[str, Any]) -> None:
     expected = set()
     frame: tuple[int, ...] | None = None  # layers, heads and channels, the same everywhere
     for r, row in enumerate(rows):
-        memory_file.check_known(set(row) - {"dtypes"}, "this stored memory")
+        if unknown := set(row) - {*COUNTERS, "dtypes"}:
+            raise _bad(f"row {r} counts {sorted(unknown)[0][:40]!r}: a newer ccm wrote it, or it is damaged")
         if not {*COUNTERS, "dtypes"} - _LATER <= set(row) or set(row["dtypes"]) != set(PARTS):
             raise _bad(f"row {r} has other fields")
         if not all(_is_count(row.get(n, 0)) for n in _COUNTS) or not all(
