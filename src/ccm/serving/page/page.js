@@ -157,14 +157,14 @@ function timeline(turns, stats = {}) {
   };
   $("turns").replaceChildren(
     ...turns.map((turn) => {
-      const [kind, words] = state(turn);
+      const [kind, fate] = state(turn);
       const row = element("li", "", kind);
       row.append(
         element("span", WHO[turn.role], "who"),
         element("span", words(turn), "what"),
         element("span", turn.tokens.toLocaleString(), "tokens"),
       );
-      row.title = `${turn.role}, ${turn.tokens} tokens, ${words}`;
+      row.title = `${turn.role}, ${turn.tokens} tokens, ${fate}`;
       return row;
     }),
   );
