@@ -316,6 +316,17 @@ class EngineContract:
         (result,), _ = run(engine, [job])
         assert result.tokens == 6 and result.finish_reason == "length"
 
+    def test_an_answer_that_fills_the_context_is_remembered(self, compressor, tokenizer, engine):
+        """As many tokens as leave room for the fold behind them; the turn is not lost when it is taken in."""
+        memory = None
+        for _ in range(105):
+            memory = compressor.compress([[5]], memory, slots=2, sink=0, window=0)
+        budget = Budget(slots=2, sink=0, window=0, segment=64)  # the answer is one segment
+        job = turn(tokenizer, memory, "hi", Sampling(max_tokens=5000, temperature=0), budget)
+        (result,), _ = run(engine, [job])
+        assert result.finish_reason == "length" and 0 < result.tokens < CONTEXT - memory.length
+        assert result.memory.steps == 107
+
     def test_stop_texts_end_an_answer(self, compressor, tokenizer, engine):
         (whole,), _ = run(engine, [turn(tokenizer, compressor.empty(), "hi")])
         stop = whole.text[3:5]

@@ -124,6 +124,8 @@ def test_settings_of_an_answer(client):
     stop = text[3]
     cut = ask(client, "go on", max_tokens=30, stop=[stop]).choices[0]
     assert cut.message.content == text[: text.index(stop)].rstrip() and cut.finish_reason == "stop"
+    cut = ask(client, "go on", max_tokens=1_000_000).choices[0]  # more than any context: cut, not refused
+    assert cut.finish_reason in ("length", "stop") and cut.message.content.startswith(text)
     seeds = [ask(client, "go on", temperature=1.5, seed=s).choices[0].message.content for s in (1, 1, 2)]
     assert seeds[0] == seeds[1] != seeds[2]
     assert ask(client, "go on", extra_body={"repetition_penalty": 2.0}).choices[0].message.content

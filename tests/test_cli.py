@@ -157,6 +157,8 @@ def test_memory_inspect(saved: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert result["rows"][0]["slots"] == 2
     assert result["session"]["turns"] == 1
     assert result["nbytes"] == result["rows"][0]["nbytes"] > 0
+    assert result["rows"][0]["reach"] == result["rows"][0]["tokens_folded"] > 0
+    assert result["rows"][0]["tokens_merged"] == 0
     assert cli.main(["memory", "inspect", str(saved)]) == 0
     assert "session of 1 turns" in capsys.readouterr().out
 
@@ -194,6 +196,8 @@ def test_chat_shows_the_memory_after_each_answer(talk) -> None:
     assert shown.count("full context") == 3  # two meters and /memory
     assert "tokens folded" in shown
     assert "error" not in shown
+    assert shown.count("reaches back to the start, ~200 tokens when full") == 2
+    assert "reach when full" in shown
 
 
 def test_chat_saves_loads_and_forgets(talk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tiny import history, pad, random_rows, tiny_compressor, tiny_model
 
 from ccm.compressor import Compressor
@@ -18,6 +22,7 @@ from ccm.memory import KV, Memory, describe
 from ccm.reader import Reader
 from ccm.rotary import rotate, unrotate
 from ccm.rules import RULES, get_rule
+from ccm.storage import memory_file
 
 SEGMENTS = random_rows([[6, 9, 4, 5], [5], [], [8, 3, 7]], seed=3)
 PROMPTS = random_rows([[5, 8, 3, 6]], seed=4)[0]
@@ -116,6 +121,44 @@ def test_dropped_tokens_are_counted():
     compressor = tiny_compressor(rule="bounded", rule_options={"blocks": 2, "overflow": "merge"})
     memory = history(compressor, SEGMENTS[0])
     assert (memory.steps, memory.tokens, memory.dropped, memory.slots) == (4, 24, 0, 4)
+
+
+@pytest.mark.parametrize(
+    ("rule", "options", "merged", "reach"),
+    [  # 6, 9, 4 and 5 tokens; merged: segments and tokens after each
+        ("concat", {}, [(0, 0)] * 4, [6, 15, 19, 24]),
+        ("mean", {}, [(0, 0), (2, 15), (3, 19), (4, 24)], [6, 0, 0, 0]),
+        ("ema", {}, [(0, 0), (2, 15), (3, 19), (4, 24)], [6, 0, 0, 0]),
+        ("bounded", {"blocks": 2}, [(0, 0), (0, 0), (2, 15), (3, 19)], [6, 15, 4, 5]),
+        ("bounded", {"blocks": 3}, [(0, 0), (0, 0), (0, 0), (2, 15)], [6, 15, 19, 9]),
+        ("bounded", {"blocks": 2, "overflow": "drop"}, [(0, 0)] * 4, [6, 15, 13, 9]),
+    ],
+)
+def test_what_is_merged_is_counted(rule, options, merged, reach):
+    compressor, memory = tiny_compressor(rule=rule, rule_options=options), None
+    for k, segment in enumerate(SEGMENTS[0]):
+        memory = compressor.compress([segment], memory)
+        (row,) = memory.rows
+        assert (row.merged_segments, row.merged) == merged[k]
+        assert row.reach == reach[k]
+        if rule != "concat":
+            assert row.merged + row.dropped + sum(row.recent) == row.tokens
+            assert len(row.recent) == compressor.rule.apart(row.steps)
+    held = compressor.compress([SEGMENTS[0][0]], memory, window=6)
+    assert held.rows[0].reach == reach[-1] + 6  # raw tokens can be told apart
+    assert Memory.stack([held, memory]).merged == 2 * merged[-1][1]
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_segments_that_count_as_apart_have_slots_of_their_own(name):
+    options = {"blocks": 2} if name == "bounded" else {}
+    rule, blocks = get_rule(name, **options), [b.flatten().tolist() for b in FOUR[:3]]
+    for step, state in enumerate(states(name, **options)[:3], 1):
+        apart = rule.apart(step)
+        held = [state[k : k + 2] for k in range(0, len(state), 2)]
+        assert held[len(held) - apart :] == blocks[step - apart : step]
+        if name != "replace":  # its last block stands for all, as it has read the one before
+            assert all(block not in blocks for block in held[: len(held) - apart])
 
 
 # ---------------------------------------------------------------------- rotation
@@ -233,6 +276,9 @@ def test_sizes_are_measured_bytes():
             "steps": 3,
             "tokens_folded": 19,
             "tokens_dropped": 0,
+            "tokens_merged": 19,
+            "segments_merged": 3,
+            "reach": 5,
             "nbytes": memory.nbytes,
         }
     ]
@@ -310,6 +356,47 @@ def test_a_damaged_file_is_refused(file, data):
     damaged.write_bytes(bad)
     with pytest.raises(MemoryFileError):
         Memory.load(damaged)
+
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def test_a_file_from_before_merged_tokens_were_counted_loads_and_goes_on():
+    """Four folds of 6, 9, 4 and 5 tokens into three blocks, and 7 raw tokens: saved without ``merged``."""
+    memory, metadata = Memory.load(GOLDEN / "memory-without-merged.ccm")
+    (row,) = memory.rows
+    assert json.loads(metadata["session"])["turns"] == 5
+    assert (row.steps, row.tokens, row.segments, row.slots.length) == (4, 24, (7,), 6)
+    assert (row.merged, row.merged_segments, row.recent) == (0, 0, ())
+
+    compressor = tiny_compressor(rule="bounded", rule_options={"blocks": 3})
+    counted = compressor.counted(row)  # lengths are gone: 24 tokens in four segments are 6 each
+    assert (counted.merged, counted.merged_segments, counted.recent, counted.reach) == (12, 2, (6, 6), 19)
+    assert compressor.counted(counted) is counted
+    memory = replace(memory, fingerprint=compressor.fingerprint())
+    (row,) = compressor.compress([[5] * 3], memory, window=8).rows
+    assert (row.merged, row.merged_segments, row.recent, row.reach) == (18, 3, (6, 7), 16)
+
+
+def test_a_file_of_a_newer_version_is_named_as_that(file, tmp_path):
+    with safe_open(file, framework="pt") as opened:
+        metadata = dict(opened.metadata())
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    del metadata["digest"]
+
+    def written(**changes: str) -> Path:
+        changed = {**metadata, **changes}
+        changed["digest"] = memory_file.content_digest(tensors, changed)
+        save_file(tensors, tmp_path / "m", changed)
+        return tmp_path / "m"
+
+    rows = json.loads(metadata["rows"])
+    assert len(Memory.load(written())[0]) == 2  # the forger could make a good one
+    newer = written(rows=json.dumps([{**row, "forgotten": 3} for row in rows]))
+    with pytest.raises(MemoryFileError, match="written by a newer ccm: it counts 'forgotten'"):
+        Memory.load(newer)
+    with pytest.raises(MemoryFileError, match="expected 'ccm-memory/1': a newer ccm wrote it"):
+        Memory.load(written(format="ccm-memory/2"))
 
 
 def test_missing_and_foreign_files_are_refused(tmp_path, compressor):

@@ -122,6 +122,7 @@ def test_a_conversation(page, server):
     stats = httpx.get(f"{server.url}/v1/memories/{name}").json()["stats"]
     assert page.numbers()["slots"] == str(stats["slots"]) and stats["slots"] > 0
     assert page.numbers()["tokens folded"] == str(stats["tokens_folded"])
+    assert page.numbers()["reaches back"] == "to the start" and page.numbers()["when full"].startswith("~")
     assert "×" in page.text("ratio")
     page.say("what is it called?")
     assert page.numbers()["turns"] == "4"

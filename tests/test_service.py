@@ -121,6 +121,42 @@ def test_twins_with_other_memories_never_mix(service):
     asyncio.run(run())
 
 
+def test_the_reach_and_its_end_are_told(make, tokenizer, caplog):
+    """A paste longer than the context, folded; the first merge is said once, and what is merged is counted."""
+    blocks = {"rule": "bounded", "rule_options": {"blocks": 100}}
+    bounded = tiny_compressor(model={"vocab_size": len(tokenizer), "max_position_embeddings": 512}, **blocks)
+
+    async def run():
+        service = make(compressor=bounded)
+        first = await say(service, "s", "hello")
+        assert (first.stats["tokens_merged"], first.stats["reach"]) == (0, first.stats["tokens_seen"])
+        assert not caplog.records
+        paste = await say(service, "s", "word " * 150)
+        last = await say(service, "s", "and now?")
+        return [first, paste, last], await service.view("t", "s")
+
+    answers, view = asyncio.run(run())
+    for outcome in answers[1:]:
+        stats = outcome.stats
+        assert stats["tokens_seen"] > 750 and stats["tokens_merged"] > 0
+        assert stats["reach"] == stats["tokens_seen"] - stats["tokens_merged"]
+        assert abs(stats["reach"] - stats["reach_when_full"]) < 2 * BUDGET.window
+    assert view.stats == answers[-1].stats
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(said) == 1 and "is merged from here on" in said[0]
+
+
+def test_more_tokens_than_fit_end_by_length(service):
+    async def run():
+        outcome = await say(service, "s", "go on", sampling=Sampling(max_tokens=1 << 15, temperature=0))
+        return outcome, await say(service, "s", "and?")
+
+    service.engine._ends = set()
+    outcome, after = asyncio.run(run())
+    assert outcome.finish_reason == "length" and 400 < outcome.completion_tokens < 512
+    assert after.known_tokens > outcome.completion_tokens  # all of it was taken in
+
+
 def test_a_tenant_sees_nothing_of_another(service):
     async def run():
         await say(service, "s", "mine", tenant="a")

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from tiny import scramble, tiny_model, tiny_tokenizer
 
 import ccm
 from ccm.compressor import Compressor, CompressorConfig
 from ccm.errors import ConfigError, MemoryFileError, MismatchError
-from ccm.session import CHAT, Session
+from ccm.session import BEHIND, CHAT, Session, reach_in_words
 from ccm.turns import render, turns_of
 
 TOKENIZER = tiny_tokenizer()
@@ -151,8 +152,6 @@ def test_errors_leave_the_session_as_it_was(merge: Compressor, tmp_path: Path) -
     memory, turns = session.memory, session.turns
     with pytest.raises(ConfigError, match="no text"):
         session.append("  ")
-    with pytest.raises(ConfigError, match="context"):
-        session.generate("hello", max_new_tokens=5000)
     with pytest.raises(KeyboardInterrupt):
         session.generate("hello", streamer=lambda text: (_ for _ in ()).throw(KeyboardInterrupt))
     assert session.memory is memory and session.turns == turns
@@ -179,6 +178,102 @@ def test_dropping_is_said_and_counted(caplog: pytest.LogCaptureFixture) -> None:
         session.append("three")
     assert "dropped, not folded" in caplog.text
     assert session.stats()["tokens_dropped"] == len(render(TOKENIZER, "user", "one").ids)
+
+
+def test_blurring_is_said_once_and_the_reach_is_counted(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    bounded = compressor(rule="bounded", rule_options={"blocks": 3})
+    session = Session(bounded, TOKENIZER, window=0, segment=64)
+    length = len(render(TOKENIZER, "user", "one").ids)
+    assert session.stats()["reach_when_full"] == 2 * 64  # before the first segment, the longest
+    with caplog.at_level(logging.WARNING):
+        for text in ("one", "two", "sea"):
+            session.append(text)
+        stats = session.stats()
+        assert not caplog.records
+        assert (stats["reach"], stats["tokens_merged"], stats["segments_merged"]) == (3 * length, 0, 0)
+        assert stats["reach_when_full"] == 2 * length
+        assert reach_in_words(stats) == f"reaches back to the start, ~{2 * length} tokens when full"
+        for text in ("for", "fiv"):
+            session.append(text)
+    stats = session.stats()
+    assert (stats["reach"], stats["tokens_merged"], stats["segments_merged"]) == (2 * length, 3 * length, 3)
+    assert stats["tokens_seen"] == stats["reach"] + stats["tokens_merged"] and stats["tokens_dropped"] == 0
+    assert reach_in_words(stats) == f"reaches back ~{2 * length} tokens"
+    (record,) = caplog.records
+    assert f"older than the newest {2 * length} tokens is merged" in record.getMessage()
+    session.save(tmp_path / "s.ccm")
+    loaded = Session.load(tmp_path / "s.ccm", bounded, TOKENIZER)
+    assert loaded.stats() == stats
+    with caplog.at_level(logging.WARNING):
+        loaded.append("six")
+    assert len(caplog.records) == 1 and loaded.stats()["segments_merged"] == 4
+
+
+def test_a_rule_that_merges_by_design_warns_of_nothing(
+    merge: Compressor, caplog: pytest.LogCaptureFixture
+) -> None:
+    session = Session(merge, TOKENIZER)
+    for text in ("one", "two", "three"):
+        session.append(text)
+    assert not caplog.records and session.stats()["reach"] == 0
+
+
+def test_without_merging_the_context_ends_the_reach() -> None:
+    session = Session(compressor(rule="concat"), TOKENIZER, sink=4, window=60, segment=10)
+    assert session.stats()["reach_when_full"] == (1024 - 4 - 60 - 10) // 2 * 10 + 60  # two slots a segment
+    session.append("one")
+    assert session.stats()["reach"] == session.stats()["tokens_seen"]
+
+
+@pytest.mark.parametrize("rule", ["mean", "bounded"])
+def test_one_paste_longer_than_the_context_is_answered(rule: str, caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_model(vocab_size=len(TOKENIZER), max_position_embeddings=160)
+    small = scramble(Compressor(model, CompressorConfig(slots=2, rule=rule)))
+    tokenizer = tiny_tokenizer()
+    tokenizer.model_max_length = 160
+    session = Session(small, tokenizer, **CHAT)
+    transformers.utils.logging.enable_propagation()
+    try:
+        assert session.generate("word " * 100, **GREEDY)
+        assert not caplog.records
+        tokenizer.encode(
+            "word " * 100
+        )  # negative control: transformers warns of errors that there are none of
+        assert "indexing errors" in caplog.text
+    finally:
+        transformers.utils.logging.disable_propagation()
+    stats = session.stats()
+    assert stats["tokens_seen"] > 500 and stats["window"] <= CHAT["window"]
+
+
+def test_an_answer_is_cut_to_what_fits(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_model(vocab_size=len(TOKENIZER), max_position_embeddings=160)
+    small = scramble(Compressor(model, CompressorConfig(slots=2, rule="mean")))
+    session = Session(small, TOKENIZER, sink=2, window=24)
+    with caplog.at_level(logging.WARNING):
+        session.generate("hello", max_new_tokens=20, eos_token_id=None)
+        assert not caplog.records
+        before = session.memory.length, session.stats()["tokens_seen"]
+        session.generate("hello", max_new_tokens=5000, eos_token_id=None)
+    assert "max_new_tokens: got 5000, the model's context of 160" in caplog.text
+    # as much as fits, and all of it is remembered (what is no text takes more tokens when it is read)
+    assert session.stats()["tokens_seen"] - before[1] >= 160 - before[0] - 2 * BEHIND
+    assert session.generate("hello", max_new_tokens=5, eos_token_id=None)
+
+
+def test_a_full_memory_says_what_is_full() -> None:
+    model = tiny_model(vocab_size=len(TOKENIZER), max_position_embeddings=96)
+    small = scramble(Compressor(model, CompressorConfig(slots=2)))
+    session = Session(small, TOKENIZER, window=0, segment=8)
+    with pytest.raises(ConfigError, match=r"the memory has \d+ of them.*let a rule merge"):
+        for _ in range(60):
+            session.append("more and more")
+    turns = session.turns
+    with pytest.raises(ConfigError, match="begin a new"):
+        session.generate(**GREEDY)
+    assert session.turns == turns
 
 
 def test_more_slots_than_trained_are_refused(merge: Compressor) -> None:

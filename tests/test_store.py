@@ -53,7 +53,7 @@ from ccm.serving.store import (
     sql,
 )
 from ccm.serving.store.base import STORES, name_of
-from ccm.serving.store.codec import DTYPES, decode, encode
+from ccm.serving.store.codec import DTYPES, decode, decode_file, encode
 
 KINDS = ["sqlite", "dir", "redis", "postgresql"]
 EMBEDDED = ["sqlite", "dir"]
@@ -1267,7 +1267,12 @@ FORGERIES: dict[str, tuple[Callable[..., None], str]] = {
     "negative": (lambda t, m, r: put(r[0], "tokens", -1), "impossible counters"),
     "fraction": (lambda t, m, r: put(r[0], "steps", 1.5), "impossible counters"),
     "true": (lambda t, m, r: put(r[0], "steps", True), "impossible counters"),
-    "other field": (lambda t, m, r: put(r[0], "__class__", 1), "other fields"),
+    "other field": (
+        lambda t, m, r: put(r[0], "__class__", 1),
+        "counts '__class__': a newer ccm wrote it",
+    ),
+    "no counter": (lambda t, m, r: r[0].pop("tokens"), "other fields"),
+    "merged": (lambda t, m, r: put(r[0], "merged", -1), "impossible counters"),
     "not rows": (lambda t, m, r: r.__setitem__(slice(None), [7]), "TypeError"),
     "no rows": (lambda t, m, r: r.clear(), "rows are not as expected"),
     "dtypes": (lambda t, m, r: put(r[0]["dtypes"], "slots", "load"), "KeyError"),
@@ -1290,6 +1295,17 @@ def test_forged_memories_are_refused(name):
 
 def test_the_forger_could_make_a_good_one():
     assert decode(forged(lambda t, m, r: None))[0].tokens == 47
+
+
+def test_a_snapshot_from_before_merged_tokens_were_counted_is_read():
+    golden = Path(__file__).parent / "golden" / "snapshot-without-merged.bin"
+    (row,) = decode(golden.read_bytes())[0].rows
+    assert (row.steps, row.tokens, row.merged, row.merged_segments, row.recent) == (4, 24, 0, 0, ())
+    data = encode(Memory((replace(row, merged=12, merged_segments=2, recent=(6, 6)),), "p"))[0]
+    (back,) = decode(data)[0].rows
+    assert (back.merged, back.merged_segments, back.recent) == (12, 2, (6, 6))
+    exported = Path(golden).with_name("memory-without-merged.ccm").read_bytes()
+    assert decode_file(exported)[0].rows[0].tokens == 24
 
 
 def test_nothing_is_allocated_for_what_a_header_claims(monkeypatch):

@@ -27,7 +27,6 @@ from harness import ROOT, Server, ask, parser, spread, store
 from tiny_folder import tiny_options
 
 from ccm.serving.store import NotFoundError, Store, codec, open_store
-from ccm.session import counters
 
 sys.path.append(str(ROOT / "tests"))
 from servers import postgresql_server, redis_server
@@ -118,8 +117,8 @@ def check(kept: Store, session: Session, fingerprint: str | None) -> tuple[list[
     if newest.version < session.version:
         wrong.append(f"{session.name}: version {newest.version} of {session.version}")
     memory, metadata = codec.decode(newest.payload)
-    held = counters(memory, 0)
-    if held["tokens_seen"] != sum(entry["tokens"] for entry in entries):
+    (row,) = memory.rows
+    if row.tokens + row.window.length != sum(entry["tokens"] for entry in entries):
         wrong.append(f"{session.name}: memory and transcript differ in tokens")
     if newest.metadata["stats"]["turns"] != len(entries):
         wrong.append(f"{session.name}: {newest.metadata['stats']['turns']} turns, {len(entries)} entries")

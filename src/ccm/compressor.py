@@ -231,7 +231,7 @@ class Compressor(Reader):
                 f"kind {self.config.kind!r} compresses a whole history at once; give all of it, without a memory"
             )
         n = self._size("slots", slots)
-        self._check_length(memory.length + ids.shape[1] + n)
+        self._check_room(memory, ids.shape[1], n)
         sink, window = self._size("sink", sink), self._size("window", window)
         if not sink:
             self._check_first(memory, ids, mask)
@@ -303,10 +303,11 @@ class Compressor(Reader):
 
     def _fold(self, row: Row, block: KV, sink: int) -> Row:
         """Put the block of the oldest raw segment into the slots and let go of its raw tokens."""
+        row = self.counted(row)
         step, length = row.steps + 1, row.segments[0]
-        limit = self.rule.drops_after
-        recent = (*row.recent, length) if limit else ()
-        dropped = recent[0] if limit and len(recent) > limit else 0
+        recent = () if self.rule.blocks is None else (*row.recent, length)
+        gone = recent[: max(0, len(recent) - self.rule.apart(step))]  # they have no slots of their own now
+        dropped, merged = (gone, ()) if self.rule.drops_after else ((), gone)
         return Row(
             sink=row.window.slice(0, min(sink, length)) if step == 1 else row.sink,
             slots=KV(*(self.rule.update(old, new, step) for old, new in zip(row.slots, block, strict=True))),
@@ -314,9 +315,15 @@ class Compressor(Reader):
             segments=row.segments[1:],
             steps=step,
             tokens=row.tokens + length,
-            dropped=row.dropped + dropped,
-            recent=recent[-limit:] if limit else (),
+            dropped=row.dropped + sum(dropped),
+            merged=row.merged + sum(merged),
+            merged_segments=row.merged_segments + len(merged),
+            recent=recent[len(gone) :],
         )
+
+    def counted(self, row: Row) -> Row:
+        """The row with all of its counters, also if a file from before they were kept has brought it."""
+        return row if self.rule.blocks is None else row.counted(self.rule.apart(row.steps))
 
     # ------------------------------------------------------------------ identity, files
 

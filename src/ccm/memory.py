@@ -54,7 +54,10 @@ class Row:
         steps: segments folded so far (t).
         tokens: tokens folded so far.
         dropped: tokens whose trace a bounded rule has dropped.
-        recent: token counts of the blocks that a dropping rule still holds.
+        merged: tokens of segments that share their slots with others.
+        merged_segments: these segments.
+        recent: token counts of the segments that have slots of their own, oldest first; empty with a rule that gives
+            every segment its own.
     """
 
     sink: KV
@@ -64,7 +67,34 @@ class Row:
     steps: int = 0
     tokens: int = 0
     dropped: int = 0
+    merged: int = 0
+    merged_segments: int = 0
     recent: tuple[int, ...] = ()
+
+    @property
+    def reach(self) -> int:
+        """How many of the newest tokens are still told apart: raw, or in slots of their segment alone."""
+        return self.tokens - self.dropped - self.merged + self.window.length
+
+    def counted(self, apart: int) -> Row:
+        """The row itself, or, if it was saved before ``merged`` was counted, what it must have been.
+
+        The lengths of its segments are not known any more: they count as equal.
+
+        Args:
+            apart: segments that have slots of their own (``Rule.apart``).
+        """
+        if self.dropped + self.merged + sum(self.recent) == self.tokens or not self.steps:
+            return self
+        each, rest = divmod(self.tokens, self.steps)
+        if apart == self.steps:
+            return replace(self, recent=(each + rest, *(each,) * (apart - 1)))
+        return replace(
+            self,
+            merged=self.tokens - each * apart,
+            merged_segments=self.steps - apart,
+            recent=(each,) * apart,
+        )
 
     @property
     def length(self) -> int:
@@ -128,6 +158,11 @@ class Memory:
     def dropped(self) -> int:
         """Tokens whose trace was dropped rather than folded, over the batch."""
         return sum(row.dropped for row in self.rows)
+
+    @property
+    def merged(self) -> int:
+        """Tokens of segments that share their slots with others, over the batch."""
+        return sum(row.merged for row in self.rows)
 
     @property
     def nbytes(self) -> int:
@@ -212,7 +247,8 @@ class Memory:
         """Read a memory and its metadata. Compare ``fingerprint`` before use (``Compressor.check`` does).
 
         Raises:
-            MemoryFileError: missing, truncated, changed after it was written, of another format, or NaN inside.
+            MemoryFileError: missing, truncated, changed after it was written, of another format, written by a newer
+                ccm, or NaN inside.
         """
         from .storage import memory_file
 
@@ -229,6 +265,9 @@ def describe(memory: Memory) -> list[dict[str, Any]]:
             "steps": row.steps,
             "tokens_folded": row.tokens,
             "tokens_dropped": row.dropped,
+            "tokens_merged": row.merged,
+            "segments_merged": row.merged_segments,
+            "reach": row.reach,
             "nbytes": memory[r].nbytes,
         }
         for r, row in enumerate(memory.rows)

@@ -140,7 +140,7 @@ class Reader(nn.Module):
         ids, mask, _, memory = self._prepare(input_ids, memory, attention_mask)
         settings = generate_kwargs.get("generation_config") or self.model.generation_config
         new = generate_kwargs.get("max_new_tokens") or settings.max_new_tokens or 0
-        self._check_length(memory.length + ids.shape[1] + new)
+        self._check_room(memory, ids.shape[1], new, "ask for fewer new tokens (max_new_tokens)")
         if not generate_kwargs.get("use_cache", True):
             raise ConfigError("use_cache: got False, expected True: the memory is read from the cache")
         cache, call = self._over(memory, ids, mask)
@@ -297,7 +297,7 @@ class Reader(nn.Module):
         memory = self.empty(len(ids)) if memory is None else memory
         self.check(memory, len(ids))
         memory = memory.to(self.model.device, self.model.dtype)
-        self._check_length(memory.length + ids.shape[1])
+        self._check_room(memory, ids.shape[1])
         order = mask.bool().long().argsort(dim=1, stable=True)
         return ids.gather(1, order), mask.bool().gather(1, order), order, memory
 
@@ -309,13 +309,32 @@ class Reader(nn.Module):
                 "use the tokenizer of this model"
             )
 
-    def _check_length(self, length: int) -> None:
-        most = self.model.config.max_position_embeddings
-        if length > most:
+    @property
+    def context(self) -> int:
+        """Positions that the model has."""
+        return int(self.model.config.max_position_embeddings)
+
+    def _check_length(
+        self, length: int, advice: str = "split the text into shorter segments and fold them one by one"
+    ) -> None:
+        if length > self.context:
             raise ConfigError(
-                f"{length} positions are more than the model's context of {most}; "
-                "split the text into shorter segments and fold them one by one"
+                f"{length} positions are more than the model's context of {self.context}; {advice}"
             )
+
+    def _check_room(self, memory: Memory, text: int, new: int = 0, fewer: str = "") -> None:
+        """Raises ConfigError unless a memory, live tokens and what comes behind them fit the model's context.
+
+        ``fewer``: what to do if the last of them alone are too many.
+        """
+        held, length = memory.length, memory.length + text + new
+        if fewer and held + text < self.context:
+            self._check_length(length, f"{fewer}: {self.context - held - text} fit")
+        elif held:
+            full = f"the memory has {held} of them: give shorter segments, begin a new memory, or let a rule merge"
+            self._check_length(length, f"{full} (mean, bounded)")
+        else:
+            self._check_length(length)
 
 
 def kv_shape(config: Any) -> tuple[int, int, int]:

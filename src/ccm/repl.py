@@ -13,7 +13,7 @@ from rich.table import Table
 
 from .errors import CCMError, ConfigError, UnknownNameError
 from .messages import Thought
-from .session import Session
+from .session import Session, reach_in_words
 
 #: Cool enough for a model of 135 M parameters to stay on its subject, and a penalty against loops.
 SAMPLING: dict[str, Any] = {
@@ -97,6 +97,7 @@ class Repl:
         parts = [f"{stats[name]} {name}" for name in ("sink", "slots", "window") if stats[name]]
         return (
             f"[{' + '.join(parts)}: {decimal(held)} · {stats['tokens_folded']} tokens folded · "
+            f"{reach_in_words(stats)} · "
             f"full context {decimal(full)}, {full / held:.1f}×]"
         )
 

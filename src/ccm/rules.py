@@ -37,6 +37,8 @@ class Rule(ABC):
     """
 
     name = ""
+    #: Segments that have slots of their own before others begin to share them (None: any number).
+    blocks: int | None = None
     #: Segments after which information is dropped rather than folded (None: never).
     drops_after: int | None = None
 
@@ -47,6 +49,12 @@ class Rule(ABC):
     def size(self, steps: int, n: int) -> int:
         """Number of slots after ``steps`` folds of n slots each."""
         return n if steps else 0
+
+    def apart(self, steps: int) -> int:
+        """How many of the newest segments have slots that they share with no other, after ``steps`` folds."""
+        if self.blocks is None or steps <= self.blocks:
+            return steps
+        return self.blocks if self.drops_after else self.blocks - 1
 
     def columns(self, blocks: Tensor) -> Tensor:
         """The states of the memory side by side: (B, H, G, n, D) -> (B, H, S, D)."""
@@ -90,6 +98,7 @@ class Mean(Rule):
     """CCM-merge: Mem(t) = (1 - 1/t) Mem(t-1) + h(t)/t, the arithmetic mean. Stays at n slots."""
 
     name = "mean"
+    blocks = 1
 
     def update(self, slots: Tensor, block: Tensor, step: int) -> Tensor:
         return block if step == 1 else slots + (block - slots) / step
@@ -103,6 +112,7 @@ class EMA(Rule):
     """CCM-merge with a constant weight: Mem(t) = (1 - a) Mem(t-1) + a h(t), Mem(1) = h(1)."""
 
     name = "ema"
+    blocks = 1
 
     def __init__(self, weight: float = 0.3):
         if not 0 < weight <= 1:
@@ -117,6 +127,7 @@ class Replace(Rule):
     """Mem(t) = h(t): recurrent gisting, the memory is what the last block says."""
 
     name = "replace"
+    blocks = 1
 
     def update(self, slots: Tensor, block: Tensor, step: int) -> Tensor:
         return block
@@ -129,6 +140,7 @@ class Bounded(Rule):
     """
 
     name = "bounded"
+    blocks: int
 
     def __init__(self, blocks: int = 16, overflow: str = "merge"):
         if blocks < 2:

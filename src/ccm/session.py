@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 CHAT = {"sink": 4, "window": 64}
 #: Longest segment folded at once, in tokens.
 LONGEST = 128
+#: Positions left free behind an answer that fills the context: for what the template ends it with.
+BEHIND = 16
 
 
 @dataclass(frozen=True)
@@ -150,13 +152,15 @@ class Session:
             role: who says it.
             streamer: a function that is called with each new piece of text, or a transformers streamer. A piece
                 that the model thinks and does not say is a :class:`ccm.messages.Thought`.
-            generate_kwargs: everything that transformers' ``generate`` takes.
+            generate_kwargs: everything that transformers' ``generate`` takes. Of ``max_new_tokens`` as many are
+                taken as fit the model's context, with a warning.
 
         Returns:
             the answer, without its thoughts; :attr:`last` has these, too.
 
         Raises:
-            ConfigError: empty text, or an answer that cannot fit the model's context. The session is unchanged.
+            ConfigError: empty text, or a memory that leaves no room for an answer in the model's context. The session
+                is unchanged.
         """
         before = self.memory, self.turns, self.dialogue, self._before
         try:
@@ -186,6 +190,7 @@ class Session:
             "pad_token_id": self.tokenizer.pad_token_id,
             **generate_kwargs,
         }
+        options["max_new_tokens"] = self._fitting(options["max_new_tokens"], len(head))
         if texts:
             options["stopping_criteria"] = [*options.get("stopping_criteria", ()), written.stops]
         options["return_dict_in_generate"] = False
@@ -211,13 +216,7 @@ class Session:
             memory = self._folded(memory, step.final)
         before: Memory | None = memory if step.final is not None else self._before
         memory = self._folded(memory, step.ids, answered)
-        if memory.dropped > self.memory.dropped:
-            log.warning(
-                "the memory is full: %d tokens of the oldest text were dropped, not folded (%d in all); "
-                "use rule 'mean', or 'bounded' with overflow='merge', to keep a trace of them",
-                memory.dropped - self.memory.dropped,
-                memory.dropped,
-            )
+        say_losses(self.memory, memory, self.compressor)
         self.memory, self.dialogue = memory, step.dialogue
         # a second memory is kept only where the template may still change what stands behind it
         if not step.dialogue.open:
@@ -235,11 +234,29 @@ class Session:
             memory = self.compressor.compress(part, memory, **budget.sizes(answered and last))
         return memory
 
+    def _fitting(self, wanted: int, head: int) -> int:
+        """So many new tokens, or those for which there is room beside the memory and the head of the answer."""
+        held, context = self.memory.length, self.compressor.context
+        room = context - held - head - BEHIND - self.budget.slots
+        if room < 1:
+            raise ConfigError(
+                f"the memory of {held} positions leaves no room for an answer in the model's context of {context}: "
+                "begin a new session, or use a rule that merges (mean, bounded)"
+            )
+        if wanted > room:
+            log.warning(
+                "max_new_tokens: got %d, the model's context of %d has room for %d: a longer answer is cut there",
+                wanted,
+                context,
+                room,
+            )
+        return min(wanted, room)
+
     # ------------------------------------------------------------------ accounting
 
     def stats(self) -> dict[str, int]:
         """What is held, what it stands for, and what full context would hold. Bytes are measured."""
-        return {"turns": self.turns, **counters(self.memory, self.compressor.kv_bytes_per_token())}
+        return {"turns": self.turns, **counters(self.memory, self.compressor, self.budget)}
 
     # ------------------------------------------------------------------ copies and files
 
@@ -286,10 +303,19 @@ class Session:
         return session
 
 
-def counters(memory: Memory, bytes_per_token: int) -> dict[str, int]:
-    """What the memory of one conversation holds and stands for, and what full context would hold."""
-    row = memory.rows[0]
+def counters(memory: Memory, compressor: Compressor, budget: Budget) -> dict[str, int]:
+    """What the memory of one conversation holds and stands for, and what full context would hold.
+
+    ``reach`` is how many of the newest tokens are still told apart. ``reach_when_full`` is what it comes to once old
+    segments are merged or dropped, or the model's context is full: with segments as long as those so far, or, before
+    the first one, as long as they may be.
+    """
+    row = compressor.counted(memory.rows[0])
     seen = row.tokens + row.window.length
+    room = max(0, (compressor.context - budget.sink - budget.window - budget.segment) // budget.slots)
+    blocks = compressor.rule.blocks
+    apart = room if blocks is None else min(room, compressor.rule.apart(blocks + 1))
+    each = row.tokens / row.steps if row.steps else budget.segment
     return {
         "sink": row.sink.length,
         "slots": row.slots.length,
@@ -297,9 +323,46 @@ def counters(memory: Memory, bytes_per_token: int) -> dict[str, int]:
         "tokens_seen": seen,
         "tokens_folded": row.tokens,
         "tokens_dropped": row.dropped,
+        "tokens_merged": row.merged,
+        "segments_merged": row.merged_segments,
+        "reach": row.reach,
+        "reach_when_full": round(apart * each) + budget.window,
         "nbytes": memory.nbytes,
-        "full_context_nbytes": seen * bytes_per_token,
+        "full_context_nbytes": seen * compressor.kv_bytes_per_token(),
     }
+
+
+def reach_in_words(stats: dict[str, int]) -> str:
+    """How far back a memory tells things apart, from its :func:`counters`."""
+    lost = stats["tokens_merged"] + stats["tokens_dropped"]
+    if lost:
+        return f"reaches back {_about(stats['reach'])} tokens"
+    return f"reaches back to the start, {_about(stats['reach_when_full'])} tokens when full"
+
+
+def _about(count: int) -> str:
+    """Two digits of a count are enough: segments differ in length."""
+    digits = max(0, len(str(count)) - 2)
+    return f"~{round(count, -digits):,}"
+
+
+def say_losses(before: Memory, after: Memory, compressor: Compressor) -> None:
+    """Warn of what one turn has dropped, and once of a bounded memory that begins to merge."""
+    old, row = (compressor.counted(memory.rows[0]) for memory in (before, after))
+    if row.dropped > old.dropped:
+        log.warning(
+            "the memory is full: %d tokens of the oldest text were dropped, not folded (%d in all); "
+            "use rule 'mean', or 'bounded' with overflow='merge', to keep a trace of them",
+            row.dropped - old.dropped,
+            row.dropped,
+        )
+    # a rule that merges all there is, by design, says nothing
+    if row.merged and not old.merged and (compressor.rule.blocks or 0) > 1:
+        log.warning(
+            "the memory is full: what is older than the newest %d tokens is merged from here on, and facts in it "
+            "blur; a rule with more blocks reaches further (rule_options)",
+            row.reach,
+        )
 
 
 def resumed(dialogues: Dialogues, state: Mapping[str, Any], memory: Memory) -> Dialogue:

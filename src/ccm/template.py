@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 from .errors import ConfigError
@@ -143,7 +143,8 @@ class Template:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of what a template wrote; broken control tokens become the letters that they are made of."""
-        encode: Callable[..., list[int]] = self.tokenizer.encode
+        # without a word on long texts, which are folded in segments
+        encode: Callable[..., list[int]] = partial(self.tokenizer.encode, verbose=False)
         if _BREAK not in text:
             return list(encode(text, add_special_tokens=False))
         ids: list[int] = []

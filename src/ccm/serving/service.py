@@ -26,7 +26,7 @@ from ..errors import CCMError, ConfigError, MemoryFileError, MismatchError, Unkn
 from ..memory import Memory
 from ..messages import Message, ToolCall
 from ..reader import base_name
-from ..session import Budget, counters, resumed
+from ..session import Budget, counters, resumed, say_losses
 from ..storage import memory_file
 from ..template import template_of
 from . import history
@@ -826,6 +826,7 @@ class Service:
     ) -> tuple[str, int, dict[str, int]]:
         """Make a turn durable: session, version and counters."""
         turns = held.turns + len(messages)
+        say_losses(held.memory, memory, self.compressor)
         entries = [
             *held.entries,
             *(history.note(m, n, self.settings.texts) for m, n in zip(messages, lengths, strict=True)),
@@ -880,7 +881,7 @@ class Service:
         return Snapshot(payload, kept)
 
     def _stats(self, memory: Memory, turns: int) -> dict[str, int]:
-        return {"turns": turns, **counters(memory, self.compressor.kv_bytes_per_token())}
+        return {"turns": turns, **counters(memory, self.compressor, self.settings.budget)}
 
     @staticmethod
     def _texts(entries: Sequence[dict[str, Any]]) -> list[Message]:

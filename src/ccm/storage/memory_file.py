@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -17,6 +18,9 @@ from ..memory import KV, Memory, Row
 from .atomic import write_atomically
 
 FORMAT = "ccm-memory/1"
+PARTS = ("sink", "slots", "window")
+#: What a row counts. A file may lack those that came later, which are 0 then.
+COUNTERS = frozenset(field.name for field in fields(Row)) - set(PARTS)
 
 
 def save(memory: Memory, path: str | os.PathLike[str], extra: dict[str, str]) -> None:
@@ -34,12 +38,10 @@ def dumps(memory: Memory, extra: dict[str, str]) -> bytes:
     tensors = {
         f"{r}.{name}.{part}": tensor.clone(memory_format=torch.contiguous_format)  # rows may share storage
         for r, row in enumerate(memory.rows)
-        for name in ("sink", "slots", "window")
+        for name in PARTS
         for part, tensor in zip(("keys", "values"), getattr(row, name), strict=True)
     }
-    counters = [
-        {k: v for k, v in row.__dict__.items() if k not in ("sink", "slots", "window")} for row in memory.rows
-    ]
+    counters = [{k: v for k, v in row.__dict__.items() if k in COUNTERS} for row in memory.rows]
     metadata = {
         "format": FORMAT,
         "fingerprint": memory.fingerprint,
@@ -62,8 +64,10 @@ def load(path: str | os.PathLike[str]) -> tuple[Memory, dict[str, str]]:
         raise MemoryFileError(
             f"{path} is not a readable memory file ({error}); restore it from a copy"
         ) from error
-    if metadata.get("format") != FORMAT:
-        raise MemoryFileError(f"{path}: got format {metadata.get('format')!r}, expected {FORMAT!r}")
+    found = metadata.get("format")
+    if found != FORMAT:
+        newer = ": a newer ccm wrote it" if str(found).startswith("ccm-memory/") else ""
+        raise MemoryFileError(f"{path}: got format {found!r}, expected {FORMAT!r}{newer}")
     digest = metadata.pop("digest", None)
     if digest != content_digest(tensors, metadata):
         raise MemoryFileError(
@@ -72,9 +76,12 @@ def load(path: str | os.PathLike[str]) -> tuple[Memory, dict[str, str]]:
     rows = []
     for r, counters in enumerate(json.loads(metadata["rows"])):
         sink, slots, window = (
-            KV(tensors[f"{r}.{name}.keys"], tensors[f"{r}.{name}.values"])
-            for name in ("sink", "slots", "window")
+            KV(tensors[f"{r}.{name}.keys"], tensors[f"{r}.{name}.values"]) for name in PARTS
         )
+        if unknown := sorted(set(counters) - COUNTERS):
+            raise MemoryFileError(
+                f"{path} was written by a newer ccm: it counts {', '.join(unknown)!r}; read it with that version"
+            )
         counters = {k: tuple(v) if isinstance(v, list) else v for k, v in counters.items()}
         rows.append(Row(sink, slots, window, **counters))
     memory = Memory(tuple(rows), metadata["fingerprint"])

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints
 
-from ..engine.base import LONGEST_STOP
+from ..engine.base import LONGEST_ANSWER, LONGEST_STOP
 from ..service import Sampling
 from .errors import ApiError
 from .parts import (
@@ -75,8 +75,10 @@ class SamplingBody(Body):
     top_logprobs: Literal[0] | None = None
 
     def sampling(self, **more: Any) -> Sampling:
-        """The settings that were given."""
+        """The settings that were given. Longer answers than the longest are cut there, as by the model's context."""
         given = {name: getattr(self, name) for name in ("temperature", "top_p", "repetition_penalty")} | more
+        if given.get("max_tokens"):
+            given["max_tokens"] = min(given["max_tokens"], LONGEST_ANSWER)
         return Sampling(**{name: value for name, value in given.items() if value is not None})
 
     def offered(self) -> list[dict[str, Any]]:
@@ -126,8 +128,8 @@ class ChatBody(SamplingBody):
     messages: list[ChatMessage] = Field(min_length=1, max_length=20_000)
     tools: ChatTools | None = None
     tool_choice: ChatToolChoice | None = None
-    max_tokens: int | None = Field(None, ge=1, le=1 << 15)
-    max_completion_tokens: int | None = Field(None, ge=1, le=1 << 15)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
     seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
     stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
@@ -181,7 +183,7 @@ class ResponseBody(SamplingBody):
     tool_choice: FlatToolChoice | None = None
     conversation: SessionId | ConversationRef | None = None
     previous_response_id: str | None = Field(None, max_length=400)
-    max_output_tokens: int | None = Field(None, ge=1, le=1 << 15)
+    max_output_tokens: int | None = Field(None, ge=1)
     max_tool_calls: int | None = Field(None, description="Of tools that run on the server: there are none.")
     store: bool | None = None
     stream_options: StreamOptions | None = None

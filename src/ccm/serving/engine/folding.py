@@ -21,6 +21,7 @@ from torch import Tensor
 from ...compressor import Compressor
 from ...errors import ConfigError
 from ...memory import Memory
+from ...session import BEHIND
 from ...template import answer_ends, template_of
 from ...writer import Writer
 from ..metrics import Metrics
@@ -297,15 +298,17 @@ class FoldingEngine(Engine, Generic[R]):
         ready = [running for running in self._active if running.prompt and not running.segments]
         for running in ready:
             if self._most(running) < 1:
-                room = self.context - running.memory.length
-                self._leave(
-                    running, ConfigError(f"memory and prompt fill the model's context of {room} tokens")
-                )
+                full = f"memory and prompt fill the model's context of {self.context}, no room is left for an answer"
+                advice = "begin a new conversation, or serve an adapter that merges"
+                self._leave(running, ConfigError(f"{full}: {advice}"))
         return [running for running in ready if running in self._active]
 
     def _most(self, running: R) -> int:
         """Tokens that the answer may have."""
-        left = self.context - running.memory.length - len(running.job.prompt)
+        job = running.job
+        left = self.context - running.memory.length - len(job.prompt)
+        if job.remember:  # the answer's end and the fold behind it need room too
+            left -= BEHIND + job.budget.slots
         return min(running.job.sampling.max_tokens, left)
 
     def _put(self, running: R, token: int) -> bool:

@@ -107,6 +107,9 @@ function bytes(count) {
   return `${count.toFixed(place ? 1 : 0)} ${units[place]}`;
 }
 
+/** Tokens in two digits, which is enough where segments differ in length. */
+const about = (count) => `~${Number(count.toPrecision(2)).toLocaleString()} tokens`;
+
 /** What a memory holds; `view` is what the server says of it. */
 function meter({ stats, precision, error }) {
   const { nbytes: held, full_context_nbytes: full } = stats;
@@ -125,6 +128,11 @@ function meter({ stats, precision, error }) {
     ["tokens seen", stats.tokens_seen],
     ["turns", stats.turns],
   ];
+  if (stats.reach !== undefined) {
+    const lost = stats.tokens_merged + stats.tokens_dropped;
+    rows.push(["reaches back", lost ? about(stats.reach) : "to the start"]);
+    if (!lost) rows.push(["when full", about(stats.reach_when_full)]);
+  }
   if (precision !== "float32") {
     rows.push([`stored as ${precision}`, `${(100 * Math.max(error.keys, error.values)).toFixed(2)} % off`]);
   }
@@ -139,16 +147,24 @@ const WHO = { user: "you", assistant: "model", system: "rules", tool: "tool" };
 const words = ({ content, tool_calls }) =>
   content || tool_calls.map((call) => `${call.name}(${call.arguments})`).join(" ");
 
-function timeline(turns) {
+function timeline(turns, stats = {}) {
+  const said = turns.reduce((sum, { tokens }) => sum + tokens, 0); // an imported memory has seen more
+  let blurred = (stats.tokens_merged ?? 0) + (stats.tokens_dropped ?? 0) - (stats.tokens_seen - said);
+  const state = ({ tokens, folded }) => {
+    blurred -= tokens;
+    if (blurred >= 0) return ["folded blurred", "beyond the memory's reach: its facts blur"];
+    return folded ? ["folded", "folded into slots"] : ["raw", "held word for word"];
+  };
   $("turns").replaceChildren(
     ...turns.map((turn) => {
-      const row = element("li", "", turn.folded ? "folded" : "raw");
+      const [kind, fate] = state(turn);
+      const row = element("li", "", kind);
       row.append(
         element("span", WHO[turn.role], "who"),
         element("span", words(turn), "what"),
         element("span", turn.tokens.toLocaleString(), "tokens"),
       );
-      row.title = `${turn.role}, ${turn.tokens} tokens, ${turn.folded ? "folded into slots" : "held word for word"}`;
+      row.title = `${turn.role}, ${turn.tokens} tokens, ${fate}`;
       return row;
     }),
   );
@@ -216,7 +232,7 @@ async function open(id) {
   for (const turn of memory.turns) shown(turn.role, turn.content === null ? `(${turn.tokens} tokens, text not kept)` : words(turn));
   toEnd();
   meter(memory);
-  timeline(memory.turns);
+  timeline(memory.turns, memory.stats);
   known.set(id, memory.updated);
   draw();
   $("text").focus();
@@ -228,7 +244,7 @@ async function refresh(id) {
   known.set(id, memory.updated);
   if (current === id) {
     meter(memory);
-    timeline(memory.turns);
+    timeline(memory.turns, memory.stats);
   }
   draw();
 }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -16,16 +15,18 @@ from torch import Tensor
 from ...errors import ConfigError, MemoryFileError, UnknownNameError
 from ...memory import KV, Memory, Row
 from ...storage import memory_file
+from ...storage.memory_file import COUNTERS, PARTS
 from ...storage.memory_file import content_digest as digest_of
 
 FORMAT = "ccm-snapshot/1"
 DTYPES = ("float32", "bfloat16", "int8")
 CONTIGUOUS = torch.contiguous_format
-PARTS = ("sink", "slots", "window")
 
 _FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _NAMES = {name: str(dtype).removeprefix("torch.") for name, dtype in _FLOATS.items()}
-_COUNTERS = {field.name for field in fields(Row)} - set(PARTS)
+_COUNTS = ("steps", "tokens", "dropped", "merged", "merged_segments")
+#: Counters that snapshots may lack: they were not counted from the beginning.
+_LATER = {"merged", "merged_segments"}
 _LONGEST_HEADER = 1 << 22
 # Layers, heads, tokens, channels: far above any model, far below what makes an empty tensor expensive.
 _MOST = (4096, 4096, 1 << 24, 1 << 16)
@@ -65,7 +66,7 @@ def encode(memory: Memory, dtype: str = "float32") -> tuple[bytes, dict[str, Any
         squares[part][1] += x.double().square().sum().item()
     error = {part: math.sqrt(off / whole) if whole else 0.0 for part, (off, whole) in squares.items()}
     rows = [
-        {name: getattr(row, name) for name in sorted(_COUNTERS)}
+        {name: getattr(row, name) for name in sorted(COUNTERS)}
         | {"dtypes": {part: str(getattr(row, part).keys.dtype).removeprefix("torch.") for part in PARTS}}
         for row in memory.rows
     ]
@@ -181,7 +182,7 @@ def _row(r: int, row: dict[str, Any], tensors: dict[str, Tensor]) -> Row:
         )
         for name in PARTS
     }
-    counters = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items() if k in _COUNTERS}
+    counters = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items() if k in COUNTERS}
     return Row(**parts, **counters)  # type: ignore[arg-type]
 
 
@@ -210,9 +211,11 @@ def _check(rows: Any, dtype: Any, specs: dict[str, Any]) -> None:
     expected = set()
     frame: tuple[int, ...] | None = None  # layers, heads and channels, the same everywhere
     for r, row in enumerate(rows):
-        if set(row) != {*_COUNTERS, "dtypes"} or set(row["dtypes"]) != set(PARTS):
+        if unknown := set(row) - {*COUNTERS, "dtypes"}:
+            raise _bad(f"row {r} counts {sorted(unknown)[0][:40]!r}: a newer ccm wrote it, or it is damaged")
+        if not {*COUNTERS, "dtypes"} - _LATER <= set(row) or set(row["dtypes"]) != set(PARTS):
             raise _bad(f"row {r} has other fields")
-        if not all(_is_count(row[n]) for n in ("steps", "tokens", "dropped")) or not all(
+        if not all(_is_count(row.get(n, 0)) for n in _COUNTS) or not all(
             isinstance(row[n], list) and all(map(_is_count, row[n])) for n in ("segments", "recent")
         ):
             raise _bad(f"row {r} has impossible counters")
