@@ -36,7 +36,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         if issubclass(METHODS[name], Trained):
             kind = METHODS[name].kind
             rule = "replace" if kind == "gisting" else "mean" if name == "ccm-merge" else "concat"
-            config = CompressorConfig(slots=3, rule=rule, kind=kind)
+            config = CompressorConfig(slots=3, sink=0, rule=rule, kind=kind)
             scramble(Compressor(model(), config)).save_pretrained(folder / name)
             made[name] = str(folder / name)
     return made

@@ -23,7 +23,7 @@ from ..errors import ConfigError
 from ..families import get_family, resolve_targets
 from ..reader import base_name, is_spread
 from ..storage import base_stage
-from ..storage.adapter_folder import CHANGEABLE
+from ..storage.adapter_folder import CHANGEABLE, read_config
 from .config import TrainConfig
 from .held_out import HeldOut, mean_nll, under_rule
 from .objectives import OBJECTIVES, cross_entropy
@@ -86,15 +86,15 @@ class MemoryStage(Stage):
     def __init__(self, model: PreTrainedModel, config: TrainConfig, held_out: dict[str, list[Row]]):
         self.config = config
         if config.init_from:
-            changes = {name: getattr(config.compressor, name) for name in CHANGEABLE}
-            self.compressor = Compressor.from_pretrained(
-                model, config.init_from, base_adapter=config.base_adapter, **changes
-            )
-            if (kind := self.compressor.config.kind) != config.compressor.kind:
+            if (kind := read_config(config.init_from).kind) != config.compressor.kind:
                 raise ConfigError(
                     f"TrainConfig.init_from: adapter {config.init_from} is of kind {kind!r}, compressor.kind is "
                     f"{config.compressor.kind!r}; give the same"
                 )
+            changes = {name: getattr(config.compressor, name) for name in CHANGEABLE}
+            self.compressor = Compressor.from_pretrained(
+                model, config.init_from, base_adapter=config.base_adapter, **changes
+            )
         else:
             self.compressor = Compressor(model, config.compressor, base_adapter=config.base_adapter)
         if self.compressor.base_parameters:  # frozen, and read twice a step
