@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -266,7 +266,7 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 def _heads(tables: Tables) -> Tables:
     """(B, T, R) -> (B, 1, T, R)."""
-    return tables[0].unsqueeze(1), tables[1].unsqueeze(1)
+    return tables._replace(cos=tables.cos.unsqueeze(1), sin=tables.sin.unsqueeze(1))
 
 
 def _grouped(
@@ -322,6 +322,29 @@ def _wrap(
         return in_blocks(run, module, query, key, value, blocks, **kwargs), None
 
     return attend
+
+
+def bridge(model: PreTrainedModel, attention: Sequence[str]) -> None:
+    """Bring the plan to attention modules whose layers do not hand on what they do not know.
+
+    A layer leaves it where its attention, which runs next in the same thread, finds it. Both run inside the region
+    that gradient checkpointing runs again.
+    """
+    if model.__dict__.get("_ccm_bridge"):
+        return
+    model.__dict__["_ccm_bridge"] = True
+    left = threading.local()
+
+    def leave(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        left.plan = kwargs.get(PLAN)
+
+    def bring(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        plan, left.plan = left.plan, None
+        return args, {**kwargs, PLAN: plan}
+
+    for name in attention:
+        model.get_submodule(name.rsplit(".", 1)[0]).register_forward_pre_hook(leave, with_kwargs=True)
+        model.get_submodule(name).register_forward_pre_hook(bring, with_kwargs=True)
 
 
 def _own_eager(module: nn.Module) -> Callable[..., Any]:
