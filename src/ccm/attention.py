@@ -324,27 +324,35 @@ def _wrap(
     return attend
 
 
-def bridge(model: PreTrainedModel, attention: Sequence[str]) -> None:
-    """Bring the plan to attention modules whose layers do not hand on what they do not know.
+class _Carrier(tuple[Tensor, ...]):
+    """Position embeddings, and a plan."""
 
-    A layer leaves it where its attention, which runs next in the same thread, finds it. Both run inside the region
-    that gradient checkpointing runs again.
+    plan: Plan
+
+
+def bridge(model: PreTrainedModel, attention: Sequence[str]) -> None:
+    """Bring the plan to attention modules whose layers hand on nothing but what they know.
+
+    It goes along with the position embeddings, which every layer hands on. So it travels with the pass, whatever
+    thread that is on, and is there again when gradient checkpointing runs a layer once more.
     """
     if model.__dict__.get("_ccm_bridge"):
         return
     model.__dict__["_ccm_bridge"] = True
-    left = threading.local()
 
-    def leave(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        left.plan = kwargs.get(PLAN)
+    def put(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        if (plan := kwargs.get(PLAN)) is None:
+            return None
+        carrier = _Carrier(kwargs["position_embeddings"])
+        carrier.plan = plan
+        return args, {**kwargs, "position_embeddings": carrier}
 
-    def bring(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        plan, left.plan = left.plan, None
-        return args, {**kwargs, PLAN: plan}
+    def take(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        return args, {**kwargs, PLAN: getattr(kwargs["position_embeddings"], "plan", None)}
 
     for name in attention:
-        model.get_submodule(name.rsplit(".", 1)[0]).register_forward_pre_hook(leave, with_kwargs=True)
-        model.get_submodule(name).register_forward_pre_hook(bring, with_kwargs=True)
+        model.get_submodule(name.rsplit(".", 1)[0]).register_forward_pre_hook(put, with_kwargs=True)
+        model.get_submodule(name).register_forward_pre_hook(take, with_kwargs=True)
 
 
 def _own_eager(module: nn.Module) -> Callable[..., Any]:

@@ -28,10 +28,14 @@ from .rotary import WAYS, Tables, Way, rotate, unrotate
 
 log = logging.getLogger(__name__)
 
-#: Families of the contract tests (``tests/test_families.py``); any other is tried when it is first met.
-TESTED = frozenset(
-    ["llama", "mistral", "qwen2", "qwen3", "olmo2", "gemma2", "gemma3_text", "phi3", "gpt_neox"]
+_NAMES = (
+    "llama mistral ministral ministral3 qwen2 qwen3 qwen2_moe qwen3_moe olmo olmo2 olmo3 olmoe flex_olmo "
+    "gemma gemma2 gemma3_text vaultgemma phi phi3 gpt_neox starcoder2 mixtral seed_oss apertus arcee "
+    "cohere cohere2 granite granitemoe granitemoeshared glm glm4 glm4_moe helium ernie4_5 ernie4_5_moe "
+    "smollm3 exaone4 gpt_oss stablelm nemotron persimmon afmoe hyperclovax cwm minimax_m2 jais2 gemma3"
 )
+#: Families of the contract tests (``tests/test_families.py``); any other is tried when it is first met.
+TESTED = frozenset(_NAMES.split())
 
 REFUSED = {
     "bloom": "ALiBi biases are built from the cache index, so slots cannot have places of their own",
@@ -114,7 +118,9 @@ def _watch(model: PreTrainedModel, position: int) -> list[_Call]:
 
 def _measure(model: PreTrainedModel) -> Family:
     if getattr(model, "_is_stateful", False):
-        raise UnsupportedModelError("its layers keep a recurrent state, which is no keys and values to compress")
+        raise UnsupportedModelError(
+            "its layers keep a recurrent state, which is no keys and values to compress"
+        )
     config = twin.text_config(model.config)
     layers = config.num_hidden_layers
     small = twin.build(model, layers)
