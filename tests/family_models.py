@@ -10,8 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers as hf
+from packaging.version import Version
 
 SLIDING = 6
+#: The first transformers in which the family attends as the others do; in older ones it is refused.
+SINCE = {"nemotron": "5.13"}
 _SHAPE = {
     "vocab_size": 97,
     "hidden_size": 32,
@@ -373,8 +376,9 @@ def family_config(name: str) -> hf.PretrainedConfig:
 
 
 def known(name: str) -> bool:
-    """Whether the installed transformers has the family."""
-    return hasattr(hf, (FAMILIES[name] if name in FAMILIES else REFUSED[name][0]).config)
+    """Whether the installed transformers has the family, and gives it attention that can be reached."""
+    traits = FAMILIES[name] if name in FAMILIES else REFUSED[name][0]
+    return hasattr(hf, traits.config) and Version(hf.__version__) >= Version(SINCE.get(name, "5"))
 
 
 def family_model(name: str, backend: str | None = None, seed: int = 0) -> hf.PreTrainedModel:

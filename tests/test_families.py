@@ -7,7 +7,6 @@ from functools import lru_cache
 
 import pytest
 import torch
-import transformers as hf
 from family_models import FAMILIES, REFUSED, family_config, family_model, known
 from test_contract import BROKEN, ROWS, distance, parallel, recurrent
 from tiny import history, scramble, tiny_model
@@ -118,7 +117,7 @@ def test_how_keys_turn_is_measured(name, way, unrotated):
     assert [layer for layer, turns in enumerate(found.rotated) if not turns] == unrotated
 
 
-@pytest.mark.parametrize("name", ["granite", "cohere", "gemma2", "hyperclovax", "mixtral"])
+@pytest.mark.parametrize("name", ["granite", "cohere", "gemma2", "mixtral"])
 def test_the_head_scales_and_caps_as_the_model_does(name):
     model = family_model(name)
     with torch.no_grad():
@@ -148,7 +147,8 @@ def test_gradients_reach_the_adapter_of_layers_that_drop_the_plan():
             compressor.model.train()
         compressor(ROWS[:2]).loss.backward()
         grads.append([p.grad for p in compressor.trainable_parameters()])
-    assert all(grad.any() for grad in grads[0])
+    # queries and outputs of COMP tokens in the last layer serve nobody
+    assert sum(bool(grad.any()) for grad in grads[0]) == len(grads[0]) - 4
     for plainly, again in zip(*grads, strict=True):
         torch.testing.assert_close(plainly, again, rtol=1e-3, atol=1e-5)
 
@@ -241,8 +241,10 @@ def test_a_trial_that_fails_is_a_refusal(name, break_it, reason, untested, monke
 
 def test_a_plan_that_is_lost_is_a_refusal(untested, monkeypatch):
     monkeypatch.setattr(attention, "bridge", lambda model, names: None)
-    with pytest.raises(UnsupportedModelError, match="nemotron"):
-        Compressor(family_model("nemotron"))
+    with pytest.raises(
+        UnsupportedModelError, match="'stablelm' is not supported: a small model of its config fails"
+    ):
+        Compressor(family_model("stablelm"))
 
 
 def test_a_small_model_keeps_what_makes_the_family_different():
@@ -258,4 +260,3 @@ def test_a_small_model_keeps_what_makes_the_family_different():
 def test_what_is_no_model_of_transformers_is_refused():
     with pytest.raises(UnsupportedModelError, match="Linear is not a model of transformers"):
         families.get_family(torch.nn.Linear(2, 2))
-    assert isinstance(hf.MambaConfig().model_type, str)

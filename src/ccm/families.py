@@ -275,7 +275,7 @@ def _backends(model: PreTrainedModel, calls: Sequence[_Call]) -> tuple[str, ...]
     return tuple(found)
 
 
-def _try_out(model: PreTrainedModel, kind: str, family: Family) -> None:
+def _try(model: PreTrainedModel, kind: str, family: Family) -> None:
     """Let a tiny model of a family that nobody tested pass the contract, with one layer of each kind at least."""
     from .trial import measure
 
@@ -290,8 +290,9 @@ def _try_out(model: PreTrainedModel, kind: str, family: Family) -> None:
     outcome = measure(small)
     outcome.check()
     log.warning(
-        "model family %r is not one of those that are tested: a small model of its config was tried and is exact "
-        "(%d layers; parallel and recurrent logits differ by %.1g, a raw window and the plain model by %.1g)",
+        "model family %r is not one of those that are tested (docs/families.md); a small model of its config was "
+        "tried and is exact: with %d layers, parallel and recurrent logits differ by %.1g of their spread, a raw "
+        "window and the plain model by %.1g",
         kind,
         layers,
         max(outcome.parallel, outcome.window),
@@ -319,7 +320,7 @@ def get_family(model: PreTrainedModel) -> Family:
             try:
                 family = _found[key] = _measure(model)
                 if kind not in TESTED:
-                    _try_out(model, kind, family)
+                    _try(model, kind, family)
             except UnsupportedModelError as error:
                 _found[key] = str(error)
             except Exception as error:  # whatever an unknown class does to a config that it was not made for
@@ -337,7 +338,7 @@ def _key(model: PreTrainedModel) -> str:
 
 def _refusal(kind: str, why: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"model family {kind!r} is not supported: {why}; families that are tested: {', '.join(sorted(TESTED))}"
+        f"model family {kind!r} is not supported: {why} (docs/families.md says which are)"
     )
 
 
