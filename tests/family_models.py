@@ -12,6 +12,8 @@ import torch
 import transformers as hf
 from packaging.version import Version
 
+from ccm.models import _auto_class
+
 SLIDING = 6
 #: The first transformers in which the family attends as the others do; in older ones it is refused.
 SINCE = {"nemotron": "5.13"}
@@ -271,6 +273,7 @@ FAMILIES: dict[str, Traits] = {
     ),
     "jais2": Traits("Jais2Config", {}),
     "gemma3": Traits("Gemma3Config"),
+    "mistral3": Traits("Mistral3Config"),
 }
 
 #: Families that are refused, and what was measured.
@@ -350,8 +353,8 @@ REFUSED: dict[str, tuple[Traits, str]] = {
 }
 
 
-def _gemma3() -> hf.PretrainedConfig:
-    """The class of Gemma 3 from 4B up, which reads images too."""
+def _seeing(name: str) -> hf.PretrainedConfig:
+    """Classes that read images too: Gemma 3 from 4B up, Mistral Small 3.1."""
     vision = {
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -360,16 +363,19 @@ def _gemma3() -> hf.PretrainedConfig:
         "image_size": 28,
         "patch_size": 14,
     }
-    text = family_config("gemma3_text").to_dict()
-    return hf.Gemma3Config(
-        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=96
-    )
+    if name == "gemma3":
+        text = family_config("gemma3_text").to_dict()
+        return hf.Gemma3Config(
+            text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=96
+        )
+    text, vision = family_config("mistral").to_dict(), {**vision, "model_type": "pixtral"}
+    return hf.Mistral3Config(text_config=text, vision_config=vision, image_token_index=96)
 
 
 def family_config(name: str) -> hf.PretrainedConfig:
     """A family's tiny config."""
-    if name == "gemma3":
-        return _gemma3()
+    if name in ("gemma3", "mistral3"):
+        return _seeing(name)
     traits = FAMILIES[name] if name in FAMILIES else REFUSED[name][0]
     shape = {key: value for key, value in _SHAPE.items() if key not in traits.without}
     return getattr(hf, traits.config)(**{**shape, **traits.settings})
@@ -387,7 +393,7 @@ def family_model(name: str, backend: str | None = None, seed: int = 0) -> hf.Pre
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         options = {"attn_implementation": backend} if backend else {}
-        model = hf.AutoModelForCausalLM.from_config(config, **options).eval()
+        model = _auto_class(config).from_config(config, **options).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim == 1:

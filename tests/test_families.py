@@ -129,8 +129,9 @@ def test_the_head_scales_and_caps_as_the_model_does(name):
     assert torch.equal(bare, logits) == (name == "mixtral")
 
 
-def test_only_the_decoder_of_a_model_that_sees_gets_an_adapter():
-    compressor = compressor_for("gemma3")
+@pytest.mark.parametrize("name", ["gemma3", "mistral3"])
+def test_only_the_decoder_of_a_model_that_sees_gets_an_adapter(name):
+    compressor = compressor_for(name)
     adapted = [n for n, _ in compressor.model.named_parameters() if "lora_" in n]
     assert adapted and all(name.startswith("model.language_model.layers.") for name in adapted)
     assert compressor.family.body == "model.language_model"

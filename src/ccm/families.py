@@ -32,7 +32,7 @@ _NAMES = (
     "llama mistral ministral ministral3 qwen2 qwen3 qwen2_moe qwen3_moe olmo olmo2 olmo3 olmoe flex_olmo "
     "gemma gemma2 gemma3_text vaultgemma phi phi3 gpt_neox starcoder2 mixtral seed_oss apertus arcee "
     "cohere cohere2 granite granitemoe granitemoeshared glm glm4 glm4_moe helium ernie4_5 ernie4_5_moe "
-    "smollm3 exaone4 gpt_oss stablelm nemotron persimmon afmoe hyperclovax cwm minimax_m2 jais2 gemma3"
+    "smollm3 exaone4 gpt_oss stablelm nemotron persimmon afmoe hyperclovax cwm minimax_m2 jais2 gemma3 mistral3"
 )
 #: Families of the contract tests (``tests/test_families.py``); any other is tried when it is first met.
 TESTED = frozenset(_NAMES.split())

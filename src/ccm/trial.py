@@ -32,12 +32,14 @@ class Outcome(NamedTuple):
         window: the same with a sink and a recent window.
         plain: difference between tokens over a raw window and the plain model.
         effect: the least that a memory changes.
+        others: tokens of three that ``generate`` chooses otherwise than the logits over the same memory.
     """
 
     parallel: float
     window: float
     plain: float
     effect: float
+    others: int
 
     def check(self) -> None:
         """Raises UnsupportedModelError if one of them is not as it must be."""
@@ -51,6 +53,11 @@ class Outcome(NamedTuple):
                     f"a small model of its config gives other logits for {what}: {error:.2g} standard deviations, at "
                     f"most {TOLERANCE:g} are rounding"
                 )
+        if self.others:
+            raise UnsupportedModelError(
+                f"generate() in a small model of its config gives {self.others} of 3 tokens that the logits over the "
+                "same memory do not give"
+            )
         if not self.effect > MATTERS:
             raise UnsupportedModelError(
                 f"its memory does not matter: in a small model of its config it changes logits by {self.effect:.2g} "
@@ -81,7 +88,18 @@ def measure(model: PreTrainedModel) -> Outcome:
             effects.append(min(_apart(a, b) for a, b in zip(logits[1:], alone, strict=True)) / scale)
     raw = torch.cat(_recurrent(compressor, rows[0], 0, text.shape[1]))
     half = len(rows)
-    return Outcome(max(errors[:half]), max(errors[half:]), _apart(raw, plain) / scale, min(effects))
+    others = _otherwise(compressor, rows[0])
+    return Outcome(max(errors[:half]), max(errors[half:]), _apart(raw, plain) / scale, min(effects), others)
+
+
+def _otherwise(compressor: Compressor, row: list[list[int]]) -> int:
+    *folded, prompt = row
+    memory: Memory | None = None
+    for segment in folded:
+        memory = compressor.compress([segment], memory, sink=2)
+    ids = compressor.generate([prompt], memory, max_new_tokens=3, do_sample=False)[0]
+    best = compressor.logits(ids[None, :-1], memory)[0].argmax(-1)
+    return int((best[len(prompt) - 1 :] != ids[len(prompt) :]).sum())
 
 
 def _recurrent(compressor: Compressor, row: list[list[int]], sink: int, window: int) -> Logits:

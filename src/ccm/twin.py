@@ -93,16 +93,17 @@ def _shrink_beside(name: str, part: PretrainedConfig) -> None:
 def build(model: PreTrainedModel, layers: int, backend: str = "eager", seed: int = 0) -> PreTrainedModel:
     """A tiny model of the model's class and config, in fp32 and eval mode, with weights that make a difference."""
     config = shrunk(model.config, layers)
-    with torch.device("meta"):
-        size = sum(p.numel() for p in type(model)._from_config(config).parameters())
-    if size > LARGEST:
-        raise UnsupportedModelError(
-            f"no small model of its config can be made to try it on: it would have {size // 10**6} million parameters"
-        )
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        twin = type(model)._from_config(config, dtype=torch.float32, attn_implementation=backend)
-        with torch.no_grad():
+        with torch.device("meta"):
+            size = sum(p.numel() for p in type(model)._from_config(config).parameters())
+        if size > LARGEST:
+            raise UnsupportedModelError(
+                f"no small model of its config can be made to try it on: it would have {size // 10**6} million "
+                "parameters"
+            )
+        with torch.device("cpu"), torch.no_grad():
+            twin = type(model)._from_config(config, dtype=torch.float32, attn_implementation=backend)
             for parameter in twin.parameters():
                 if parameter.ndim > 1:
                     parameter.normal_(0, 1.7 * parameter.shape[-1] ** -0.5)
