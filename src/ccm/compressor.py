@@ -38,6 +38,7 @@ from .reader import Ids, Reader, model_fingerprint
 from .rules import get_rule
 from .segments import Layout, lay_out
 from .storage import adapter_folder, base_stage
+from .twin import text_config
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +123,7 @@ class Compressor(Reader):
         self.pooling = Pooling(*self._kv_shape()[:2]).to(model.device) if self.kind.pooled else None
         self._print: tuple[Any, str] | None = None
         ends = model.generation_config.eos_token_id
-        known = (model.config.bos_token_id, *(ends if isinstance(ends, list) else [ends]))
+        known = (text_config(model.config).bos_token_id, *(ends if isinstance(ends, list) else [ends]))
         self._special = {token for token in known if token is not None}
         self._warned = False
 
