@@ -116,7 +116,7 @@ def test_peft_itself_makes_the_same_slots(saved):
         comp = compressor.comp_embeddings.expand(len(IDS), -1, -1)
         base.base_model(inputs_embeds=comp, past_key_values=cache)
     n, position = comp.shape[1], torch.arange(IDS.shape[1], IDS.shape[1] + comp.shape[1])
-    cos, sin = compressor.rotary.stacked(position)
+    cos, sin, _ = compressor.rotary.stacked(position)
     memory = compressor.compress(IDS)
     for r, row in enumerate(memory.rows):
         keys = torch.stack([unrotate(layer.keys[r, :, -n:], cos[0], sin[0]) for layer in cache.layers])

@@ -194,7 +194,7 @@ def test_our_rotation_is_that_of_the_model():
         cache = model(ids, use_cache=True).past_key_values
     handle.remove()
     before = seen["qkv"][..., 32:48].view(1, -1, 2, 8).transpose(1, 2)
-    cos, sin = compressor.rotary.stacked(torch.arange(ids.shape[1]))
+    cos, sin, _ = compressor.rotary.stacked(torch.arange(ids.shape[1]))
     torch.testing.assert_close(rotate(before[0], cos[0], sin[0]), cache.layers[0].keys[0], rtol=0, atol=1e-5)
 
 

@@ -10,13 +10,12 @@ import psutil
 import pytest
 import torch
 import transformers as hf
-from tiny import scramble, tiny_model, tiny_tokenizer
+from tiny import BACKENDS, scramble, tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 
 from ccm import cli
 from ccm.compressor import Compressor, CompressorConfig
 from ccm.errors import ConfigError, StorageError, UnsupportedModelError
-from ccm.families import FAMILIES
 from ccm.planning import measure
 from ccm.planning.plan import Load, Plan, plan
 from ccm.serving.store import Usage, codec, open_store
@@ -43,7 +42,7 @@ CASES = [
 
 
 def base(family: str = "llama", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    backend = FAMILIES[family].backends[0]
+    backend = BACKENDS[family][0]
     settings = {"vocab_size": len(tiny_tokenizer()), "max_position_embeddings": 512}
     return tiny_model(family, backend, **settings).to(dtype)
 

@@ -124,7 +124,7 @@ def test_fingerprints_and_rotary_from_files(family, tmp_path):
     """As the loaded model has them, in fp32 and bf16; and another model's differ."""
     model = tiny_model(family)
     expected = model_fingerprint(model)
-    cos, sin = tiny_compressor(family).rotary.stacked(torch.arange(20))
+    cos, sin, _ = tiny_compressor(family).rotary.stacked(torch.arange(20))
     for dtype in (torch.float32, torch.bfloat16):
         tiny_model(family).to(dtype).save_pretrained(tmp_path / str(dtype))
         checkpoint = Checkpoint(str(tmp_path / str(dtype)), model.config)

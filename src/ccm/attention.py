@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -266,7 +266,7 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 def _heads(tables: Tables) -> Tables:
     """(B, T, R) -> (B, 1, T, R)."""
-    return tables[0].unsqueeze(1), tables[1].unsqueeze(1)
+    return tables._replace(cos=tables.cos.unsqueeze(1), sin=tables.sin.unsqueeze(1))
 
 
 def _grouped(
@@ -322,6 +322,37 @@ def _wrap(
         return in_blocks(run, module, query, key, value, blocks, **kwargs), None
 
     return attend
+
+
+class _Carrier(tuple[Tensor, ...]):
+    """Position embeddings, and a plan."""
+
+    plan: Plan
+
+
+def bridge(model: PreTrainedModel, attention: Sequence[str]) -> None:
+    """Bring the plan to attention modules whose layers hand on nothing but what they know.
+
+    It goes along with the position embeddings, which every layer hands on. So it travels with the pass, whatever
+    thread that is on, and is there again when gradient checkpointing runs a layer once more.
+    """
+    if model.__dict__.get("_ccm_bridge"):
+        return
+    model.__dict__["_ccm_bridge"] = True
+
+    def put(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        if (plan := kwargs.get(PLAN)) is None:
+            return None
+        carrier = _Carrier(kwargs["position_embeddings"])
+        carrier.plan = plan
+        return args, {**kwargs, "position_embeddings": carrier}
+
+    def take(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        return args, {**kwargs, PLAN: getattr(kwargs["position_embeddings"], "plan", None)}
+
+    for name in attention:
+        model.get_submodule(name.rsplit(".", 1)[0]).register_forward_pre_hook(put, with_kwargs=True)
+        model.get_submodule(name).register_forward_pre_hook(take, with_kwargs=True)
 
 
 def _own_eager(module: nn.Module) -> Callable[..., Any]:

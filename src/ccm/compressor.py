@@ -30,6 +30,7 @@ from . import attention, gate, soft_prompts
 from .config import SINK, CompressorConfig
 from .errors import ConfigError, MismatchError
 from .families import resolve_targets
+from .head import run_head
 from .kinds import KINDS
 from .memory import KV, Memory, Row
 from .pooling import Pooling
@@ -37,6 +38,7 @@ from .reader import Ids, Reader, model_fingerprint
 from .rules import get_rule
 from .segments import Layout, lay_out
 from .storage import adapter_folder, base_stage
+from .twin import text_config
 
 log = logging.getLogger(__name__)
 
@@ -107,11 +109,12 @@ class Compressor(Reader):
             r=self.config.rank,
             lora_alpha=self.config.alpha,
             target_modules=resolve_targets(self.family, self.config.target_modules),
+            exclude_modules=self.family.outside,
             task_type="CAUSAL_LM",
         )
         with torch.random.fork_rng():
             torch.manual_seed(self.config.seed)
-            self.lora_parameters = gate.attach(model, lora, self.adapter)
+            self.lora_parameters = gate.attach(model, lora, self.adapter, self.family.attention)
             # COMP embeddings start like words of the vocabulary: same mean, same spread
             table = model.get_input_embeddings().weight.detach().float()
             comp = 0 if self.kind.pooled else self.config.slots
@@ -120,7 +123,7 @@ class Compressor(Reader):
         self.pooling = Pooling(*self._kv_shape()[:2]).to(model.device) if self.kind.pooled else None
         self._print: tuple[Any, str] | None = None
         ends = model.generation_config.eos_token_id
-        known = (model.config.bos_token_id, *(ends if isinstance(ends, list) else [ends]))
+        known = (text_config(model.config).bos_token_id, *(ends if isinstance(ends, list) else [ends]))
         self._special = {token for token in known if token is not None}
         self._warned = False
 
@@ -184,7 +187,7 @@ class Compressor(Reader):
         if len(self.comp_embeddings):
             comp = self.comp_embeddings.to(embeds.dtype)[layout.comp.clamp(min=0)]
             embeds = torch.where((layout.comp >= 0).unsqueeze(-1), comp, embeds)
-        return self.model.base_model(
+        return self.body(
             inputs_embeds=embeds,
             attention_mask=plan.mask,
             position_ids=layout.rope_position,
@@ -193,10 +196,8 @@ class Compressor(Reader):
         ).last_hidden_state.to(self.model.device)
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits (..., V) from hidden states (..., d)."""
-        logits = self.model.get_output_embeddings()(hidden).to(hidden.device)
-        cap = getattr(self.model.config, "final_logit_softcapping", None)
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        """Logits (..., V) from last hidden states (..., d), as the model's own forward pass makes them."""
+        return run_head(self.model, hidden).to(hidden.device)
 
     @torch.no_grad()
     def compress(

@@ -11,7 +11,7 @@ zero gradients.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -76,20 +76,26 @@ class LayerGate(PerThread):
         return add
 
 
-def attach(model: PreTrainedModel, config: LoraConfig, adapter: str) -> list[nn.Parameter]:
+def attach(
+    model: PreTrainedModel, config: LoraConfig, adapter: str, attention: Sequence[str]
+) -> list[nn.Parameter]:
     """Inject a closed conditional adapter into the model; returns its parameters, in fp32.
+
+    Args:
+        model: that carries it.
+        config: of its LoRA.
+        adapter: its name.
+        attention: names of the model's attention modules.
 
     Several adapters live side by side, as do PEFT's own that were active before: those apply to all tokens.
 
     Raises:
-        ConfigError: no module of the model matches the target modules.
+        ConfigError: no module of the model matches the target modules, or one outside its layers does.
     """
     gates: dict[str, LayerGate] = {}
-    for name, module in model.named_modules():
-        if hasattr(module, "layer_idx") and hasattr(module, "scaling"):
-            gate = LayerGate(adapter)
-            module.register_forward_pre_hook(gate.read, with_kwargs=True)
-            gates[name.rsplit(".", 1)[0] + "."] = gate
+    for name in attention:
+        gates[name.rsplit(".", 1)[0] + "."] = gate = LayerGate(adapter)
+        model.get_submodule(name).register_forward_pre_hook(gate.read, with_kwargs=True)
     others = {p: p.requires_grad for n, p in model.named_parameters() if "lora_" in n}
     active = {n: list(m.active_adapters) for n, m in model.named_modules() if isinstance(m, LoraLayer)}
     try:
@@ -110,8 +116,10 @@ def attach(model: PreTrainedModel, config: LoraConfig, adapter: str) -> list[nn.
                 module.lora_A[adapter].to_empty(device=model.device)
                 module.lora_B[adapter].to_empty(device=model.device)
                 module.reset_lora_parameters(adapter, True)
-            gate = next(gate for prefix, gate in gates.items() if name.startswith(prefix))
-            module.register_forward_hook(gate.behind(module))
+            own = next((gate for prefix, gate in gates.items() if name.startswith(prefix)), None)
+            if own is None:
+                raise ConfigError(f"target_modules: {name} is in no layer with attention; leave it out")
+            module.register_forward_hook(own.behind(module))
             parameters += [module.lora_A[adapter].weight, module.lora_B[adapter].weight]
     for parameter in parameters:
         parameter.data = parameter.data.float()

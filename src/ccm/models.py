@@ -26,8 +26,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from safetensors import SafetensorError, safe_open
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -120,7 +123,7 @@ def load_model(
         else:
             config = _config(str(name))
             options = _options(config, str(name), where)
-            model = AutoModelForCausalLM.from_pretrained(name, config=config, **options, **_OPTIONS)
+            model = _auto_class(config).from_pretrained(name, config=config, **options, **_OPTIONS)
             tokenizer = AutoTokenizer.from_pretrained(name, **_OPTIONS)
     return _frozen(model), tokenizer
 
@@ -145,7 +148,7 @@ def random_model(config: PretrainedConfig, device: str | torch.device) -> PreTra
     """A model of this shape with random weights in the config's type; on "meta" it has none, and takes no memory."""
     with _quiet(), _load_errors(config.model_type), torch.device(device):
         dtype = config.dtype or torch.float32
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        model = _auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False)
     return model.eval().requires_grad_(False)
 
 
@@ -212,6 +215,13 @@ def _config(name: str) -> PretrainedConfig:
             "language model, such as a Llama, Qwen or GPT-2"
         )
     return config
+
+
+def _auto_class(config: PretrainedConfig) -> Any:
+    """Models that read images are causal language models too; some are known under that head alone."""
+    seeing = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    only = seeing and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForImageTextToText if only else AutoModelForCausalLM
 
 
 def _folder() -> Path:

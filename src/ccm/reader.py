@@ -26,6 +26,7 @@ from .families import choose_backend, get_family
 from .memory import KV, Memory, Row
 from .rotary import Rotary, unrotate
 from .threads import PerThread
+from .twin import head_size, kv_heads, text_config
 
 Ids: TypeAlias = Tensor | Sequence[Sequence[int]]
 
@@ -73,11 +74,13 @@ class Reader(nn.Module):
         super().__init__()
         self.family = get_family(model)
         self.model = model
-        self.rotary = Rotary(model)
-        self.devices = layer_devices(model)
+        self.rotary = Rotary(model, self.family)
+        self.devices = layer_devices(model, self.family.attention)
         self._ahead = _Ahead()
         attention.register()
         attention.carry(model)
+        if not self.family.hands_on:
+            attention.bridge(model, self.family.attention)
         model.set_attn_implementation("ccm_" + choose_backend(model, self.family))
 
     @torch.no_grad()
@@ -158,6 +161,16 @@ class Reader(nn.Module):
         """Bytes of keys and values that one token of full context takes in this model."""
         return 2 * math.prod(self._kv_shape()) * self.model.dtype.itemsize
 
+    @property
+    def body(self) -> nn.Module:
+        """The decoder: from embeddings to last hidden states."""
+        return self.model.get_submodule(self.family.body)
+
+    @property
+    def context(self) -> int:
+        """Most positions of the model."""
+        return self.family.context
+
     def _kv_shape(self) -> tuple[int, int, int]:
         """Layers, KV heads and their size."""
         return kv_shape(self.model.config)
@@ -232,9 +245,9 @@ class Reader(nn.Module):
         if comp is not None:
             embeds = torch.cat([embeds, comp.to(embeds.dtype).expand(len(ids), -1, -1)], dim=1)
         if not torch.is_grad_enabled():  # what the last layer puts out is of no use here
-            call[attention.PLAN].stop_at = self.model.config.num_hidden_layers - 1
+            call[attention.PLAN].stop_at = len(self.family.attention) - 1
         with suppress(attention.StatesDone):
-            self.model.base_model(inputs_embeds=embeds, past_key_values=cache, **call)
+            self.body(inputs_embeds=embeds, past_key_values=cache, **call)
         return cache, call["position_ids"]
 
     def _over(
@@ -309,11 +322,6 @@ class Reader(nn.Module):
                 "use the tokenizer of this model"
             )
 
-    @property
-    def context(self) -> int:
-        """Positions that the model has."""
-        return int(self.model.config.max_position_embeddings)
-
     def _check_length(
         self, length: int, advice: str = "split the text into shorter segments and fold them one by one"
     ) -> None:
@@ -339,9 +347,8 @@ class Reader(nn.Module):
 
 def kv_shape(config: Any) -> tuple[int, int, int]:
     """Layers, KV heads and their size, from a model's config."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return config.num_hidden_layers, heads, size
+    config = text_config(config)
+    return config.num_hidden_layers, kv_heads(config), head_size(config)
 
 
 def is_spread(model: PreTrainedModel) -> bool:
@@ -349,7 +356,7 @@ def is_spread(model: PreTrainedModel) -> bool:
     return len(set(getattr(model, "hf_device_map", {}).values())) > 1
 
 
-def layer_devices(model: PreTrainedModel) -> list[torch.device]:
+def layer_devices(model: PreTrainedModel, attention: Sequence[str]) -> list[torch.device]:
     """Where the keys and values of each layer are; empty if that is the same place for all.
 
     Raises:
@@ -361,7 +368,7 @@ def layer_devices(model: PreTrainedModel) -> list[torch.device]:
         raise ConfigError(
             "the device map keeps the embeddings on no device: give them one, such as 0 or 'cpu'"
         )
-    held = [next(layer.parameters()).device for layer in model.base_model.layers]
+    held = [next(model.get_submodule(name.rsplit(".", 1)[0]).parameters()).device for name in attention]
     return [model.device if device.type == "meta" else device for device in held]  # those run on the first
 
 
@@ -372,7 +379,7 @@ def base_name(model: PreTrainedModel) -> str:
 
 def shape_fingerprint(model: PreTrainedModel) -> str:
     """A short hash of the model's shape."""
-    config = model.config
+    config = text_config(model.config)
     names = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads")
     shape = [getattr(config, name, None) for name in (*names, "vocab_size")]
     return hashlib.sha256(json.dumps(shape).encode()).hexdigest()[:8]

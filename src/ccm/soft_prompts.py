@@ -32,7 +32,7 @@ def blocks(compressor: Compressor, memory: Memory, ids: Tensor, mask: Tensor, n:
     cache, call = compressor._over(memory, ids, mask, n, gate=slice(0, None))
     words = compressor.model.get_input_embeddings()(ids)
     summary = compressor.comp_embeddings[:n].to(words.dtype).expand(len(ids), -1, -1)
-    states = compressor.model.base_model(
+    states = compressor.body(
         inputs_embeds=torch.cat([words, summary], dim=1), past_key_values=cache, **call
     ).last_hidden_state
     out = states[:, -n:].to(ids.device)
@@ -52,7 +52,7 @@ def hidden(compressor: Compressor, layout: Layout) -> Tensor:
     out = torch.zeros(
         batch,
         width,
-        compressor.model.config.hidden_size,
+        compressor.comp_embeddings.shape[1],
         dtype=compressor.model.dtype,
         device=layout.sink.device,
     )
@@ -61,7 +61,7 @@ def hidden(compressor: Compressor, layout: Layout) -> Tensor:
         ids, mask = _left_padded([layout.input_ids[r, slice(*spans[r][step])] for r in alive])
         memory = Memory(tuple(rows[r] for r in alive), empty.fingerprint)
         cache, call = compressor._over(memory, ids, mask)
-        states = compressor.model.base_model(input_ids=ids, past_key_values=cache, **call).last_hidden_state
+        states = compressor.body(input_ids=ids, past_key_values=cache, **call).last_hidden_state
         states = states.to(out.device)
         for place, r in enumerate(alive):
             out[r, slice(*spans[r][step])] = states[place, mask[place]]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import StoppingCriteria
 
 from ..errors import ConfigError
+from ..families import get_family
 from ..memory import KV, Memory
 from ..methods import Run
 from ..template import answer_ends
@@ -177,7 +178,9 @@ class _CacheWatch:
         self.cache: Any = None
 
     def __enter__(self) -> _CacheWatch:
-        self.handle = self.model.base_model.register_forward_pre_hook(self._before, with_kwargs=True)
+        self.handle = self.model.get_submodule(get_family(self.model).body).register_forward_pre_hook(
+            self._before, with_kwargs=True
+        )
         return self
 
     def __exit__(self, *error: object) -> None:

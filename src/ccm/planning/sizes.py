@@ -12,9 +12,9 @@ from ..errors import ConfigError
 from ..families import get_family
 from ..models import random_model
 from ..reader import kv_shape
-from ..rotary import Rotary
 from ..rules import get_rule
 from ..session import Budget
+from ..twin import text_config
 
 #: Bits of a quantized weight: 4-bit ones share a float32 among 64, 8-bit ones one among a row.
 BITS = {"4bit": 4.5, "8bit": 8}
@@ -49,14 +49,14 @@ class Shape:
         """
         model = random_model(config, "meta")
         get_family(model)
-        Rotary(model)
         count = sum(parameter.numel() for parameter in model.parameters())
         nbytes = count * model.dtype.itemsize
         if load_in:
             head = model.get_output_embeddings()
             layers = (m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head)
             nbytes -= sum(m.weight.numel() * (8 * model.dtype.itemsize - BITS[load_in]) for m in layers) // 8
-        return cls(*kv_shape(config), model.dtype, count, int(nbytes), config.max_position_embeddings)
+        context = text_config(config).max_position_embeddings
+        return cls(*kv_shape(config), model.dtype, count, int(nbytes), context)
 
     def kv_bytes(self, tokens: int, dtype: torch.dtype | None = None) -> int:
         """Bytes of the keys and values of so many tokens or slots, in the model's type by default."""

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import ConfigError, MissingPackageError
+from ..families import get_family
 from ..reader import is_spread
 from .config import TrainConfig, flat
 
@@ -107,7 +108,7 @@ class Processes:
         from torch.distributed.fsdp import fully_shard
 
         mesh = init_device_mesh(self.device.type, (self.world,))
-        body = model.base_model
+        body = model.get_submodule(get_family(model).body)
         whole = {
             *trained,
             *model.get_input_embeddings().parameters(),
@@ -145,7 +146,7 @@ class Processes:
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The layers of a model of a supported family."""
-    return list(model.base_model.layers)
+    return [model.get_submodule(name.rsplit(".", 1)[0]) for name in get_family(model).attention]
 
 
 def save_memory(model: PreTrainedModel) -> None:

@@ -72,7 +72,7 @@ def _recurrent_states(
     states: list[list[Tensor]] = [[] for _ in rows]
     memories = [compressor.empty() for _ in rows]
     passes: list[Tensor] = []
-    base = compressor.model.base_model
+    base = compressor.body
     hook = base.register_forward_hook(lambda module, args, out: passes.append(out.last_hidden_state))
     steps = max(map(len, rows))
     try:

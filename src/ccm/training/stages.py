@@ -24,6 +24,7 @@ from ..families import get_family, resolve_targets
 from ..reader import base_name, is_spread
 from ..storage import base_stage
 from ..storage.adapter_folder import CHANGEABLE, read_config
+from ..twin import text_config
 from .config import TrainConfig
 from .held_out import HeldOut, mean_nll, under_rule
 from .objectives import OBJECTIVES, cross_entropy
@@ -134,7 +135,7 @@ class MemoryStage(Stage):
 
     def _varied(self, rows: Sequence[Row], draw: random.Random) -> list[Row]:
         """The rows with other boundaries, an echo at the end, or only their last segment scored."""
-        config, longest = self.config, self.compressor.model.config.max_position_embeddings
+        config, longest = self.config, self.compressor.context
         varied = [resegmented(row, draw) if draw.random() < config.resegment else row for row in rows]
         if config.reconstruction and draw.random() < config.reconstruction_share:
             varied = [with_echo(row, draw, longest) for row in varied]
@@ -166,10 +167,12 @@ class BaseStage(Stage):
         wanted = config.compressor
         if getattr(model, "peft_config", None):
             raise ConfigError("stage base: the model has an adapter already; load it again without one")
+        family = get_family(model)
         lora = LoraConfig(
             r=wanted.rank,
             lora_alpha=wanted.alpha,
-            target_modules=resolve_targets(get_family(model), wanted.target_modules),
+            target_modules=resolve_targets(family, wanted.target_modules),
+            exclude_modules=family.outside,
             task_type="CAUSAL_LM",
         )
         with torch.random.fork_rng():
@@ -196,7 +199,7 @@ class BaseStage(Stage):
 
     def _run(self, rows: Sequence[Row]) -> tuple[Tensor, list[list[tuple[int, int]]]]:
         lengths = [row.tokens for row in rows]
-        most = self.model.config.max_position_embeddings
+        most = text_config(self.model.config).max_position_embeddings
         if max(lengths) > most:
             raise ConfigError(f"a row of {max(lengths)} tokens is longer than the model's context of {most}")
         ids = torch.zeros(len(rows), max(lengths), dtype=torch.long)

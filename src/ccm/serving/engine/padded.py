@@ -55,7 +55,7 @@ class PaddedEngine(FoldingEngine[_Row]):
         metrics: Metrics | None = None,
     ):
         self._batch: Batch | None = None  # its rows are those of ``_writing``, in that order
-        context = compressor.model.config.max_position_embeddings
+        context = compressor.context
         super().__init__(compressor, tokenizer, rows=rows, waiting=waiting, context=context, metrics=metrics)
 
     def _accept(self, **common: Any) -> _Row:

@@ -18,6 +18,7 @@ from ...families import get_family
 from ...models import random_model
 from ...reader import fingerprint_of, sampled_rows
 from ...rotary import Rotary
+from ...twin import text_config
 
 
 class Checkpoint:
@@ -34,12 +35,12 @@ class Checkpoint:
     def __init__(self, name: str, config: PretrainedConfig):
         self.name = name
         self.model: PreTrainedModel = random_model(config, "meta")
-        get_family(self.model)
+        self.family = get_family(self.model)
 
     def rotary(self, dtype: torch.dtype) -> Rotary:
         """Its rotary embedding on the CPU, as a model in ``dtype`` has it."""
-        rotary = Rotary(self.model)
-        rotary.module = type(rotary.module)(config=self.model.config)
+        rotary = Rotary(self.model, self.family)
+        rotary.module = type(rotary.module)(config=text_config(self.model.config))
         rotary.dtype = dtype
         return rotary
 

@@ -78,7 +78,7 @@ class VllmEngine(FoldingEngine[_Answer]):
         self.server, self.store = server, store
         self._check(compressor)
         self._pool = ThreadPoolExecutor(max(1, rows), thread_name_prefix="ccm-vllm")
-        context = min(compressor.model.config.max_position_embeddings, server.context)
+        context = min(compressor.context, server.context)
         super().__init__(compressor, tokenizer, rows=rows, waiting=waiting, context=context, metrics=metrics)
 
     def close(self) -> None:
