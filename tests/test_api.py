@@ -117,6 +117,65 @@ def test_a_history_that_is_sent_again(client):
         ask(client, "", "resent", [*user("something else"), first, *user("who?")])
 
 
+def test_the_answer_says_what_became_of_a_history(client, http):
+    said = user("my dog is Rex")
+    answers = []
+    for text in ("who?", "where?", ""):
+        answers.append(ask(client, "", "almost", said))
+        said = [*said, {"role": "assistant", "content": answers[-1].choices[0].message.content}, *user(text)]
+    said = said[:-1]
+    taken = [answer.memory["history"] for answer in answers]
+    assert taken == [{"matched": 2 * n, "appended": 1, "rewound": 0, "rebuilt": 0} for n in range(3)]
+    trimmed = ask(
+        client, "", "almost", [{"role": "system", "content": "It is 10:00."}, *said[-2:], *user("why?")]
+    )
+    assert trimmed.memory["history"] == {
+        "matched": 2,
+        "appended": 2,
+        "rewound": 0,
+        "rebuilt": 0,
+        "system": "taken in",
+    }
+    assert trimmed.memory["turns"] == 9
+    edited = [{"role": "system", "content": "It is 10:01."}, *said[:2], *user("is he big?")]
+    chunks = list(ask(client, "", "almost", edited, stream=True))
+    last = next(chunk for chunk in chunks if chunk.choices and chunk.choices[0].finish_reason)
+    assert last.memory["history"] == {
+        "matched": 2,
+        "appended": 2,
+        "rewound": 7,
+        "rebuilt": 0,
+        "system": "taken in",
+    }
+    assert last.memory["turns"] == 5
+    items = [turn["content"] for turn in http.get("/v1/memories/almost").json()["turns"]]
+    assert items[:4] == [said[0]["content"], said[1]["content"], "It is 10:01.", "is he big?"]
+
+
+def test_a_request_may_say_what_to_do_with_its_history(client):
+    ask(client, "my dog is Rex", "policy")
+    ask(client, "my cat is Miso", "policy")
+    other = [*user("x"), {"role": "assistant", "content": "y"}, *user("z")]
+
+    def send(messages, **headers):
+        return client.chat.completions.create(
+            model=MODEL, messages=messages, max_tokens=5, extra_headers={"X-Session-Id": "policy", **headers}
+        )
+
+    for headers in ({}, {"X-CCM-Resend": "match"}, {"X-CCM-Resend": "refuse"}):
+        with pytest.raises(openai.ConflictError, match="these 3 messages tell another history than the 4"):
+            send(other, **headers)
+    with pytest.raises(openai.BadRequestError) as caught:
+        send(other, **{"X-CCM-Resend": "perhaps"})
+    assert caught.value.param == "x-ccm-resend"
+    aside = send([*user("a title, please")], **{"X-CCM-Ephemeral": "true"})
+    assert aside.memory["history"]["ephemeral"] and aside.memory["version"] == 2
+    assert aside.memory["turns"] == 4
+    rebuilt = send(other, **{"X-CCM-Resend": "rebuild"})
+    assert rebuilt.memory["history"] == {"matched": 0, "appended": 0, "rewound": 4, "rebuilt": 3}
+    assert (rebuilt.memory["version"], rebuilt.memory["turns"]) == (3, 4)
+
+
 def test_settings_of_an_answer(client):
     long = ask(client, "go on", max_completion_tokens=30).choices[0]
     text = long.message.content
@@ -251,6 +310,20 @@ def test_instructions_are_taken_in_once(client):
     second = respond(client, "hi", instructions="be kind", previous_response_id=first.id)
     third = respond(client, "hi", instructions="be brief", previous_response_id=second.id)
     assert [r.memory["turns"] for r in (first, second, third)] == [3, 5, 8]
+    words = [r.memory["history"]["system"] for r in (first, second, third)]
+    assert words == ["taken in", "known", "taken in"]
+    clocks = [respond(client, "hi", instructions="be kind")]
+    for minute in (1, 2):
+        now = f"be kind\nit is 10:0{minute}"
+        clocks.append(respond(client, "hi", instructions=now, previous_response_id=clocks[-1].id))
+    assert [r.memory["turns"] for r in clocks] == [3, 6, 8]
+    assert clocks[-1].memory["history"] == {
+        "matched": 1,
+        "appended": 1,
+        "rewound": 0,
+        "rebuilt": 0,
+        "system": "kept",
+    }
 
 
 def test_not_stored(client, http):

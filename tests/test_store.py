@@ -167,6 +167,55 @@ def test_versions_are_immutable_and_follow_each_other(opener, clock):
     assert store.usage("alice") == Usage(1, info.nbytes)
 
 
+def test_some_versions_far_back_stay(opener):
+    """Newest four, and of those before at most four at distances that double: never one that had gone."""
+    store = opener(keep=4, marks=3)
+    session = store.create("alice")
+    seen: list[int] = []
+    for n in range(1, 101):
+        store.commit("alice", session, n - 1, snap(n), transcript=[n] * (n % 3))
+        kept = store.versions("alice", session)
+        assert list(kept) == sorted(kept) and set(kept) <= {*seen, n} and len(kept) <= 8
+        seen = list(kept)
+        assert set(seen) >= set(range(max(1, n - 3), n + 1))
+        assert all(kept[v] == sum(i % 3 for i in range(1, v + 1)) for v in kept)
+        if n > 36:
+            assert min(kept) <= n - 36  # so far back can a conversation go
+            assert all(any(n - 4 - 2 * d < v <= n - 4 - d for v in kept) for d in (8, 16))
+        for v in (1, 8, 16, n - 4):
+            if v in kept:
+                assert store.get("alice", session, v).payload == snap(v).payload
+            elif v > 0:
+                with pytest.raises(NotFoundError):
+                    store.get("alice", session, v)
+    assert seen == [64, 80, 88, 96, 97, 98, 99, 100]
+    assert store.info("alice", session).nbytes == sum(
+        len(store.get("alice", session, v).payload)
+        + len(json.dumps(dict(store.get("alice", session, v).metadata)))
+        for v in kept
+    ) + sum(len(str(i)) * (i % 3) for i in range(1, 101))
+    assert store.versions("alice", store.create("alice", "new")) == {}
+
+
+def test_versions_that_are_dropped_make_room(opener):
+    store = opener(keep=3, marks=1)
+    session = store.create("alice")
+    for n in range(1, 4):
+        store.commit("alice", session, n - 1, snap(n))
+    for n in range(4, 40):  # again and again in place of the last one
+        store.commit("alice", session, n - 1, snap(n), drop=[n - 1, 77])
+        assert list(store.versions("alice", session)) == [1, 2, n]
+    assert store.info("alice", session).nbytes == sum(
+        40 + len(json.dumps(dict(store.get("alice", session, n).metadata))) for n in (1, 2, 39)
+    )
+    store.commit("alice", session, 39, snap(40))
+    store.commit("alice", session, 40, snap(41))
+    assert list(store.versions("alice", session)) == [39, 40, 41]
+    with pytest.raises(ConflictError):
+        store.commit("alice", session, 40, snap(41), drop=[40])
+    assert list(store.versions("alice", session)) == [39, 40, 41]
+
+
 def test_what_is_committed_is_there_after_opening_again(opener):
     with opener() as store:
         session = store.create("alice", "kept")
@@ -221,6 +270,7 @@ OPERATIONS: dict[str, Callable[[Store, str, str], Any]] = {
     "fork": lambda s, t, i: s.fork(t, i),
     "delete": lambda s, t, i: s.delete(t, i),
     "transcript": lambda s, t, i: s.transcript(t, i),
+    "versions": lambda s, t, i: s.versions(t, i),
 }
 
 
@@ -317,7 +367,7 @@ def test_expired_sessions_are_not_there(opener, clock):
     store.commit("alice", "used", 0, snap(2))
     assert store.info("alice", "used").expires == clock.now + 10
     clock.now += 6
-    for operation in ("latest", "info", "commit", "fork", "delete", "transcript"):
+    for operation in ("latest", "info", "commit", "fork", "delete", "transcript", "versions"):
         with pytest.raises(NotFoundError):
             OPERATIONS[operation](store, "alice", "old")
     assert [info.session for info in store.sessions("alice")] == ["used"]
@@ -562,6 +612,7 @@ class Machine(RuleBasedStateMachine):
             assert self.store.usage(tenant) == Usage(len(alive), sum(map(self.size, alive.values())))
             for name, session in alive.items():
                 newest = max(session["versions"], default=0)
+                assert list(self.store.versions(tenant, name)) == sorted(session["versions"])
                 for version, (payload, metadata) in session["versions"].items():
                     found = self.store.get(tenant, name, version)
                     assert (found.payload, found.metadata) == (payload, metadata)
@@ -691,8 +742,9 @@ def kill_during_commits(url: str, times: int, seed: int) -> int:
             acknowledged = int(line)
         time.sleep(rng.random() * 0.02)
         writer.kill()
-        for line in writer.communicate()[0].splitlines():
+        for line in writer.stdout.readlines():  # with what was read ahead, which communicate() leaves out
             acknowledged = int(line)
+        writer.communicate()
         with open_store(url) as store:
             acknowledged = check_survivor(store, acknowledged)
     return acknowledged
@@ -722,8 +774,9 @@ def test_kill_the_server_during_commits(kind, tmp_path, request):
             for _ in range(8):
                 acknowledged = int(writer.stdout.readline())
             server.crash()
-            for line in writer.communicate()[0].splitlines():
+            for line in writer.stdout.readlines():
                 acknowledged = int(line)
+            writer.communicate()
             assert writer.returncode == 1  # a StorageError
             with pytest.raises(StorageError):
                 store.check_health()

@@ -256,13 +256,13 @@ def _seconds(load: Load, speed: measure.Speed) -> Iterator[Figure]:
 
 
 def _store(load: Load, shape: Shape, held: Held) -> Iterator[Figure]:
-    keep, snapshot = Limits().keep, held.nbytes(shape)
+    keep, snapshot = 2 * Limits().keep, held.nbytes(shape)
     message = history.Message("assistant", "x" * CHARACTERS * load.tokens)
     entry = len(json.dumps(history.note(message, load.tokens, texts=True)))
     rate = load.users / load.seconds
     versions = min(keep, max(load.answers, 1))
     size = load.users * (versions * snapshot + load.turns * entry)
-    yield Figure("versions", "versions kept", keep, "", "assumed", "ccm serve --keep")
+    yield Figure("versions", "versions kept", keep, "", "assumed", "ccm serve: newest, and far back")
     yield Figure(
         "snapshot_bytes", "a version", snapshot, "bytes", "calculated", "in fp32 as ccm serve stores it"
     )

@@ -32,11 +32,11 @@ class Options:
         adapter: shipped name, folder or hub id.
         threads: of the CPU; None is torch's choice.
         slots, sink, window: the budget of a conversation; None is the adapter's own.
-        resend: what to do with another history than the known one: refuse, or rebuild.
+        resend: what to do with a history that differs from the known one: match, refuse, or rebuild.
         texts: keep what was said.
         precision: of stored memories.
         ttl: days after which a conversation is forgotten.
-        keep: versions of each.
+        keep: newest versions of each; nearly as many older ones stay, ever further apart.
         sessions: conversations per tenant.
         quota: megabytes stored per tenant.
         input_tokens: that one request may bring.
@@ -58,7 +58,7 @@ class Options:
     slots: int | None = None
     sink: int | None = 4
     window: int | None = 64
-    resend: str = "refuse"
+    resend: str = "match"
     texts: bool = True
     precision: str = "float32"
     ttl: float | None = None
@@ -95,6 +95,7 @@ def build_service(options: Options) -> Service:
     options.loading.check()
     limits = Limits(
         keep=options.keep,
+        marks=options.keep - 1,
         ttl=None if options.ttl is None else options.ttl * DAY,
         sessions=options.sessions,
         nbytes=None if options.quota is None else int(options.quota * 1e6),

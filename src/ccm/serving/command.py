@@ -54,15 +54,18 @@ def serve(
     sink: Annotated[int, typer.Option(min=0, help="First raw tokens that stay.")] = 4,
     window: Annotated[int, typer.Option(min=0, help="Newest raw tokens that stay.")] = 64,
     resend: Annotated[
-        str, typer.Option(help="A history that differs from the known one: refuse, or rebuild the memory.")
-    ] = "refuse",
+        str,
+        typer.Option(
+            help="A history that differs: match what is known of it, refuse it, or rebuild the memory."
+        ),
+    ] = "match",
     texts: Annotated[bool, typer.Option(help="Keep what was said beside the memories.")] = True,
     precision: Annotated[str, typer.Option(help="Of stored memories: float32, bfloat16, int8.")] = "float32",
     ttl: Annotated[
         float | None,
         typer.Option(min=0, metavar="DAYS", help="Forget conversations so long after their end."),
     ] = None,
-    keep: Annotated[int, typer.Option(min=1, help="Versions kept of each conversation.")] = 4,
+    keep: Annotated[int, typer.Option(min=1, help="Newest versions kept of each conversation.")] = 4,
     sessions: Annotated[
         int | None, typer.Option(min=1, help="Conversations per tenant.", show_default="any number")
     ] = None,

@@ -1,17 +1,47 @@
-"""What was said, as a store keeps it, and whether a client that sends a history again means the same one."""
+"""What was said, as a store keeps it, and what a client that sends a history again means by it."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..messages import Message, ToolCall
 
-_OPENINGS = (["user"], ["system", "user"])
 #: Entry that says: forget what was noted before, the memory was made anew from here on.
 RESET: dict[str, Any] = {"reset": True}
+#: Entry that says: of what counts so far only the first so many entries do, the rest was taken back.
+REWIND = "rewind"
+#: Field of an entry that was taken in without an answer: clients that send a history may not know of it.
+TOLD = "told"
+#: Places at which one and the same message is looked for, the newest ones.
+_PLACES = 32
+#: Roles of system text, which is looked at apart.
+SYSTEM = ("system", "developer")
+_THOUGHTS = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)
+_NAMES = (
+    "monday tuesday wednesday thursday friday saturday sunday mon tue tues wed thu thur thurs fri sat sun "
+    "january february march april may june july august september october november december "
+    "jan feb mar apr jun jul aug sep sept oct nov dec am pm"
+)
+_ORDINAL = r"\d{1,4}(?:st|nd|rd|th)?"
+#: What a clock writes: 14:05:59, 2026-11-27, 27.11.2026, 27 November 2026, seconds since the epoch, PM.
+_CLOCK = re.compile(
+    r"(?<!\d)\d{1,2}(?::\d\d){1,2}(?:\.\d{1,9})?|(?<!\d)\d{1,4}([-/.])\d{1,2}\1\d{1,4}(?!\d)|\b\d{10,13}\b|"
+    rf"(?:\b{_ORDINAL}[ ,]{{1,2}})?\b(?:{_NAMES.replace(' ', '|')})\b\.?(?:[ ,]{{1,2}}{_ORDINAL}\b){{0,2}}",
+    re.IGNORECASE,
+)
+#: How requests begin, and what is in them, that clients make for themselves under the id of a conversation.
+_TASKS = (
+    (
+        "### Task:",
+        "### Chat History:\n<chat_history>",
+    ),  # Open WebUI: titles, tags, follow-ups, search queries
+    ("Provide a concise, 5-word-or-less title for the conversation", ""),  # LibreChat
+)
 
 
 @dataclass(frozen=True)
@@ -35,11 +65,35 @@ class Entry:
     tool_call_id: str | None = None
 
 
-def note(message: Message, tokens: int, texts: bool) -> dict[str, Any]:
-    """A message as an entry of a transcript; without texts its digest alone."""
-    entry = {"role": message.role, "sha256": _digest(message), "tokens": tokens}
+@dataclass(frozen=True)
+class Plan:
+    """What a request means for a memory.
+
+    Attributes:
+        keep: entries of :func:`current` that stay, from the first one.
+        append: messages of the request that are taken in behind them.
+        matched: messages of the request that the memory holds.
+        system: of the request's system text: "known", "kept" (it differs in dates and times alone, and the one that
+            is known stays), "taken in", or None if there is none.
+    """
+
+    keep: int
+    append: tuple[Message, ...]
+    matched: int
+    system: str | None = None
+
+
+# ---------------------------------------------------------------------- entries
+
+
+def note(message: Message, tokens: int, texts: bool, told: bool = False) -> dict[str, Any]:
+    """A message as an entry of a transcript; without texts its digests alone."""
+    entry: dict[str, Any] = {"role": message.role, "sha256": _digest(message), "tokens": tokens}
+    if told:
+        entry[TOLD] = True
     if not texts:
-        return entry
+        lines = {"lines": [_short(line) for line in _lines(message.content)]}
+        return {**entry, **lines} if message.role in SYSTEM else entry
     entry["content"] = message.content
     if message.tool_calls:
         entry["tool_calls"] = [[call.name, call.arguments, call.id] for call in message.tool_calls]
@@ -47,10 +101,57 @@ def note(message: Message, tokens: int, texts: bool) -> dict[str, Any]:
     return {**entry, **{name: value for name, value in more.items() if value}}
 
 
+def said(entry: dict[str, Any]) -> Message | None:
+    """The message of an entry; None if its text was not kept."""
+    if "content" not in entry:
+        return None
+    return Message(
+        entry["role"],
+        entry["content"],
+        tool_calls=_calls(entry),
+        tool_call_id=entry.get("tool_call_id"),
+        name=entry.get("name"),
+    )
+
+
+def _calls(entry: dict[str, Any]) -> tuple[ToolCall, ...]:
+    return tuple(ToolCall(*call) for call in entry.get("tool_calls", ()))
+
+
+def texts(entries: Sequence[dict[str, Any]], sent: Sequence[Message] = ()) -> list[Message] | None:
+    """The messages of entries, but for empty answers; None if one was not kept and is not among those sent either."""
+    given = {_digest(message): message for message in sent}
+    found = [said(entry) or given.get(entry["sha256"]) for entry in entries if entry["sha256"] != _NOTHING]
+    return None if None in found else [message for message in found if message is not None]
+
+
+def rewind(keep: int) -> dict[str, Any]:
+    """The entry that takes back all but the first ``keep`` of the entries that count."""
+    return {REWIND: keep}
+
+
+def standing(entries: Sequence[dict[str, Any]], counts: Iterable[int] = ()) -> list[list[int]]:
+    """Places of the entries that count, in all of the entries and in the first so many for each of ``counts``."""
+    wanted = sorted(set(counts))
+    seen: dict[int, list[int]] = {}
+    places: list[int] = []
+    for i in range(len(entries) + 1):
+        if wanted and wanted[0] == i:
+            seen[wanted.pop(0)] = list(places)
+        if i == len(entries):
+            break
+        if entries[i] == RESET:
+            places = []
+        elif REWIND in entries[i]:
+            places = places[: entries[i][REWIND]]
+        else:
+            places.append(i)
+    return [places, *(seen[count] for count in counts)]
+
+
 def current(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The entries that the memory was made of: those behind the last reset."""
-    start = max((i + 1 for i, entry in enumerate(entries) if entry == RESET), default=0)
-    return list(entries[start:])
+    """The entries that the memory was made of: neither forgotten by a reset, nor taken back."""
+    return [entries[i] for i in standing(entries)[0]]
 
 
 def timeline(entries: Sequence[dict[str, Any]], folded: int) -> list[Entry]:
@@ -58,46 +159,276 @@ def timeline(entries: Sequence[dict[str, Any]], folded: int) -> list[Entry]:
     turns, seen = [], 0
     for entry in current(entries):
         seen += entry["tokens"]
-        calls = tuple(ToolCall(*call) for call in entry.get("tool_calls", ()))
         said = entry["role"], entry.get("content"), entry["tokens"], seen <= folded
-        turns.append(Entry(*said, calls, entry.get("tool_call_id")))
+        turns.append(Entry(*said, _calls(entry), entry.get("tool_call_id")))
     return turns
 
 
-def unknown(
-    entries: Sequence[dict[str, Any]], messages: Sequence[Message], imported: bool = False
-) -> list[Message] | None:
-    """Those of the messages that are new, or None if they tell another history.
+# ---------------------------------------------------------------------- system text
 
-    With an imported memory that nothing was said to since, who can tell what of a history is in it: a system message
-    and one of the user are new, more are not taken.
 
-    A client may send all that was said and what is new, or only what is new::
+def news(entries: Sequence[dict[str, Any]], message: Message) -> tuple[Message | None, str]:
+    """What of a system message is to be taken in, if these entries are known, and what :class:`Plan` says of it.
 
-        known            sent                     new
-        s u1 a1          s u1 a1 u2               u2
-        s u1 a1          u2  or  s u2             u2       one message, not an answer
-        s u1 a1          s u1 b1 u2               None
-        s u1 a1          s u1                     u1       said again
+    Of a text that has changed only the lines that are new are taken in, so that a long one is not read at every
+    turn; and a line that differs in dates and times alone is not new, so that a clock is not.
     """
-    known = [entry["sha256"] for entry in current(entries)]
-    sent = [_digest(message) for message in messages]
-    if imported and not known:
-        return list(messages) if [message.role for message in messages] in _OPENINGS else None
-    if sent[: len(known)] == known:
-        return list(messages[len(known) :])
-    system = sum(message.role == "system" for message in messages[:1])
-    if len(messages) == system + 1 and messages[-1].role == "user" and sent[:system] == known[:system]:
-        return list(messages[system:])
-    return None
+    known = [entry for entry in entries if entry["role"] in SYSTEM]
+    if _digest(message) in {entry["sha256"] for entry in known}:
+        return None, "known"
+    lines = {line for entry in known for line in _known_lines(entry)}
+    new = [line for line in message.content.splitlines() if line.strip() and _short(line) not in lines]
+    if not new:
+        return None, "kept"
+    whole = len(new) == sum(bool(line.strip()) for line in message.content.splitlines())
+    return (message if whole else Message(message.role, "\n".join(new))), "taken in"
 
 
-def instructed(entries: Sequence[dict[str, Any]], instructions: Message) -> bool:
-    """Whether the last instructions that the conversation knows are these."""
-    known = [entry["sha256"] for entry in current(entries) if entry["role"] == "system"]
-    return known[-1:] == [_digest(instructions)]
+def _known_lines(entry: dict[str, Any]) -> list[str]:
+    if "content" in entry:
+        return [_short(line) for line in _lines(entry["content"])]
+    return list(entry.get("lines", ()))
+
+
+def _lines(text: str) -> Iterator[str]:
+    return (line for line in text.splitlines() if line.strip())
+
+
+def _short(line: str) -> str:
+    """A line without what a clock changes in it, as a short digest."""
+    return hashlib.sha256(_CLOCK.sub("\0", line).strip().encode()).hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------- matching
+
+
+def is_task(messages: Sequence[Message]) -> bool:
+    """Whether a client known for it asks for a title, tags and the like, which is no part of the conversation."""
+    asked = messages[-1].content.lstrip() if messages and messages[-1].role == "user" else ""
+    return any(asked.startswith(start) and inside in asked for start, inside in _TASKS)
+
+
+def plan(
+    entries: Sequence[dict[str, Any]],
+    messages: Sequence[Message],
+    imported: bool = False,
+    back: bool = True,
+) -> Plan | None:
+    """What messages that may repeat a history mean for a memory that holds one; None: they tell another history.
+
+    The last message is always new, but if it is the last one that is known. Those before it are looked for in what is
+    known, system messages and empty answers aside and answers without their thoughts; ``u`` asks, ``a`` answers::
+
+        known          sent                    then known, before the answer
+        u1 a1          u1 a1 u2                u1 a1 u2                 new
+        u1 a1          u2 u3                   u1 a1 u2 u3              new, without any history
+        u1 a1 u2 a2    u2 a2 u3                u1 a1 u2 a2 u3           the rest was trimmed away: nothing is lost
+        u1 a1 u2 a2    u1 a1 u2                u1 a1 u2                 the answer is written again
+        u1 a1 u2 a2    u1 v1 u2 a2 u3          u1 v1 u2 a2 u3           an old message was edited
+        u1 a1 u2 a2    u1 a1 v2                u1 a1 v2                 edited, and gone on from there
+        u1 a1 u2 a2    x u2 a2 u3              u1 a1 u2 a2 x u3         trimmed, with a summary in place
+        u1 a1 u2 a2    v1 w1 v3                None
+
+    Where several are possible, the one with the longest run of equal messages is taken, and of equal ones that which
+    keeps most. What is sent and not known is never left out.
+
+    Args:
+        entries: the transcript.
+        messages: of the request.
+        imported: whether the memory holds more than the entries say. A history is then only taken if some of it
+            is among the entries: who can tell what else the memory holds.
+        back: whether a client may take something back by asking again. Otherwise all that it asks is new.
+    """
+    known = current(entries)
+    found = [_plan(known, list(range(len(known))), messages, imported, back)]
+    if found[0] is None or found[0].keep < len(known):  # it may be what the client was never shown
+        shown = [i for i, entry in enumerate(known) if TOLD not in entry]
+        if len(shown) < len(known):
+            found.append(_plan(known, shown, messages, imported, back))
+    fit = [one for one in found if one is not None]
+    return max(fit, key=lambda one: (one.matched, one.keep), default=None)
+
+
+def _plan(
+    known: Sequence[dict[str, Any]],
+    shown: Sequence[int],
+    messages: Sequence[Message],
+    imported: bool,
+    back: bool,
+) -> Plan | None:
+    """A plan for a client that was shown these entries of all that are known."""
+    places = [i for i in shown if _counts(known[i]["role"], _key(known[i]))]
+    system = [i for i, message in enumerate(messages) if message.role in SYSTEM]
+    talk = [i for i, m in enumerate(messages) if m.role not in SYSTEM and _counts(m.role, _digest(m))]
+    found = _align(
+        [_key(known[i]) for i in places],
+        [_digest(messages[i]) for i in talk],
+        [known[i]["role"] for i in places],
+        [messages[i].role for i in talk],
+        imported,
+        back,
+    )
+    if found is None:
+        return None
+    keep, fresh = found
+    if keep == len(places) and (fresh or not talk):
+        keep = len(known)
+    else:  # what was said before the first message stays, and what the client was not shown with what it follows
+        keep = places[keep - 1] + 1 if keep else places[0]
+        while keep < len(known) and TOLD in known[keep] and keep not in shown:
+            keep += 1
+    new = {talk[i]: messages[talk[i]] for i in fresh}
+    matched, words = len(talk) - len(new), None
+    so_far = list(known[:keep])
+    for i in system:
+        text, word = news(so_far, messages[i])
+        matched += text is None
+        words = max(words or word, word, key=("known", "kept", "taken in").index)
+        if text is not None:
+            new[i] = text
+            so_far.append(note(text, 0, True))
+    return Plan(keep, tuple(new[i] for i in sorted(new)), matched, words)
+
+
+def _align(
+    known: list[str],
+    sent: list[str],
+    who_known: list[str],
+    who_sent: list[str],
+    imported: bool,
+    back: bool,
+) -> tuple[int, list[int]] | None:
+    """How many of the known stay, and which of the sent are taken in; None: another history.
+
+    Args:
+        known, sent: digests.
+        who_known, who_sent: the roles.
+        imported: the memory holds more than what is known.
+        back: as for :func:`plan`.
+    """
+    if not sent:
+        return len(known), []
+    n, h = len(known), len(sent) - 1
+    fresh, everything = [h], list(range(h + 1))
+    if "assistant" not in who_sent:
+        return _only_asked(known, sent, who_known, imported, back)
+    if not n:
+        return None if imported else (0, everything)
+    if not h:  # an answer of somebody else's, and nothing before it
+        return None
+    # from the first message on: what was said next is new, or takes the place of what was said before
+    leads = [
+        (r, b == n, b == r, b) for q, b, r in _runs(known, sent[:h]) if q == r and (b in (n, r) or r > 1)
+    ]
+    if end := _overlap(known, sent[:h]):
+        leads.append((end, True, end == n, n))
+    length, at_end, _, stop = max(leads, default=(0, False, False, 0))
+    if length == h:
+        if known[stop : stop + 1] == [sent[h]] and (stop == n - 1 or who_sent[h] == "assistant"):
+            return stop + 1, []
+        return stop, fresh
+    if at_end:
+        return n, everything[length:]
+    if _among(known, sent[:h]):  # some were left out in the middle
+        return n, fresh
+    there = set(known)
+    if 2 * sum(digest in there for digest in sent[:h]) < h:
+        return None
+    # from a later message on: some were edited, or others put in the place of those left out
+    later = [(q, r, b) for q, b, r in _runs(known, sent[:h]) if q > length and (r > 1 or b == n)]
+    if later:
+        q, _, b = max(later)
+        off = b - q
+        equal = [off + i >= 0 and known[off + i] == sent[i] for i in range(q)]
+        if off >= 0 and (off == 0 or equal[0]) and 2 * sum(equal) >= q:
+            edited = equal.index(False) if False in equal else q
+            return off + edited, everything[edited:]
+        there = set(known[:b])
+        return b, [i for i in range(q) if sent[i] not in there] + everything[q:]
+    return (stop, everything[length:]) if length else None
+
+
+def _only_asked(
+    known: list[str], sent: list[str], who_known: list[str], imported: bool, back: bool
+) -> tuple[int, list[int]]:
+    """The same for messages without an answer among them: new ones, unless they end what was asked before."""
+    asked = [i for i, who in enumerate(who_known) if who != "assistant"]
+    n, h = len(known), len(sent) - 1
+    if back and [known[i] for i in asked] == sent and not imported:
+        # all that was ever asked: a client that sends its history wants another answer
+        return (n, []) if asked[h] == n - 1 else (asked[h], [h])
+    if back and h and known[:h] == sent[:h] and who_known[h : h + 1] not in ([], ["assistant"]):
+        return h, [h]  # the last of several was edited
+    for q in range(min(len(asked), h), 0, -1):
+        if [known[i] for i in asked[-q:]] == sent[:q]:
+            return n, list(range(q, h + 1))
+    return n, list(range(h + 1))
+
+
+def _overlap(known: list[str], sent: list[str]) -> int:
+    """How many of those sent, from the first on, are the last ones known; at most so many as there are."""
+    fall, k = [0, 0], 0
+    for digest in sent[1:]:
+        while k and digest != sent[k]:
+            k = fall[k]
+        k += digest == sent[k]
+        fall.append(k)
+    k = 0
+    for digest in known:
+        while k and (k == len(sent) or digest != sent[k]):
+            k = fall[k]
+        k += digest == sent[k]
+    return k
+
+
+def _runs(known: list[str], sent: list[str]) -> Iterator[tuple[int, int, int]]:
+    """Ends (q, b) of what was sent and of what is known, with equal messages, and how many are equal up to there."""
+    places: dict[str, list[int]] = {}
+    for b, digest in enumerate(known, 1):
+        places.setdefault(digest, []).append(b)
+    before: dict[int, int] = {}
+    alike = True  # so far from the first message on, however often it is said
+    for q, digest in enumerate(sent, 1):
+        row = {b: before.get(b - 1, 0) + 1 for b in places.get(digest, ())[-_PLACES:]}
+        alike = alike and known[q - 1 : q] == [digest]
+        if alike:
+            row[q] = q
+        yield from ((q, b, run) for b, run in row.items())
+        before = row
+
+
+def _among(known: Sequence[str], sent: Sequence[str]) -> bool:
+    """Whether the last ones are equal, and those sent before stand among the known ones in this order."""
+    rest = iter(reversed(known))
+    return known[-1] == sent[-1] and all(any(digest == other for other in rest) for digest in reversed(sent))
+
+
+def _counts(role: str, digest: str) -> bool:
+    """Whether a message is compared: clients leave out empty answers, and system text is looked at apart."""
+    return role not in SYSTEM and digest != _NOTHING
+
+
+def _key(entry: dict[str, Any]) -> str:
+    """The digest of an entry; those of older servers are over the thoughts, too."""
+    if entry["role"] == "assistant" and "think>" in entry.get("content", ""):
+        message = said(entry)
+        return entry["sha256"] if message is None else _digest(message)
+    return str(entry["sha256"])
 
 
 def _digest(message: Message) -> str:
-    """Clients trim what they show, hence without the blanks around it."""
-    return hashlib.sha256(f"{message.role}\0{message.content.strip()}".encode()).hexdigest()
+    """Of what a message says, without the blanks around it, which clients trim, and without thoughts."""
+    role = "system" if message.role == "developer" else message.role
+    content = message.content
+    if role == "assistant" and "think>" in content:
+        content = _THOUGHTS.sub("", content).rpartition("</think>")[
+            2
+        ]  # a template may open the thoughts itself
+    text = f"{role}\0{content.strip()}"
+    if message.tool_calls or message.tool_call_id:
+        calls = [[call.name, call.as_dict()["function"]["arguments"], call.id] for call in message.tool_calls]
+        text += f"\0{json.dumps([calls, message.tool_call_id], sort_keys=True)}"
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+_NOTHING = _digest(Message("assistant"))

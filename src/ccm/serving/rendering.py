@@ -66,6 +66,10 @@ class Rendering:
         self.dialogue = dialogue
         for index, message in enumerate(messages):
             self._add(message, answer and index == len(messages) - 1)
+        if answer and not messages:  # the last message known has no answer yet
+            step = dialogues.answer(dialogue)
+            self.dialogue, self.head = step.dialogue, step.head
+            self._open.append(step.ids)
 
     @property
     def tools(self) -> bool:

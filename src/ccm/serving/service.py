@@ -57,6 +57,8 @@ DISCONNECT = ("drop", "keep", "finish")
 FRESH = 1.0
 #: More characters per token than any text has; a longer one is refused before it is tokenized, which takes seconds.
 CHARACTERS = 16
+#: What may be done with a history that differs from the known one.
+RESENDS = ("match", "refuse", "rebuild")
 
 
 def new_id(kind: str) -> str:
@@ -77,7 +79,9 @@ class Settings:
         budget: what one conversation may keep.
         texts: keep what was said beside the memory, so that it can be shown, and memories be rebuilt by another
             adapter; otherwise digests alone.
-        resend: what to do with a history that is not the one that is known: "refuse" it, or "rebuild" the memory.
+        resend: what to do with a history that differs from the known one: "match" what is known of it, giving up
+            what the client has visibly taken back, and refuse the rest; "refuse" whatever would give up anything; or
+            "rebuild": as "match", but where nothing matches the memory is made anew.
         precision: how memories are stored: float32, bfloat16 or int8.
         input_tokens: tokens that one request may bring at most.
         disconnect: what becomes of a turn whose client goes away: "drop" it; "keep" what was said by then, and the
@@ -87,14 +91,14 @@ class Settings:
     adapter: str
     budget: Budget
     texts: bool = True
-    resend: str = "refuse"
+    resend: str = "match"
     precision: str = "float32"
     input_tokens: int = 1 << 16
     disconnect: str = "drop"
 
     def __post_init__(self) -> None:
-        if self.resend not in ("refuse", "rebuild"):
-            raise UnknownNameError("resend", self.resend, ["refuse", "rebuild"])
+        if self.resend not in RESENDS:
+            raise UnknownNameError("resend", self.resend, list(RESENDS))
         if self.precision not in codec.DTYPES:
             raise UnknownNameError("precision", self.precision, list(codec.DTYPES))
         if self.disconnect not in DISCONNECT:
@@ -132,6 +136,27 @@ class View:
 
 
 @dataclass(frozen=True)
+class Taken:
+    """How a request was understood, in numbers of messages.
+
+    Attributes:
+        matched: of the request, that the memory held.
+        appended: of the request, that were taken in.
+        rewound: that the memory held and does not hold any more.
+        rebuilt: that were read again, as no version of their place is kept, or as the memory was made anew.
+        system: of the request's system text, what :class:`~ccm.serving.history.Plan` says.
+        ephemeral: nothing of the request was kept.
+    """
+
+    matched: int = 0
+    appended: int = 0
+    rewound: int = 0
+    rebuilt: int = 0
+    system: str | None = None
+    ephemeral: bool = False
+
+
+@dataclass(frozen=True)
 class Outcome:
     """A finished turn.
 
@@ -145,6 +170,7 @@ class Outcome:
         tool_calls: that it asks for.
         session, version, stats: of the conversation; None and 0 for a stateless answer.
         reasoning_tokens: of completion_tokens, those of its thoughts.
+        taken: how the request was understood; None for a stateless answer.
     """
 
     text: str
@@ -158,6 +184,7 @@ class Outcome:
     reasoning: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
     reasoning_tokens: int = 0
+    taken: Taken | None = None
 
 
 @dataclass(frozen=True)
@@ -172,6 +199,9 @@ class _Held:
         turns: so far.
         metadata: the caller's own.
         entries: a transcript that the commit has to bring along.
+        aside: what is asked is no part of the conversation: nothing is committed.
+        drop: versions that need not be kept once it is committed.
+        told: what is taken in is not answered.
     """
 
     session: str
@@ -181,6 +211,9 @@ class _Held:
     turns: int = 0
     metadata: dict[str, str] = field(default_factory=dict)
     entries: tuple[dict[str, Any], ...] = ()
+    aside: bool = False
+    drop: tuple[int, ...] = ()
+    told: bool = False
 
 
 class Turn:
@@ -190,6 +223,7 @@ class Turn:
 
     Attributes:
         session, version: of the conversation once the turn is committed; None and 0 for a stateless answer.
+        taken: how the request was understood.
         outcome: set at the end.
 
     Raises (while iterating):
@@ -198,6 +232,7 @@ class Turn:
     """
 
     outcome: Outcome
+    taken: Taken | None = None
 
     def __init__(
         self,
@@ -249,7 +284,7 @@ class Turn:
         # a caller who goes away now does not stop the commit, and the conversation is busy until it is made
         commit = asyncio.ensure_future(self._commit(event))
         commit.add_done_callback(lambda _: self._release())
-        self.outcome = await asyncio.shield(commit)
+        self.outcome = replace(await asyncio.shield(commit), taken=self.taken)
         self._pieces += self._reader.end() if self._reader else []
         return await anext(self)
 
@@ -399,7 +434,7 @@ class Service:
         self._open()
         with self._alone(tenant, session):
             held = await self._load(tenant, session)
-            await self._take_in(tenant, held, messages)
+            await self._take_in(tenant, replace(held, told=True), messages)
         return await self.view(tenant, session)
 
     async def fork(
@@ -487,6 +522,8 @@ class Service:
         instructions: str | None = None,
         tools: Sequence[dict[str, Any]] = (),
         disconnect: str | None = None,
+        resend: str | None = None,
+        aside: bool | None = None,
     ) -> Turn:
         """Begin to answer.
 
@@ -496,17 +533,20 @@ class Service:
             messages: what is new; the answer follows the last one.
             sampling: of the answer.
             create: begin the conversation if it is not there, or, with session "", one with a new id.
-            resent: the messages may repeat what the conversation knows.
+            resent: the messages may repeat what the conversation knows, see :func:`ccm.serving.history.plan`.
             version: go on from this version; if it is not the newest, in a branch with a new id.
             branch: go on from that version in a branch in any case.
-            instructions: a system message that is taken in first, unless it is the last one that is known.
+            instructions: a system message of which what is new is taken in first.
             tools: that the model may call, in the form of chat templates.
             disconnect: what becomes of the turn if its client goes away; None is what the settings say. Without a
                 conversation there is nothing to keep.
+            resend: what to do with a history that differs, in place of the settings'.
+            aside: what is asked is no part of the conversation, such as a title for it: it is answered from memory
+                and messages, and not kept. None: if a client is known for such requests.
 
         Raises:
             ConfigError: nothing to answer, or more than the model's context can hold.
-            ConflictError: the messages tell another history than the conversation's.
+            ConflictError: the messages tell another history than the conversation's, or take back what cannot be.
             BusyError: a turn of this conversation is running.
             OverloadedError: too many turns are waiting.
             StoppingError: the server is about to stop.
@@ -519,19 +559,32 @@ class Service:
         if session is None:
             system = [] if instructions is None else [Message("system", instructions)]
             return await self._stateless([*system, *messages], sampling, tools)
-        alone = self._alone(tenant, session) if session and version is None else _Nothing()
+        if aside is None:
+            aside = resent and history.is_task(messages)
+        alone = self._alone(tenant, session) if session and version is None and not aside else _Nothing()
         try:
             alone.__enter__()
             held = await self._begin(tenant, session, create, version, branch)
+            if aside:
+                if not held.version:
+                    return await self._stateless(messages, sampling, tools)
+                held = replace(held, aside=True)
             if version is not None and held.version:
                 alone = self._alone(tenant, session)
                 alone.__enter__()
-            if resent and held.version and len(messages) > 1:
-                held, messages = await self._compare(tenant, held, messages)
+            taken = Taken(appended=len(messages))
+            if resent:
+                held, messages, taken = await self._compare(
+                    tenant, held, messages, resend or self.settings.resend
+                )
             if instructions is not None:
-                messages = [*await self._instructions(tenant, held, instructions), *messages]
-            disconnect = disconnect or self.settings.disconnect
-            return await self._turn(tenant, held, messages, sampling, alone.release, tools, disconnect)
+                text, word = await self._instructions(tenant, held, instructions)
+                messages = [*text, *messages]
+                taken = replace(taken, matched=1 - len(text), appended=len(messages), system=word)
+            disconnect = "drop" if aside else disconnect or self.settings.disconnect
+            turn = await self._turn(tenant, held, messages, sampling, alone.release, tools, disconnect)
+            turn.taken = taken
+            return turn
         except BaseException:
             alone.release()
             raise
@@ -566,6 +619,10 @@ class Service:
             return rendering.remember(self._answer(rendering, text))[0]
 
         async def commit(result: Result) -> Outcome:
+            if held.aside:
+                outcome = self._outcome(result, rendering, prompt, known)
+                stats = self._stats(held.memory, held.turns)
+                return replace(outcome, session=held.session, version=held.version, stats=stats)
             answer = self._answer(rendering, result.text)
             dialogue = rendering.remember(answer)[1]
             taken = self._stats(result.memory, 0)["tokens_seen"] - known - sum(rendering.lengths)
@@ -580,7 +637,7 @@ class Service:
             segments=rendering.segments,
             prompt=rendering.head,
             sampling=sampling,
-            remember=remember,
+            remember=None if held.aside else remember,
         )
         done = self._count()
 
@@ -589,7 +646,7 @@ class Service:
             release()
 
         reader = self._reader(rendering)
-        place = held.session, held.version + 1
+        place = held.session, held.version + (not held.aside)
         return Turn(self.engine, job, commit, both, *place, reader, disconnect, self._left)
 
     def _reader(self, rendering: Rendering) -> AnswerReader:
@@ -617,32 +674,118 @@ class Service:
         )
 
     async def _compare(
-        self, tenant: str, held: _Held, messages: Sequence[Message]
-    ) -> tuple[_Held, Sequence[Message]]:
-        """What is new in messages that may repeat the conversation, and the memory that they go on from."""
-        entries = await asyncio.to_thread(self.store.transcript, tenant, held.session, held.version)
-        new = history.unknown(entries, messages, imported=held.turns > len(history.current(entries)))
-        if new is None and self.settings.resend == "rebuild":
+        self, tenant: str, held: _Held, messages: Sequence[Message], resend: str
+    ) -> tuple[_Held, Sequence[Message], Taken]:
+        """What is to be read of messages that may repeat the conversation, the memory they go on from, and a report.
+
+        Raises:
+            ConflictError: the messages tell another history, or take back what cannot or must not be taken back.
+            ConfigError: the messages end with an answer that is known.
+        """
+        entries: list[dict[str, Any]] = []
+        if held.version:
+            entries = await asyncio.to_thread(self.store.transcript, tenant, held.session, held.version)
+        known = history.current(entries)
+        plan = await asyncio.to_thread(
+            history.plan, entries, messages, held.turns > len(known), resend != "refuse"
+        )
+        if held.aside:
+            taken = Taken(0 if plan is None else plan.matched, ephemeral=True)
+            return held, messages if plan is None else plan.append, taken
+        if plan is None and resend == "rebuild":
             nothing = self.compressor.empty()
             empty = replace(held, memory=nothing, dialogue=Dialogue(), turns=0, entries=(history.RESET,))
-            return empty, messages
-        if new is None:
+            return empty, messages, Taken(rewound=len(known), rebuilt=len(messages))
+        if plan is None:
             raise ConflictError(
-                f"these {len(messages)} messages tell another history than the {len(history.current(entries))} that "
-                "the conversation knows: send what is new alone, fork an earlier version, or name a new conversation",
+                f"these {len(messages)} messages tell another history than the {len(known)} that the conversation "
+                "knows: send what is new alone, fork an earlier version, name a new conversation, or ask for its "
+                "memory to be made anew (X-CCM-Resend: rebuild)",
                 held.version,
             )
-        if not new:
+        if not plan.append and messages[-1].role not in ("user", "tool"):
             raise ConfigError("the conversation knows all of these messages: add one to answer")
-        return held, new
+        append, system = await self._sayable(held.dialogue, plan.append, plan.system, plan.keep)
+        lost, again = len(known) - plan.keep, list[Message]()
+        if lost and resend == "refuse":
+            raise ConflictError(
+                f"these {len(messages)} messages take back {lost} of the {len(known)} that the conversation knows: "
+                "send what is new alone, or allow it (X-CCM-Resend: match)",
+                held.version,
+            )
+        if lost:
+            held, again = await self._rewound(tenant, held, entries, plan.keep, messages)
+        return held, [*again, *append], Taken(plan.matched, len(append), lost, len(again), system)
 
-    async def _instructions(self, tenant: str, held: _Held, instructions: str) -> list[Message]:
-        message = Message("system", instructions)
+    async def _rewound(
+        self,
+        tenant: str,
+        held: _Held,
+        entries: Sequence[dict[str, Any]],
+        keep: int,
+        messages: Sequence[Message],
+    ) -> tuple[_Held, list[Message]]:
+        """The memory of the newest version that knows the first ``keep`` messages at most, and those it lacks.
+
+        They are read again, from the texts that were kept or from the request.
+
+        Raises:
+            ConflictError: some are in neither.
+        """
+        kept = await asyncio.to_thread(self.store.versions, tenant, held.session)
+        reset = max((i for i, entry in enumerate(entries) if entry == history.RESET), default=-1)
+        versions = [v for v, count in kept.items() if v <= held.version and count > reset]
+        places, *before = history.standing(entries, [kept[v] for v in versions])
+        found = [
+            (len(then), version)
+            for version, then in zip(versions, before, strict=True)
+            if len(then) <= keep and then == places[: len(then)]
+        ]
+        first, version = max(found, default=(0, 0))
+        memory, dialogue, turns = self.compressor.empty(), Dialogue(), 0
+        if found:
+            try:
+                base = await self._load(tenant, held.session, version=version)
+            except NotFoundError as error:  # another server has committed meanwhile
+                raise ConflictError(f"{error}; send this again", held.version) from error
+            memory, dialogue, turns = base.memory, base.dialogue, base.turns
+        again = history.texts([entries[i] for i in places[first:keep]], messages)
+        if again is None or (not found and held.turns > len(places)):
+            raise ConflictError(
+                f"these {len(messages)} messages take back {len(places) - keep} of the {len(places)} that the "
+                "conversation knows, and no version from before is kept: send what is new alone, or name a new "
+                "conversation",
+                held.version,
+            )
+        # those that know what is taken back are in the way of others; the newest stays for a while, to fork from
+        drop = {v for v in kept if v < held.version} - {v for _, v in found}
+        held = replace(held, memory=memory, dialogue=dialogue, turns=turns, drop=tuple(drop))
+        return replace(held, entries=(history.rewind(first),)), again
+
+    async def _instructions(self, tenant: str, held: _Held, instructions: str) -> tuple[list[Message], str]:
+        """What of the instructions is new, and what :class:`Taken` says of them."""
         entries = list(held.entries)
         if held.version:
             known = await asyncio.to_thread(self.store.transcript, tenant, held.session, held.version)
             entries = [*known, *entries]
-        return [] if history.instructed(entries, message) else [message]
+        text, word = history.news(history.current(entries), Message("system", instructions))
+        texts, said = await self._sayable(held.dialogue, [] if text is None else [text], word, len(entries))
+        return list(texts), said or word
+
+    async def _sayable(
+        self, dialogue: Dialogue, messages: Sequence[Message], word: str | None, known: int
+    ) -> tuple[Sequence[Message], str | None]:
+        """The messages, without system text that the template knows only at the beginning: the known one is kept."""
+        if word != "taken in" or not known:
+            return messages, word
+        fit = [message for message in messages if message.role not in history.SYSTEM]
+        for message in messages:
+            if message.role in history.SYSTEM:
+                try:
+                    await asyncio.to_thread(self.dialogues.add, dialogue, message)
+                except ConfigError:
+                    return fit, "kept"
+        return messages, word
 
     # ------------------------------------------------------------------ life
 
@@ -829,13 +972,16 @@ class Service:
         say_losses(held.memory, memory, self.compressor)
         entries = [
             *held.entries,
-            *(history.note(m, n, self.settings.texts) for m, n in zip(messages, lengths, strict=True)),
+            *(
+                history.note(m, n, self.settings.texts, held.told)
+                for m, n in zip(messages, lengths, strict=True)
+            ),
         ]
         if not held.version:
             session = await self._make(tenant, held.session, held.metadata, memory, turns, entries, dialogue)
             return session, 1, self._stats(memory, turns)
         snapshot = await asyncio.to_thread(self._snapshot, memory, turns, held.metadata, dialogue)
-        stored = await self._store(tenant, held.session, held.version, snapshot, entries)
+        stored = await self._store(tenant, held.session, held.version, snapshot, entries, held.drop)
         return held.session, stored.version, self._stats(memory, turns)
 
     async def _make(
@@ -861,11 +1007,19 @@ class Service:
         return session
 
     async def _store(
-        self, tenant: str, session: str, expected: int, snapshot: Snapshot, entries: Sequence[dict[str, Any]]
+        self,
+        tenant: str,
+        session: str,
+        expected: int,
+        snapshot: Snapshot,
+        entries: Sequence[dict[str, Any]],
+        drop: Sequence[int] = (),
     ) -> Snapshot:
         began = time.monotonic()
         try:
-            stored = await asyncio.to_thread(self.store.commit, tenant, session, expected, snapshot, entries)
+            stored = await asyncio.to_thread(
+                self.store.commit, tenant, session, expected, snapshot, entries, drop
+            )
         except ConflictError:
             self.metrics.conflicts.inc()
             raise
@@ -887,9 +1041,10 @@ class Service:
     def _texts(entries: Sequence[dict[str, Any]]) -> list[Message]:
         if not entries:
             raise ConfigError("nothing was said in this conversation: there is nothing to rebuild")
-        if any("content" not in entry for entry in entries):
+        texts = history.texts(entries)
+        if texts is None:
             raise ConfigError("the texts of this conversation were not kept: it cannot be rebuilt")
-        return [Message(entry["role"], entry["content"]) for entry in entries if entry["content"].strip()]
+        return texts
 
 
 class _Nothing:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import AsyncGenerator
-from typing import Annotated, Any
+from dataclasses import asdict
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header
 from starlette.requests import Request
 from starlette.responses import Response
 
 from ...messages import Thought
-from ..service import Outcome, Turn
+from ..service import Outcome, Taken, Turn
 from .common import OnDisconnect, ServiceDep, Tenant, check_model
 from .schemas import ChatBody, HeaderId
 from .stream import EventStream, event, unless_gone
@@ -31,6 +32,18 @@ async def complete(
         Header(description="Which conversation; it begins with its first turn. Empty: none."),
     ] = None,
     x_ccm_on_disconnect: OnDisconnect = None,
+    x_ccm_resend: Annotated[
+        Literal["match", "refuse", "rebuild"] | None,
+        Header(
+            description="What to do with a history that differs from the known one; else the server's --resend."
+        ),
+    ] = None,
+    x_ccm_ephemeral: Annotated[
+        bool | None,
+        Header(
+            description="No part of the conversation, such as a title for it: answered, and not remembered."
+        ),
+    ] = None,
 ) -> Response | dict[str, Any]:
     """Answer the last message. A history that is sent again is recognised; only what is new is read."""
     check_model(service, body.model)
@@ -43,6 +56,8 @@ async def complete(
         resent=True,
         tools=body.offered(),
         disconnect=x_ccm_on_disconnect,
+        resend=x_ccm_resend,
+        aside=x_ccm_ephemeral,
     )
     frame = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": service.name}
     if body.stream:
@@ -121,4 +136,7 @@ def memory(outcome: Outcome) -> dict[str, Any]:
     """What the conversation's memory holds after the turn, as a field of its own; none without a conversation."""
     if outcome.session is None:
         return {}
-    return {"memory": {"session": outcome.session, "version": outcome.version, **(outcome.stats or {})}}
+    taken = asdict(outcome.taken or Taken())
+    taken = {name: value for name, value in taken.items() if value is not None and value is not False}
+    stats = outcome.stats or {}
+    return {"memory": {"session": outcome.session, "version": outcome.version, **stats, "history": taken}}

@@ -160,7 +160,7 @@ function timeline(turns, stats = {}) {
       const [kind, fate] = state(turn);
       const row = element("li", "", kind);
       row.append(
-        element("span", WHO[turn.role], "who"),
+        element("span", WHO[turn.role] ?? turn.role, "who"),
         element("span", words(turn), "what"),
         element("span", turn.tokens.toLocaleString(), "tokens"),
       );
@@ -277,7 +277,8 @@ async function say(text) {
       repetition_penalty: 1.1,
     };
     const response = await post("/v1/chat/completions", body, {
-      headers: { "X-Session-Id": session, "X-CCM-On-Disconnect": "drop" },
+      // what is sent is always new
+      headers: { "X-Session-Id": session, "X-CCM-On-Disconnect": "drop", "X-CCM-Resend": "refuse" },
       signal: running.signal,
     });
     let kept = false;

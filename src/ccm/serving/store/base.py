@@ -20,7 +20,7 @@ import json
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, TypeVar
@@ -84,7 +84,8 @@ class Limits:
     """What is kept for how long, and what a tenant may hold. None: no limit.
 
     Attributes:
-        keep: versions per session; older ones go when a new one comes.
+        keep: newest versions per session; older ones go when a new one comes.
+        marks: how many steps further back some stay; see :meth:`marked`.
         ttl: seconds after its last commit at which a session ends.
         sessions: sessions per tenant.
         nbytes: bytes per tenant, counted as in :class:`Info`.
@@ -96,9 +97,10 @@ class Limits:
     sessions: int | None = None
     nbytes: int | None = None
     commit: int = 1 << 28
+    marks: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("keep", "ttl", "sessions", "nbytes", "commit"):
+        for name in ("keep", "ttl", "sessions", "nbytes", "commit", "marks"):
             value, least = getattr(self, name), 1 if name == "keep" else 0
             if value is not None and not value >= least:
                 raise ConfigError(f"limit {name}: got {value}, expected at least {least}")
@@ -112,6 +114,23 @@ class Limits:
                 raise QuotaError(
                     f"this would make {value} {what}, the limit per tenant is {most}: delete sessions first"
                 )
+
+    def old(self, versions: Iterable[int], drop: Iterable[int] = ()) -> list[int]:
+        """Those of a session's versions that go: ``drop``, and of the others all but the newest and the marked."""
+        there = set(versions)
+        alive = sorted(there - set(drop))
+        return sorted(there - set(alive[-self.keep :]) - (set(alive) & set(self.marked(max(there)))))
+
+    def marked(self, newest: int) -> list[int]:
+        """Versions that stay beside the newest ``keep``, so that a conversation can go far back.
+
+        Of the versions behind those, for steps of ``2 * keep``, ``4 * keep``, ... the last two multiples stay: at
+        most ``marks + 1`` in all, at distances that double. What stays has stayed until then.
+        """
+        behind = newest - self.keep
+        steps = [self.keep << i for i in range(1, self.marks + 1)]
+        found = {(behind // step - back) * step for step in steps for back in (0, 1)}
+        return sorted(version or 1 for version in found if version >= 0)  # the first one in place of none
 
     @property
     def per_tenant(self) -> bool:
@@ -254,8 +273,22 @@ class Store(ABC):
             raise NotFoundError(f"session {session!r} has no version {version}, or does not keep it any more")
         return _open(tenant, session, record)
 
+    def versions(self, tenant: str, session: str) -> dict[int, int]:
+        """The versions that are kept, oldest first, each with how many transcript entries there were up to it."""
+        _check_ids(tenant, session)
+        now = self.clock()
+        kept = self._versions(tenant, session, now)
+        came = [line.version for line in self._transcript(tenant, session, now)]
+        return {version: sum(n <= version for n in came) for version in sorted(kept)}
+
     def commit(
-        self, tenant: str, session: str, expected: int, snapshot: Snapshot, transcript: Sequence[Any] = ()
+        self,
+        tenant: str,
+        session: str,
+        expected: int,
+        snapshot: Snapshot,
+        transcript: Sequence[Any] = (),
+        drop: Sequence[int] = (),
     ) -> Snapshot:
         """Put ``snapshot`` behind version ``expected``, if that is the newest (compare-and-swap).
 
@@ -264,6 +297,7 @@ class Store(ABC):
             expected: the version that the snapshot was made from; 0 for the first.
             snapshot: payload and metadata; version and time are set here.
             transcript: JSON values, such as turns, that are appended to the transcript in the same transaction.
+            drop: versions that need not be kept any more, so that others are kept longer.
 
         Returns:
             the snapshot as stored, with its version and time.
@@ -278,7 +312,7 @@ class Store(ABC):
         size = record.nbytes + sum(line.nbytes for line in lines)
         if size > self.limits.commit:
             raise QuotaError(f"this commit has {size} bytes, the limit is {self.limits.commit}")
-        self._commit(tenant, session, record, lines, record.created)
+        self._commit(tenant, session, record, lines, list(drop), record.created)
         return replace(snapshot, version=version, created=record.created)
 
     def transcript(self, tenant: str, session: str, version: int | None = None) -> list[Any]:
@@ -336,12 +370,18 @@ class Store(ABC):
         """Insert a session, with a first version and transcript if given, unless one is there (ConflictError)."""
 
     @abstractmethod
-    def _commit(self, tenant: str, session: str, record: Record, lines: list[Line], now: float) -> None:
-        """Add ``record`` if ``record.version - 1`` is the newest (:func:`conflict`), drop versions beyond keep."""
+    def _commit(
+        self, tenant: str, session: str, record: Record, lines: list[Line], drop: list[int], now: float
+    ) -> None:
+        """Add ``record`` if ``record.version - 1`` is the newest (:func:`conflict`), remove :meth:`Limits.old`."""
 
     @abstractmethod
     def _get(self, tenant: str, session: str, version: int | None, now: float) -> Record | None:
         """A version, None for the newest; returns None if the session is there and that version is not."""
+
+    @abstractmethod
+    def _versions(self, tenant: str, session: str, now: float) -> list[int]:
+        """The versions that are kept, in any order."""
 
     @abstractmethod
     def _transcript(self, tenant: str, session: str, now: float) -> list[Line]: ...

@@ -188,6 +188,10 @@ class DirectoryStore(Store):
             raise damaged(session, f"version {wanted}")
         return Record(wanted, fields["created"], fields["metadata"], payload, fields["digest"])
 
+    def _versions(self, tenant: str, session: str, now: float) -> list[int]:
+        with self._locked(tenant) as home:
+            return [fields["version"] for fields in self._read(home / name_of(session), session, now).records]
+
     def _transcript(self, tenant: str, session: str, now: float) -> list[Line]:
         with self._locked(tenant) as home:
             folder = home / name_of(session)
@@ -233,32 +237,38 @@ class DirectoryStore(Store):
             with suppress(NotFoundError):
                 raise exists(session, self._read(folder, session, now).version)
             empty = Manifest(tenant, session, 0, now, now, self._expires(now), [], 0, 0)
-            manifest = self._next(empty, record, lines, now) if record else empty
+            manifest = self._next(empty, record, lines, [], now) if record else empty
             self._check_limits(home, 1, manifest.info().nbytes, now)
             shutil.rmtree(folder, ignore_errors=True)  # expired, or left by a crash
             folder.mkdir(mode=0o700)
             self._put(folder, empty, manifest, record, lines)
             _sync_folder(home)
 
-    def _commit(self, tenant: str, session: str, record: Record, lines: list[Line], now: float) -> None:
+    def _commit(
+        self, tenant: str, session: str, record: Record, lines: list[Line], drop: list[int], now: float
+    ) -> None:
         with self._locked(tenant) as home:
             folder = home / name_of(session)
             before = self._read(folder, session, now)
             if before.version != record.version - 1:
                 raise conflict(session, before.version, record.version)
-            after = self._next(before, record, lines, now)
+            after = self._next(before, record, lines, drop, now)
             self._check_limits(home, 0, after.info().nbytes - before.info().nbytes, now)
             self._put(folder, before, after, record, lines)
 
-    def _next(self, before: Manifest, record: Record, lines: list[Line], now: float) -> Manifest:
+    def _next(
+        self, before: Manifest, record: Record, lines: list[Line], drop: list[int], now: float
+    ) -> Manifest:
         fields = {**asdict(record), "size": len(record.payload)}
         del fields["payload"]
+        records = [*before.records, fields]
+        old = self.limits.old((each["version"] for each in records), drop)
         return replace(
             before,
             version=record.version,
             updated=now,
             expires=self._expires(now),
-            records=[*before.records, fields][-self.limits.keep :],
+            records=[each for each in records if each["version"] not in old],
             transcript=before.transcript + len(_text(lines)),
             lines_nbytes=before.lines_nbytes + sum(line.nbytes for line in lines),
         )

@@ -57,10 +57,12 @@ end
 """
 
 _SCRIPTS = {
-    # id, expected version (-1: create), expires, keep, most sessions, most bytes, record (5), lines (4 each)
+    # id, expected version (-1: create), expires, keep, marked and dropped versions (",8,16,"), most sessions, most
+    # bytes, record (5), lines (4 each)
     "write": """
 local id, expected, expires, keep = ARGV[2], tonumber(ARGV[3]), ARGV[4], tonumber(ARGV[5])
-local most_sessions, most_bytes = tonumber(ARGV[6]), tonumber(ARGV[7])
+local function listed(n, list) return string.find(list, ',' .. n .. ',', 1, true) end
+local most_sessions, most_bytes = tonumber(ARGV[8]), tonumber(ARGV[9])
 local s, t = path('s', id), path('t', id)
 purge()
 local there = redis.call('HGET', s, 'version')
@@ -70,13 +72,21 @@ else
     if not there then return {'missing'} end
     if tonumber(there) ~= expected then return {'conflict', there} end
 end
-local version, more, old = ARGV[8], 0, {}
+local version, more, there, old = ARGV[10], 0, {}, {}
 if version ~= '' then
-    more = #ARGV[10] + #ARGV[11]
-    for i = 13, #ARGV, 4 do more = more + #ARGV[i + 2] end
+    more = #ARGV[12] + #ARGV[13]
+    for i = 15, #ARGV, 4 do more = more + #ARGV[i + 2] end
     for _, field in ipairs(redis.call('HKEYS', s)) do
         local n = string.match(field, '^(%d+):digest$')
-        if n and tonumber(n) <= tonumber(version) - keep then
+        if n then table.insert(there, tonumber(n)) end
+    end
+    table.sort(there, function(a, b) return a > b end)
+    local alive = 1
+    for _, number in ipairs(there) do
+        local n = string.format('%.0f', number)
+        local dropped = listed(n, ARGV[7])
+        if not dropped then alive = alive + 1 end
+        if dropped or (alive > keep and not listed(n, ARGV[6])) then
             table.insert(old, n)
             more = more - redis.call('HSTRLEN', s, n .. ':metadata') - redis.call('HSTRLEN', s, n .. ':payload')
         end
@@ -94,14 +104,14 @@ end
 redis.call('ZADD', P .. ':due', expires == '' and '+inf' or expires, id)
 redis.call('HSET', s, 'updated', now, 'expires', expires)
 if version ~= '' then
-    redis.call('HSET', s, 'version', version, version .. ':created', ARGV[9], version .. ':metadata', ARGV[10],
-        version .. ':payload', ARGV[11], version .. ':digest', ARGV[12])
-    for i = 13, #ARGV do redis.call('RPUSH', t, ARGV[i]) end
+    redis.call('HSET', s, 'version', version, version .. ':created', ARGV[11], version .. ':metadata', ARGV[12],
+        version .. ':payload', ARGV[13], version .. ':digest', ARGV[14])
+    for i = 15, #ARGV do redis.call('RPUSH', t, ARGV[i]) end
     for _, n in ipairs(old) do
         redis.call('HDEL', s, n .. ':created', n .. ':metadata', n .. ':payload', n .. ':digest')
     end
     redis.call('HINCRBY', s, 'nbytes', more)
-    redis.call('HINCRBY', s, 'lines', (#ARGV - 12) / 4)
+    redis.call('HINCRBY', s, 'lines', (#ARGV - 14) / 4)
     redis.call('INCRBY', P .. ':nbytes', more)
 end
 return {'done'}
@@ -116,6 +126,15 @@ end
 if version == '' then version = newest end
 return {newest, top, version, redis.call('HMGET', path('s', id), version .. ':created', version .. ':metadata',
     version .. ':payload', version .. ':digest')}
+""",
+    "versions": """
+if not alive(ARGV[2]) then return false end
+local found = {}
+for _, field in ipairs(redis.call('HKEYS', path('s', ARGV[2]))) do
+    local n = string.match(field, '^(%d+):digest$')
+    if n then table.insert(found, tonumber(n)) end
+end
+return found
 """,
     "transcript": """
 if not alive(ARGV[2]) then return false end
@@ -250,6 +269,9 @@ class RedisStore(Store):
             created, metadata, payload, digest = fields
             return Record(int(number), float(created), metadata.decode(), payload, digest.decode())
 
+    def _versions(self, tenant: str, session: str, now: float) -> list[int]:
+        return [int(version) for version in self._read("versions", tenant, session, now)]
+
     def _transcript(self, tenant: str, session: str, now: float) -> list[Line]:
         count, flat = self._read("transcript", tenant, session, now)
         with _decoding(session):
@@ -278,16 +300,27 @@ class RedisStore(Store):
     ) -> None:
         with self._errors():
             self.client.sadd(_TENANTS, name_of(tenant))
-        self._put(tenant, session, -1, record, lines, now)
+        self._put(tenant, session, -1, record, lines, [], now)
 
-    def _commit(self, tenant: str, session: str, record: Record, lines: list[Line], now: float) -> None:
-        self._put(tenant, session, record.version - 1, record, lines, now)
+    def _commit(
+        self, tenant: str, session: str, record: Record, lines: list[Line], drop: list[int], now: float
+    ) -> None:
+        self._put(tenant, session, record.version - 1, record, lines, drop, now)
 
     def _put(
-        self, tenant: str, session: str, expected: int, record: Record | None, lines: list[Line], now: float
+        self,
+        tenant: str,
+        session: str,
+        expected: int,
+        record: Record | None,
+        lines: list[Line],
+        drop: list[int],
+        now: float,
     ) -> None:
         limits, expires = self.limits, self._expires(now)
         args: list[Any] = [session, expected, "" if expires is None else repr(expires), limits.keep]
+        marked = limits.marked(record.version) if record else []
+        args += [f",{','.join(map(str, versions))}," for versions in (marked, drop)]
         args += [-1 if most is None else most for most in (limits.sessions, limits.nbytes)]
         if record is None:
             args.append("")

@@ -184,6 +184,12 @@ class SqlStore(Store):
             raise damaged(session, f"version {newest}")
         return Record(*_typed(session, rows[0], _RECORD)) if rows else None
 
+    def _versions(self, tenant: str, session: str, now: float) -> list[int]:
+        with self._transaction(write=False) as run:
+            self._row(run, tenant, session, now)
+            rows = run(f"SELECT version FROM ccm_versions WHERE {_OF}", tenant, session)
+        return [_typed(session, row, (int,))[0] for row in rows]
+
     def _transcript(self, tenant: str, session: str, now: float) -> list[Line]:
         with self._transaction(write=False) as run:
             self._row(run, tenant, session, now)
@@ -238,9 +244,11 @@ class SqlStore(Store):
                 self._expires(now),
                 0,
             )
-            self._add(run, tenant, session, record, lines, now)
+            self._add(run, tenant, session, record, lines, [], now)
 
-    def _commit(self, tenant: str, session: str, record: Record, lines: list[Line], now: float) -> None:
+    def _commit(
+        self, tenant: str, session: str, record: Record, lines: list[Line], drop: list[int], now: float
+    ) -> None:
         with self._transaction() as run:
             self._lock(run, tenant)
             changed = run.change(
@@ -256,10 +264,17 @@ class SqlStore(Store):
             )
             if not changed:
                 raise conflict(session, self._row(run, tenant, session, now).version, record.version)
-            self._add(run, tenant, session, record, lines, now)
+            self._add(run, tenant, session, record, lines, drop, now)
 
     def _add(
-        self, run: Run, tenant: str, session: str, record: Record | None, lines: list[Line], now: float
+        self,
+        run: Run,
+        tenant: str,
+        session: str,
+        record: Record | None,
+        lines: list[Line],
+        drop: list[int],
+        now: float,
     ) -> None:
         """Put what is new into a session, count, and check the limits; an error undoes the transaction."""
         if record is not None:
@@ -286,11 +301,12 @@ class SqlStore(Store):
                     line.text,
                     line.digest,
                 )
-            old = f"FROM ccm_versions WHERE {_OF} AND version <= ?"
-            which = tenant, session, record.version - self.limits.keep
-            ((gone,),) = run(f"SELECT {_SUM} {old}", *which)
-            run(f"DELETE {old}", *which)
-            more = record.nbytes + sum(line.nbytes for line in lines) - gone
+            rows = run(f"SELECT version, nbytes FROM ccm_versions WHERE {_OF}", tenant, session)
+            there: dict[int, int] = {version: size for version, size in rows}
+            old = self.limits.old(there, drop)
+            for version in old:
+                run(f"DELETE FROM ccm_versions WHERE {_OF} AND version = ?", tenant, session, version)
+            more = record.nbytes + sum(line.nbytes for line in lines) - sum(there[version] for version in old)
             run(
                 f"UPDATE ccm_sessions SET version = ?, nbytes = nbytes + ?, lines = lines + ? WHERE {_OF}",
                 record.version,
