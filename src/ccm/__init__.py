@@ -13,6 +13,8 @@ _WHERE = {
     "shipped_adapters": "storage.adapter_folder",
     "Reader": "reader",
     "Memory": "memory",
+    "Message": "messages",
+    "ToolCall": "messages",
     "Session": "session",
     "CCMError": "errors",
     "load_default_model": "models",
