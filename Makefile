@@ -21,8 +21,9 @@ demo: $(STAMP) ## run the demonstration (fetches the embedded model the first ti
 bench-serving: $(STAMP) ## measure the server: exactness, speed, load, kills, fuzz, clients (some forty minutes)
 	$(BIN)/python benchmarks/serving
 
-test: $(STAMP) ## run the quick tests
-	$(BIN)/pytest -m "not slow and not vllm"
+test: export OMP_NUM_THREADS := 1
+test: $(STAMP) ## run the quick tests, in a process for each core up to four
+	$(BIN)/pytest -n auto --maxprocesses=4 --dist=loadfile -m "not slow and not vllm"
 
 test-slow: $(STAMP) ## run the slow tests
 	$(BIN)/pytest -m "slow and not vllm"

@@ -1047,7 +1047,8 @@ def test_show_rows(no_model, logs):
         rows = json.loads(answer.stdout)["rows"]
         assert len(rows) == 2 and all(len(row["segments"]) == 4 for row in rows)
         assert rows[0]["segments"][1]["scored"].startswith("conversation ")
-    text = CliRunner().invoke(app, ["show", "jsonl", "--limit", "1", *option]).stdout
+    wide = {"COLUMNS": "200"}  # a title with the path of the file
+    text = CliRunner().invoke(app, ["show", "jsonl", "--limit", "1", *option], env=wide).stdout
     assert text.count("⟦conversation") == 4 and "4 segments" in text
     assert text.splitlines()[-1] == f"{logs.name}: 120 conversations"
 
