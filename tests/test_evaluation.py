@@ -35,6 +35,7 @@ from ccm.evaluation.protocol import State, option_scores, run_item
 from ccm.evaluation.records import Records
 from ccm.evaluation.report import read
 from ccm.evaluation.runner import Evaluation
+from ccm.evaluation.share import turn_nll
 from ccm.evaluation.suites import SUITES, Plan, get_suite, in_order, own_suite, parse_method, split_methods
 from ccm.evaluation.tasks import EvalTask, list_tasks
 from ccm.methods import Run, get_method, list_methods
@@ -1101,3 +1102,11 @@ def test_an_interrupt_saves_and_says_how_to_go_on(
     assert run_command(home, *arguments[:-1], str(tmp_path / "other")) == 0
     rows = [json.loads((tmp_path / f"{name}.json").read_text())["rows"] for name in ("out", "other")]
     assert no_clock(rows[0]) == no_clock(rows[1])
+
+
+def test_the_first_token_of_a_turn_is_not_scored():
+    """Answers without a head, as of Mistral, begin with what they say."""
+    logits, ids = torch.randn(4, 9), (3, 4, 5, 6)
+    expected = torch.nn.functional.cross_entropy(logits[:3], torch.tensor(ids[1:]), reduction="sum")
+    assert turn_nll(logits, ids, (0, 4)) == (pytest.approx(float(expected)), 3)
+    assert turn_nll(logits, ids, (0, 4)) == turn_nll(logits, ids, (1, 4))

@@ -19,7 +19,7 @@ class ConversationRow:
         conversation: where the row comes from (a conversation, task, user or book), as a readable id.
         segments: ``segments[i]`` are the ids of segment i.
         content: ``content[i]`` are the columns of it that are scored, (start, stop); (k, k) is none. A segment's
-            first token is never among them, because no live token stands before it.
+            first token does not count, because no live token stands before it.
         recall: (segment, start, stop) of what can only be known from earlier ones: planted facts, labels, ratings.
     """
 

@@ -33,8 +33,11 @@ class Nll:
 
 
 def turn_nll(logits: Tensor, ids: Sequence[int], content: tuple[int, int]) -> tuple[float, int]:
-    """NLL of the content of a turn from its own logits (T, V): (sum in nats, tokens)."""
-    start, stop = content
+    """NLL of the content of a turn from its own logits (T, V): (sum in nats, tokens).
+
+    The first token of a turn has nothing to be foreseen from, and does not count: answers of Mistral have no head.
+    """
+    start, stop = max(content[0], 1), content[1]
     targets = torch.as_tensor(ids[start:stop], device=logits.device)
     nll = torch.nn.functional.cross_entropy(logits[start - 1 : stop - 1].float(), targets, reduction="sum")
     return float(nll), stop - start
