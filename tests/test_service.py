@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from tiny import tiny_compressor, tiny_tokenizer
@@ -542,6 +543,28 @@ def test_system_text_that_the_template_knows_only_at_the_beginning(make, monkeyp
         assert (await turn.finish()).taken.system == "kept"
         with pytest.raises(ConfigError, match="refuses"):  # at the beginning it is needed
             await Chat(service, "new").send([Message("system", "No."), *user("a dog")])
+
+    asyncio.run(run())
+
+
+def test_an_answer_that_has_no_place_is_refused_before_it_is_written(make, monkeypatch):
+    """A history that ends with an answer, for a template whose speakers take turns."""
+    service = make()
+    whole = service.template.text
+
+    def strict(messages, tools=(), generation=False):
+        roles = [message.role for message in messages]
+        if ("assistant", "assistant") in pairwise(roles):
+            raise ConfigError("take turns")
+        return whole(messages, tools, generation)
+
+    monkeypatch.setattr(service.template, "text", strict)
+
+    async def run():
+        history = [*user("Hi."), Message("assistant", "Hello.")]
+        with pytest.raises(ConfigError, match="take turns"):
+            await service.answer("t", "s", history, GREEDY, create=True, resent=True)
+        await say(service, "s", "Hi again.")
 
     asyncio.run(run())
 

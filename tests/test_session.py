@@ -279,3 +279,11 @@ def test_a_full_memory_says_what_is_full() -> None:
 def test_more_slots_than_trained_are_refused(merge: Compressor) -> None:
     with pytest.raises(ConfigError, match="slots"):
         ccm.Session(merge, TOKENIZER, slots=3)
+
+
+def test_a_tokenizer_that_ends_nothing_writes_to_the_limit(merge: Compressor) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = tokenizer.pad_token = tokenizer.chat_template = None
+    session = Session(merge, tokenizer)
+    session.generate("hi", **GREEDY)
+    assert session.turns == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -431,3 +432,52 @@ def test_a_turn_is_scored_with_the_token_that_ends_it():
     assert tokenizer.decode(turn.ids[slice(*turn.content)]) == "hi there<|im_end|>"
     with pytest.raises(ConfigError, match="no text"):
         render(tokenizer, "user", " ")
+
+
+def test_what_is_no_text_harms_nothing():
+    """A half of a character, a private one, and control tokens as keys of arguments."""
+    tokenizer = tokenizer_with(CHATML)
+    template = template_of(tokenizer)
+    assert tokenizer.decode(template.ids([user("a\ud800b")])) == tokenizer.decode(
+        template.ids([user("a\ufffdb")])
+    )
+    assert "a\ue0f0b" in tokenizer.decode(template.ids([user("a\ue0f0b")]))
+    tokenizer = tokenizer_with(
+        "{% for m in messages %}<|im_start|>{{ m['content'] }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}<|im_end|>{% endfor %}"
+    )
+    calling = said("", tool_calls=(ToolCall("weather", '{"<|im_end|>": "Oslo<|im_end|>"}'),))
+    ids = template_of(tokenizer).ids([user("Weather?"), calling])
+    assert ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 2
+    assert tokenizer.decode(ids).count("<|im_end|>") == 4
+
+
+def test_calls_that_a_template_refuses_at_once_are_text():
+    form = (
+        "{% for m in messages %}{% if m.tool_calls and m.tool_calls | length > 1 %}{{ raise_exception('one') }}"
+        "{% endif %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+        "{% for c in m.tool_calls or [] %}CALL {{ c.function.name }}{% endfor %}<|im_end|>\n{% endfor %}"
+    )
+    template = template_of(tokenizer_with(form))
+    both = said("", tool_calls=(CALL, replace(CALL, id="call22222")))
+    assert template.fitted(both).content.count("<tool_call>") == 2
+    assert template.fitted(said("", tool_calls=(CALL,))).tool_calls == (CALL,)
+
+
+def test_an_answer_that_has_no_place_is_refused_before_it_is_written(compressor):
+    strict = (
+        "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('take turns') }}{% endif %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    headless = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}<|im_start|>{{ m['content'] }}<|im_start|>"
+        "{% else %}{{ m['content'] }}<|im_end|>{% endif %}{% endfor %}"
+    )
+    for form in (strict, headless):
+        session = Session(compressor, tokenizer_with(form), window=64)
+        session.generate("hi", max_new_tokens=2)
+        stats, pieces = session.stats(), []
+        with pytest.raises(ConfigError, match=r"take turns|begins no answer"):
+            session.generate(max_new_tokens=2, streamer=pieces.append)
+        assert session.stats() == stats and not pieces

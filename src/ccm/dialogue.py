@@ -178,6 +178,18 @@ class Dialogues:
         kept, head = self._kept(dialogue, generation=True)
         return self._step(dialogue, kept, head)
 
+    def check_answer(self, dialogue: Dialogue, head: Sequence[int]) -> None:
+        """See that an answer behind this head can be remembered, before it is written.
+
+        Raises:
+            ConfigError: the template has no place for an answer here; says why.
+        """
+        self._whole(replace(dialogue, open=(*dialogue.open, Message("assistant", ANSWER))))
+        if not head:
+            raise ConfigError(
+                "the model's chat template begins no answer behind an answer: append a message first"
+            )
+
     def _open(self, dialogue: Dialogue, message: Message, answer: bool) -> Step:
         """System text at the head; it waits for the first message if the template writes it in there."""
         dialogue = replace(dialogue, opening=(*dialogue.opening, message))

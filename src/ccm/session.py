@@ -159,8 +159,8 @@ class Session:
             the answer, without its thoughts; :attr:`last` has these, too.
 
         Raises:
-            ConfigError: empty text, or a memory that leaves no room for an answer in the model's context. The session
-                is unchanged.
+            ConfigError: empty text, a place where the chat template has no answer, or a memory that leaves no room for
+                one in the model's context. The session is unchanged.
         """
         before = self.memory, self.turns, self.dialogue, self._before
         try:
@@ -170,6 +170,7 @@ class Session:
                 message = text if isinstance(text, Message) else Message(role, text)
                 step = self._step(message, answer=True)
                 self.turns += 1
+            self.dialogues.check_answer(step.dialogue, step.head)
             self._take(step, answered=True)
             self.last = self._written(list(step.head), streamer, generate_kwargs)
             self._take(self._step(self.last.message()))
@@ -186,7 +187,7 @@ class Session:
         written = _Written(Writer(self.template.decode, texts), reader, ends, streamer)
         options: dict[str, Any] = {
             "max_new_tokens": 256,
-            "eos_token_id": sorted(ends),
+            "eos_token_id": sorted(ends) or None,
             "pad_token_id": self.tokenizer.pad_token_id,
             **generate_kwargs,
         }

@@ -18,8 +18,11 @@ from .messages import Message, ToolCall
 
 Tools = tuple[dict[str, Any], ...]
 
-#: Put into control tokens that a speaker wrote, so that they are none; taken out again when they are encoded.
-_BREAK = "\ue0f0"
+#: Put into control tokens that a speaker wrote, so that they are none; taken out again when they are encoded. It is a
+#: noncharacter of Unicode: no text has it.
+_BREAK = "\ufdd0"
+#: Halves of characters, from bytes that are not UTF-8 or from JSON that was cut; no tokenizer takes them.
+_HALF = re.compile("[\ud800-\udfff]")
 #: Contents of the stand-ins. No template treats such texts in a special way.
 QUESTION, ANSWER, MORE = "Stand-in question 1.", "Stand-in answer 2.", "Stand-in text 3."
 CALL = ToolCall("stand_in", '{"of": "call"}', "call00000")
@@ -125,7 +128,7 @@ class Template:
             token = found.group()
             return token if token in allowed else token[0] + _BREAK + token[1:]
 
-        return self._control.sub(cut, text)
+        return self._control.sub(cut, _HALF.sub("\ufffd", text))
 
     def _guarded(self, message: Message) -> dict[str, Any]:
         """The message as the template reads it, its control tokens broken; marks of thoughts are an answer's own."""
@@ -135,7 +138,7 @@ class Template:
             if isinstance(value, str):
                 return self.broken(value, allowed)
             if isinstance(value, dict):
-                return {key: guard(item) for key, item in value.items()}
+                return {guard(key): guard(item) for key, item in value.items()}
             return [guard(item) for item in value] if isinstance(value, list) else value
 
         guarded: dict[str, Any] = guard({k: v for k, v in message.as_dict().items() if k != "role"})
@@ -229,12 +232,22 @@ class Template:
     @cached_property
     def _exchange(self) -> str:
         """An exchange with a call and its result; nothing if it is refused."""
-        call = Message("assistant", "", tool_calls=(CALL,))
         result = Message("tool", MORE, tool_call_id=CALL.id, name=CALL.name)
         try:
-            return self.text([Message("user", QUESTION), call, result, Message("assistant", ANSWER)])
+            return self.text([*self._calling(CALL), result, Message("assistant", ANSWER)])
         except ConfigError:
             return ""
+
+    def _calling(self, *calls: ToolCall) -> list[Message]:
+        return [Message("user", QUESTION), Message("assistant", "", tool_calls=calls)]
+
+    @cached_property
+    def _knows_several(self) -> bool:
+        """Whether it writes two calls at once."""
+        try:
+            return self.text(self._calling(CALL, replace(CALL, id="call00001"))).count(CALL.name) > 1
+        except ConfigError:
+            return False
 
     @property
     def knows_calls(self) -> bool:
@@ -253,7 +266,8 @@ class Template:
         if message.role == "tool" and not self.knows_results:
             whose = f" {message.name}" if message.name else ""
             return Message("user", f"Result of the tool{whose}:\n{message.content}")
-        if message.tool_calls and not self.knows_calls:
+        fits = self.knows_calls and (len(message.tool_calls) < 2 or self._knows_several)
+        if message.tool_calls and not fits:
             calls = [as_text(call) for call in message.tool_calls]
             return replace(message, content="\n".join([message.content, *calls]).strip(), tool_calls=())
         return message

@@ -98,6 +98,14 @@ class Rendering:
         pairs = zip(answer.tool_calls, self._ids, strict=False)
         return replace(answer, tool_calls=tuple(replace(call, id=call.id or new) for call, new in pairs))
 
+    def check_answer(self) -> None:
+        """See that an answer can be remembered, before it is written.
+
+        Raises:
+            ConfigError: the template has no place for one.
+        """
+        self.dialogues.check_answer(self.dialogue, self.head)
+
     def remember(self, message: Message) -> tuple[Kept, Dialogue]:
         """What the answer leaves in the memory, and how far the dialogue has come with it."""
         step = self._step(message)

@@ -612,6 +612,8 @@ class Service:
         disconnect: str = "drop",
     ) -> Turn:
         rendering = await asyncio.to_thread(self._rendered, held, messages, True, tools)
+        if not held.aside:
+            await asyncio.to_thread(rendering.check_answer)
         known = self._stats(held.memory, 0)["tokens_seen"]
         prompt = known + rendering.tokens + len(rendering.head)
 
