@@ -160,7 +160,9 @@ def test_memory_inspect(saved: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert result["rows"][0]["reach"] == result["rows"][0]["tokens_folded"] > 0
     assert result["rows"][0]["tokens_merged"] == 0
     assert cli.main(["memory", "inspect", str(saved)]) == 0
-    assert "session of 1 turns" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "session of 1 turns" in shown
+    assert "tokens folded" in shown and f"{result['nbytes']:,}" in shown  # whole, on 80 columns
 
 
 def test_memory_inspect_refuses_a_damaged_file(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -159,8 +159,8 @@ class Session:
             the answer, without its thoughts; :attr:`last` has these, too.
 
         Raises:
-            ConfigError: empty text, a place where the chat template has no answer, or a memory that leaves no room for
-                one in the model's context. The session is unchanged.
+            ConfigError: empty text, a place where the chat template has no answer, or a memory that leaves no room
+                for one in the model's context. The session is unchanged.
         """
         before = self.memory, self.turns, self.dialogue, self._before
         try:
