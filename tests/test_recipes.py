@@ -141,7 +141,9 @@ def test_the_recipe_in_the_documentation_is_right(tmp_path: Path) -> None:
     for line in re.findall(
         r"^\s*(?:\S+=\S+ )*(?:ccm|torchrun .* -m ccm) train chats\.yaml(.*)$", text, re.MULTILINE
     ):
-        overrides = [word for word in re.sub(r"--(?:out|load-in|device|dtype) \S+|--\w+|#.*", "", line).split()]
+        overrides = [
+            word for word in re.sub(r"--(?:out|load-in|device|dtype) \S+|--\w+|#.*", "", line).split()
+        ]
         assert load_recipe(path, overrides)
 
 

@@ -227,11 +227,9 @@ def inspect(
     made_by = "model-adapter " + memory.fingerprint
     kind = f"session of {session['turns']} turns, budget {session['budget']}" if session else "memory"
     console.print(f"{file}: {kind}\nmade by {made_by}", soft_wrap=True, highlight=False, markup=False)
-    table = Table(
-        box=None, show_header=False, padding=(0, 1)
-    )  # a line a figure: all of them are wider than a screen
-    for key in rows[0]:
-        table.add_row(key.replace("_", " "), *(f"{row[key]:,}" for row in rows))
+    table = Table(box=None, show_header=False, padding=(0, 1))  # side by side they are wider than a screen
+    for name in rows[0]:
+        table.add_row(name.replace("_", " "), *(f"{row[name]:,}" for row in rows))
     console.print(table)
 
 
