@@ -62,6 +62,12 @@ def test_calls_are_read_in_the_forms_of_known_models(text):
     assert read_answer(PLAIN, (), text).tool_calls == ()  # nobody offered tools
 
 
+def test_arguments_can_be_sent_whatever_a_model_spells():
+    text = '<tool_call>{"name": "weather", "arguments": {"city": "\\ud800"}}</tool_call>'
+    (call,) = read_answer(PLAIN, (), text, tools=True).tool_calls
+    assert call.arguments == '{"city": "?"}'
+
+
 def test_text_before_a_call_and_several_calls():
     one = '<tool_call>{"name": "weather", "arguments": {"city": "Paris"}}</tool_call>'
     answer = read_answer(PLAIN, (), f"Let me see.\n{one}\n{one}", tools=True)

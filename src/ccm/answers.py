@@ -171,18 +171,14 @@ def _bracketed(text: str) -> list[ToolCall]:
     if text.startswith("["):
         return [_of(call) for call in json.loads(text)]
     name, _, arguments = text.partition("[ARGS]")
-    return [
-        ToolCall(
-            name.partition("[CALL_ID]")[0].strip(), json.dumps(json.loads(arguments), ensure_ascii=False)
-        )
-    ]
+    return [ToolCall(name.partition("[CALL_ID]")[0].strip(), _json(json.loads(arguments)))]
 
 
 def _of(call: dict[str, Any]) -> ToolCall:
     arguments = call["arguments"] if "arguments" in call else call["parameters"]
     if not isinstance(call["name"], str):
         raise ValueError("the name of a call is no text")
-    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    text = arguments if isinstance(arguments, str) else _json(arguments)
     return ToolCall(call["name"], text, str(call.get("id") or ""))
 
 
@@ -195,4 +191,9 @@ def _arguments(pairs: list[tuple[str, str]]) -> str:
         except ValueError:
             return text
 
-    return json.dumps({key.strip(): value(text) for key, text in pairs}, ensure_ascii=False)
+    return _json({key.strip(): value(text) for key, text in pairs})
+
+
+def _json(value: Any) -> str:
+    """As text that can be sent: halves of characters, which JSON may spell, are none."""
+    return json.dumps(value, ensure_ascii=False).encode("utf-8", "replace").decode()

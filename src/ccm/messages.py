@@ -61,6 +61,8 @@ class Message:
     name: str | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.content, str):
+            raise ConfigError(f"content of a message: got {type(self.content).__name__}, expected a text")
         if not self.role:
             raise ConfigError("a message has no role; give system, user, assistant or tool")
         silent = self.role in ("assistant", "tool")  # a model, or a tool, may have nothing to say

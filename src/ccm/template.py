@@ -84,7 +84,8 @@ class Template:
         if not self.source:
             return self._lines(messages, generation)
         try:
-            return self._rendered([self._guarded(message) for message in messages], tools, generation)
+            guarded = [self._guarded(message) for message in messages]
+            return self._rendered(guarded, self._guard(list(tools)), generation)
         except Exception as error:  # templates are programs and refuse what they like
             roles = ", ".join(
                 message.role for message in messages if message.content not in (QUESTION, ANSWER)
@@ -93,11 +94,11 @@ class Template:
                 f"the model's chat template refuses a dialogue of {roles}: {_first_line(error)}"
             ) from error
 
-    def _rendered(self, messages: list[dict[str, Any]], tools: Tools, generation: bool) -> str:
+    def _rendered(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], generation: bool) -> str:
         render = self.tokenizer.apply_chat_template
         options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": generation}
         try:
-            return str(render(messages, tools=list(tools) or None, **options))
+            return str(render(messages, tools=tools or None, **options))
         except (
             TypeError
         ):  # some templates go through the tools without asking, or add texts to arguments of calls
@@ -106,7 +107,7 @@ class Template:
                     call["function"]["arguments"] = json.dumps(
                         call["function"]["arguments"], ensure_ascii=False
                     )
-            return str(render(messages, tools=list(tools), **options))
+            return str(render(messages, tools=tools, **options))
 
     def _lines(self, messages: Sequence[Message], generation: bool) -> str:
         """A base model's dialogue: BOS if its tokenizer sets one, and a line for every turn."""
@@ -132,17 +133,17 @@ class Template:
 
     def _guarded(self, message: Message) -> dict[str, Any]:
         """The message as the template reads it, its control tokens broken; marks of thoughts are an answer's own."""
-        allowed: frozenset[str] = _THOUGHT_MARKS if message.role == "assistant" else frozenset()
+        allowed = _THOUGHT_MARKS if message.role == "assistant" else frozenset()
+        said = {key: value for key, value in message.as_dict().items() if key != "role"}
+        return {"role": message.role, **self._guard(said, allowed)}
 
-        def guard(value: Any) -> Any:
-            if isinstance(value, str):
-                return self.broken(value, allowed)
-            if isinstance(value, dict):
-                return {guard(key): guard(item) for key, item in value.items()}
-            return [guard(item) for item in value] if isinstance(value, list) else value
-
-        guarded: dict[str, Any] = guard({k: v for k, v in message.as_dict().items() if k != "role"})
-        return {"role": message.role, **guarded}
+    def _guard(self, value: Any, allowed: frozenset[str] = frozenset()) -> Any:
+        """The same with every text in it broken."""
+        if isinstance(value, str):
+            return self.broken(value, allowed)
+        if isinstance(value, dict):
+            return {self.broken(str(key)): self._guard(item, allowed) for key, item in value.items()}
+        return [self._guard(item, allowed) for item in value] if isinstance(value, list) else value
 
     def encode(self, text: str) -> list[int]:
         """Token ids of what a template wrote; broken control tokens become the letters that they are made of."""
