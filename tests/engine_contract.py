@@ -196,15 +196,16 @@ class EngineContract:
         """With what was written by then, in the memory too; one that has not begun says nothing."""
         long = turn(tokenizer, compressor.empty(), "go on", Sampling(max_tokens=150, temperature=0))
         ((whole,), _) = run(engine, [long])
-        heard, begun = Heard(), threading.Event()
+        heard, tickets = Heard(), queue.Queue[Any]()
 
-        def listener(event: Any) -> None:
+        def listener(event: Any) -> None:  # the engine waits for it: the answer cannot be over by then
             heard(event)
-            begun.set()
+            if isinstance(event, str):
+                ticket = tickets.get(timeout=30)
+                ticket.finish()
+                tickets.put(ticket)
 
-        ticket = engine.submit(long, listener)
-        assert begun.wait(30)
-        ticket.finish()
+        tickets.put(engine.submit(long, listener))
         cut = heard.result()
         assert whole.text.startswith(cut.text) and 0 < cut.tokens < whole.tokens
         assert cut.finish_reason == "stop" and "".join(heard.pieces) == cut.text

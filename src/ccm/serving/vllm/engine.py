@@ -134,7 +134,7 @@ class VllmEngine(FoldingEngine[_Answer]):
             running.call.close()
 
     def _hear(self, running: _Answer, tokens: list[int]) -> None:
-        if running in self._writing:
+        if running in self._writing and not running.ticket.finished:  # what comes later was not waited for
             self._do(partial(self._take, tokens), [running])
 
     def _take(self, tokens: list[int], rows: list[_Answer]) -> None:
@@ -145,7 +145,7 @@ class VllmEngine(FoldingEngine[_Answer]):
                 return
 
     def _fail(self, running: _Answer, error: Exception) -> None:
-        if running in self._writing:
+        if running in self._writing and not running.ticket.finished:
             self._leave(running, error)
 
     # ------------------------------------------------------------------ on a thread of the answer
