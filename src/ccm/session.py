@@ -284,7 +284,8 @@ class Session:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], compressor: Compressor, tokenizer: Any) -> Session:
-        """Continue a saved session exactly where it was.
+        """Continue a saved session where it was. An exchange that was open stays as it was taken in, also where the
+        template would write it anew (docs/templates.md).
 
         Raises:
             MemoryFileError: missing, damaged, or a memory without a session.
