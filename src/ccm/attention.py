@@ -243,7 +243,8 @@ def carry(model: nn.Module) -> None:
 
 
 def _bring_plan(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-    cache: Any = kwargs.get("past_key_values")
+    # named "cache" since transformers 5.24
+    cache: Any = kwargs.get("cache", kwargs.get("past_key_values"))
     if (plan := getattr(cache, PLAN, None)) is None:
         return None
     # for beams and returned sequences ``generate`` repeats the tokens, but not the cache

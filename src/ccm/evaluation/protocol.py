@@ -189,7 +189,8 @@ class _CacheWatch:
 
     def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self._measure()
-        self.cache = kwargs.get("past_key_values")
+        # named "cache" since transformers 5.24
+        self.cache = kwargs.get("cache", kwargs.get("past_key_values"))
 
     def _measure(self) -> None:  # once the pass that fills it is over
         layers = [layer for layer in getattr(self.cache, "layers", ()) if layer.keys is not None]
