@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RAY := .venv-ray
 OLDEST := .venv-oldest
+NEWEST := .venv-newest
 VLLM := .venv-vllm
 QUANT := .venv-quant
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench-serving test test-slow test-oldest test-ray ray-env test-vllm vllm-env test-quant quant-env lint types clean
+.PHONY: help demo bench-serving test test-slow test-oldest test-newest test-ray ray-env test-vllm vllm-env test-quant quant-env lint types clean
 
 help: ## show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
@@ -28,9 +29,14 @@ test: $(STAMP) ## run the quick tests, in a process for each core up to four
 test-slow: $(STAMP) ## run the slow tests
 	$(BIN)/pytest -m "slow and not vllm"
 
+CONTRACT := tests/test_families.py tests/test_contract.py tests/test_session.py tests/test_generate.py \
+	-m "not slow and not vllm" -k "not ema and not other_rules and not at_the_place"
+
 test-oldest: $(OLDEST)/.installed ## run the contract on the oldest transformers and PEFT that are supported
-	$(OLDEST)/bin/python -m pytest tests/test_families.py tests/test_contract.py tests/test_session.py \
-		tests/test_generate.py -m "not slow and not vllm" -k "not ema and not other_rules and not at_the_place"
+	$(OLDEST)/bin/python -m pytest $(CONTRACT)
+
+test-newest: $(NEWEST)/.installed ## run the contract on the newest transformers and PEFT that are supported
+	$(NEWEST)/bin/python -m pytest $(CONTRACT)
 
 test-ray: $(RAY)/.installed ## run the tests of the server on Ray Serve, in an environment of their own
 	$(RAY)/bin/python -m pytest tests/test_ray.py
@@ -55,7 +61,7 @@ types: $(STAMP) ## check the type annotations
 	$(BIN)/mypy
 
 clean: ## remove the environment, caches and build outputs
-	rm -rf $(VENV) $(OLDEST) $(RAY) $(VLLM) $(QUANT) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(RAY) $(VLLM) $(QUANT) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch is asked for by itself, so that a CPU build that the machine provides is taken when there is one.
@@ -67,13 +73,15 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-# The floors of pyproject.toml, with the other packages of constraints.txt.
-$(OLDEST)/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(OLDEST)
-	grep -vE '^(transformers|peft|huggingface_hub|tokenizers)==' constraints.txt >$(OLDEST)/constraints.txt
-	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
-	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(OLDEST)/constraints.txt -e . \
-		transformers==5.4.0 peft==0.19.0 huggingface_hub==1.5.0 hypothesis pytest pytest-timeout
+# The floors of pyproject.toml, with the other packages of constraints.txt, and what is newest.
+$(OLDEST)/.installed: WANTED := transformers==5.4.0 peft==0.19.0 huggingface_hub==1.5.0
+$(NEWEST)/.installed: WANTED := transformers==5.24.0 peft==0.21.2
+$(OLDEST)/.installed $(NEWEST)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(@D)
+	grep -vE '^(transformers|peft|huggingface_hub|tokenizers)==' constraints.txt >$(@D)/constraints.txt
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c $(@D)/constraints.txt -e . \
+		$(WANTED) hypothesis pytest pytest-timeout
 	@touch $@
 
 $(RAY)/.installed: pyproject.toml constraints.txt
