@@ -106,19 +106,21 @@ class Mixture:
         rows: list[ConversationRow] = []
         batches: list[list[ConversationRow]] = []
         while True:
-            more = cut([*rows, self._row(rng)], self.tokens_per_batch, self.max_rows)
+            more = cut([*rows, self.draw(rng)[1]], self.tokens_per_batch, self.max_rows)
             if len(more) > POOL:
                 rng.shuffle(batches)
                 return batches
             batches = more
             rows = [row for batch in batches for row in batch]
 
-    def _row(self, rng: random.Random) -> ConversationRow:
-        source = rng.choices(self.sources, self.weights)[0]
+    def draw(self, rng: random.Random) -> tuple[int, ConversationRow]:
+        """One row of at most ``tokens_per_batch`` tokens, behind the place of its source."""
+        place = rng.choices(range(len(self.sources)), self.weights)[0]
+        source = self.sources[place]
         for _ in range(TRIES):
             row = source.draw(rng)
             if row.tokens <= self.tokens_per_batch:
-                return row
+                return place, row
         raise ConfigError(
             f"rows of source {source.name} are too long: {TRIES} of them had more than {self.tokens_per_batch} "
             f"tokens, the last one {row.tokens}; set tokens_per_batch higher or give the source shorter rows"
