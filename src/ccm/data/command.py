@@ -1,9 +1,13 @@
-"""``ccm data``: which sources there are, and what their rows look like."""
+"""``ccm data``: which sources there are, what their rows look like, and rows drawn ahead of time."""
 
 from __future__ import annotations
 
 import json
+import os
 import random
+import re
+import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,7 +17,9 @@ from ..errors import ConfigError
 if TYPE_CHECKING:
     from .rows import ConversationRow
 
-app = typer.Typer(help="Training data: which sources there are, and what their rows look like.")
+app = typer.Typer(
+    help="Training data: which sources there are, what their rows look like, and rows drawn ahead of time."
+)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
@@ -91,6 +97,78 @@ def show(
     _print(rows, tokenizer)
     if tally:
         typer.echo(tally)
+
+
+@app.command(epilog="Example: ccm data pack recipes/one-gpu.yaml --tokens 20M --out general.rows")
+def pack(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The run (docs/training.md).")],
+    tokens: Annotated[str, typer.Option(metavar="NUMBER", help="Of all rows: 20M, 1.5M, 500k or 20000.")],
+    out: Annotated[
+        Path, typer.Option(metavar="FILE", help="Where the rows go; FILE.part holds what is there.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="In place of the recipe's; nested keys by dots."),
+    ] = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="That draw rows; 0 draws in this one.", show_default="one a core, at most 4"
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Draw the rows of a recipe into a file that `packed=FILE` trains from; after Ctrl-C the same command goes on."""
+    from ..training import load_recipe
+
+    config, wanted = load_recipe(recipe, overrides or ()), _count(tokens)
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    from ..models import load_model
+    from ..training.packing import pack as draw
+
+    console = Console(stderr=as_json)
+    _, tokenizer = load_model(config.model)
+    several = min(4, os.cpu_count() or 1) if processes is None else processes
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("drawing rows", total=wanted)
+        seen: list[tuple[float, int]] = []
+
+        def on_progress(done: int) -> None:
+            seen.append((time.monotonic(), done))
+            seconds, drawn = seen[-1][0] - seen[0][0], done - seen[0][1]
+            rate = f" · {drawn / seconds:,.0f} tokens/s" if seconds else ""
+            bar.update(task, completed=done, description=f"{done:,} tokens{rate}")
+
+        try:
+            file = draw(config, tokenizer, wanted, out, several, on_progress)
+        except KeyboardInterrupt:
+            console.print(
+                f"{out}.part holds the rows so far; the same command goes on", highlight=False, soft_wrap=True
+            )
+            raise
+    held_out = dict(zip(file.sources, file.header["held_out"], strict=True))
+    megabytes = round(file.path.stat().st_size / 1e6, 1)
+    if as_json:
+        made = {"file": str(out), "rows": len(file), "tokens": file.tokens, "held_out": held_out}
+        print(json.dumps({**made, "megabytes": megabytes, "fingerprint": file.fingerprint}))
+        return
+    console.print(
+        f"{out}: {len(file):,} rows · {file.tokens:,} tokens · {sum(held_out.values())} held out · {megabytes} MB",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _count(text: str) -> int:
+    """A number of tokens: 20M, 1.5M, 500k, 20000."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kMG]?)", text.strip())
+    count = round(float(match[1]) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}[match[2]]) if match else 0
+    if count < 1:
+        raise ConfigError(f"--tokens: got {text!r}, expected a number such as 20M, 1.5M, 500k or 20000")
+    return count
 
 
 def _options(given: list[str]) -> dict[str, Any]:

@@ -152,7 +152,7 @@ class PackedFile:
             tokenizer: of the model that is to read it; None takes any.
 
         Raises:
-            DataError: no such file, no packed file, one of another format or tokenizer, a truncated or damaged one.
+            DataError: no such file, no packed file, one of another format or tokenizer, truncated, damaged or empty.
         """
         path = Path(path)
         again = "pack it again with `ccm data pack`"
@@ -194,6 +194,8 @@ class PackedFile:
                 raise DataError(f"{path} is damaged in its section {name}; copy it anew, or {again}")
             parts[name] = part.view(section["type"])
             first += size
+        if not header["rows"]:
+            raise DataError(f"{path}: got no training rows, expected at least one; {again}")
         return cls(path, header, hashlib.sha256(text).hexdigest()[:16], Table(**parts))
 
     @property

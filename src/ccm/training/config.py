@@ -33,6 +33,7 @@ class TrainConfig:
         init_from: an adapter (name or folder) whose weights are the start; its own first stage stays, unless
             ``base_adapter`` names another.
         data: source -> its options, and its ``weight`` in the mixture (1 by default).
+        packed: file of ``ccm data pack`` that rows come from; ``data`` is then what it was packed from.
         objective: "distill" (KL to the base model with the whole context), "ce" (the text itself) or "target-ce"
             (the text of the last segment of each row, as in the paper).
         recall_weight: weight of tokens that can only be known from an earlier segment.
@@ -75,6 +76,7 @@ class TrainConfig:
     base_adapter: str | None = None
     init_from: str | None = None
     data: dict[str, dict[str, Any]] = field(default_factory=lambda: {"chitchat": {}})
+    packed: str | None = None
     objective: str = "distill"
     recall_weight: float = 1.0
     recall_from: str = "text"

@@ -13,9 +13,9 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..data.rows import ConversationRow
+from ..data.packed import ArrayRow
 from ..errors import CCMError, ConfigError
 from ..models import bfloat16_units
 from ..reader import base_name, model_fingerprint
@@ -31,7 +31,7 @@ from ..storage.atomic import write_atomically
 from . import checkpoint
 from .config import TrainConfig
 from .distributed import Processes, compile_blocks, save_memory
-from .rows import held_out_rows, open_sources, training_rows
+from .rows import Drawn, held_out_rows, open_sources, training_rows, with_packed
 from .signals import StopRequest, raise_for
 from .stages import make_stage
 from .targets import marked
@@ -55,6 +55,7 @@ class Trainer:
 
     Raises:
         ConfigError: the folder holds a run with another configuration.
+        DataError: data cannot be read, or the packed file is not one for this model.
         MismatchError: the folder holds a run of another model.
         StorageError: the folder cannot be made.
     """
@@ -68,6 +69,9 @@ class Trainer:
         extend: bool = False,
         device: torch.device | None = None,
     ):
+        config, packed = with_packed(config, tokenizer)
+        #: The settings that a checkpoint holds: of a packed file what is in it, not where it lies.
+        self.settings = replace(config, packed=packed.fingerprint) if packed else config
         self.config, self.folder, self.model = config, Path(folder), model
         self.processes = Processes(config, self.folder, device)
         model.requires_grad_(False)
@@ -79,7 +83,7 @@ class Trainer:
         with _memory_errors(lambda: "loading; bf16=true halves the model, parallel=fsdp2 shares it out"):
             self.processes.place(model)
         with self.processes.main_first():  # one process downloads, the others find it done
-            sources = open_sources(config, tokenizer)
+            sources = packed or open_sources(config, tokenizer)
             held_out = held_out_rows(config, sources)
         self.stage = make_stage(model, config, held_out)
         if unknown := sorted(set(config.require) - set(self.stage.figures)):
@@ -106,7 +110,7 @@ class Trainer:
 
     # ------------------------------------------------------------------ one step
 
-    def train_step(self, batches: Iterator[list[ConversationRow]]) -> float:
+    def train_step(self, batches: Iterator[Sequence[Drawn]]) -> float:
         """One optimizer step; the mean loss per supervised token over all passes and processes."""
         started = time.monotonic()
         config, processes = self.config, self.processes
@@ -114,7 +118,8 @@ class Trainer:
         taken = [next(batches) for _ in range(config.accumulate)]
         for k, batch in enumerate(taken):
             draw = random.Random(f"{config.seed}-{self.step}-{k * processes.world + processes.rank}")
-            part = self.stage.losses([marked(row) for row in batch], draw)
+            rows = [row.to_row() if isinstance(row, ArrayRow) else marked(row) for row in batch]
+            part = self.stage.losses(rows, draw)
             part.loss.backward()
             loss, count = loss + float(part.loss.detach()), count + part.tokens
             recall, known = recall + part.recall, known + part.recall_tokens
@@ -196,7 +201,7 @@ class Trainer:
                     raise_for(stopped)
         return report
 
-    def _next_step(self, batches: Iterator[list[ConversationRow]], stop: StopRequest) -> float:
+    def _next_step(self, batches: Iterator[Sequence[Drawn]], stop: StopRequest) -> float:
         served = self.rows.served
         try:
             return self.train_step(batches)
@@ -272,11 +277,11 @@ class Trainer:
                 "report": self.report,
                 "served": self.rows.served,
             }
-            checkpoint.save(self.folder, self.config, self.fingerprint, state)
+            checkpoint.save(self.folder, self.settings, self.fingerprint, state)
         self.saved = self.step
 
     def _resume(self) -> None:
-        state = checkpoint.load(self.folder, self.config, self.fingerprint)
+        state = checkpoint.load(self.folder, self.settings, self.fingerprint)
         if state is not None:
             for parameter, saved in zip(self.parameters, state["parameters"], strict=True):
                 parameter.data.copy_(saved)
