@@ -1,0 +1,437 @@
+"""The parallel pass of training without what an accelerator waits for: packed rows, few operations, few activations.
+
+The same numbers as ``Compressor.hidden``, from the same weights, but written out for decoders of the common shape:
+
+    x += Attention(Norm(x));  x += MLP(Norm(x))          each product W x + 1[x is COMP] B A x
+
+COMP tokens are the last columns of a pass, so the adapter is two small products on a slice. Products that read the
+same input (q, k, v; gate, up) are one, of the model as of the adapter. Frozen weights need no gradient: of a token a layer
+keeps its two inputs, q, k, v, the output of the attention, and gate and up. Who sees whom comes as intervals
+(``ccm.training.intervals``): on a CUDA device flex attention skips what nobody sees, elsewhere blocks of queries do.
+
+A model of another shape is told by the numbers themselves: a trial pass must give what the model gives.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.functional import linear, pad, rms_norm
+from torch.utils.checkpoint import checkpoint
+
+from ..attention import _grouped, additive
+from ..blocks import attend as in_blocks
+from ..blocks import cut
+from ..compressor import Compressor
+from ..data.packed import ArrayRow
+from ..rotary import Tables, rotate
+from ..twin import text_config
+from .intervals import BLOCK, Packed, pack
+
+log = logging.getLogger(__name__)
+
+#: By how much of its size a trial pass may miss the model's, in fp32 and in bfloat16.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+
+
+class Unfit(Exception):
+    """The model has another shape."""
+
+
+class _Conditional(torch.autograd.Function):
+    """W x + b, and B A x on the last ``tail`` rows; W and b are frozen."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, tail: int
+    ) -> Tensor:
+        out = linear(x, weight, bias)
+        ctx.tail = tail
+        if tail:
+            comp = x[-tail:].clone()  # a view would keep all of x
+            low = linear(comp, down)
+            out[-tail:].addmm_(low, up.T)
+            ctx.save_for_backward(weight, down, up, comp, low)
+        else:
+            ctx.save_for_backward(weight)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        weight, *rest = ctx.saved_tensors
+        back = grad @ weight
+        if not ctx.tail:
+            return back, None, None, None, None, None
+        down, up, comp, low = rest
+        own = grad[-ctx.tail :]
+        slope = own @ up
+        back[-ctx.tail :].addmm_(slope, down)
+        return back, None, None, slope.T @ comp, own.T @ low, None
+
+
+@dataclass
+class _Product:
+    """Projections that read the same input, as one.
+
+    Attributes:
+        weight: (sum of d_out, d_in), of which the modules' own weights are views now.
+        bias: (sum of d_out,) or None.
+        sizes: d_out of each.
+        adapter: the LoRA pairs (A, B) of each projection, None where it has none.
+        scaling: of the LoRA.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    sizes: list[int]
+    adapter: list[tuple[nn.Parameter, nn.Parameter] | None]
+    scaling: float
+
+    @classmethod
+    def of(cls, modules: Sequence[nn.Module], adapter: str) -> _Product:
+        bases = [getattr(module, "base_layer", module) for module in modules]
+        if any(type(base) is not nn.Linear for base in bases):
+            raise Unfit(f"{type(bases[0]).__name__} is no plain linear layer")
+        weight = torch.cat([base.weight for base in bases]) if len(bases) > 1 else bases[0].weight.detach()
+        sizes = [base.out_features for base in bases]
+        if len(bases) > 1:
+            for base, part in zip(bases, weight.split(sizes), strict=True):
+                base.weight.data = part
+        biases = [base.bias for base in bases]
+        bias = None
+        if any(b is not None for b in biases):
+            bias = torch.cat(
+                [weight.new_zeros(n) if b is None else b for b, n in zip(biases, sizes, strict=True)]
+            )
+        pairs = [
+            (module.lora_A[adapter].weight, module.lora_B[adapter].weight)
+            if adapter in getattr(module, "lora_A", {})
+            else None
+            for module in modules
+        ]
+        scaling = next((module.scaling[adapter] for module, p in zip(modules, pairs, strict=True) if p), 0.0)
+        return cls(weight.detach(), bias, sizes, pairs, scaling)
+
+    def joined(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """(R, d_in) and (sum of d_out, R): A's one on the other, B's on a diagonal, with the scaling."""
+        present = [pair for pair in self.adapter if pair]
+        if not present:
+            return None
+        down = torch.cat([a for a, _ in present])
+        columns, start = [], 0
+        for pair, size in zip(self.adapter, self.sizes, strict=True):
+            rank = pair[0].shape[0] if pair else 0
+            block = pair[1] if pair else down.new_zeros(size, 0)
+            columns.append(pad(block, (start, len(down) - start - rank)))
+            start += rank
+        return down.to(dtype), (torch.cat(columns) * self.scaling).to(dtype)
+
+
+@dataclass
+class _Norm:
+    weight: Tensor
+    eps: float
+
+    @classmethod
+    def of(cls, module: nn.Module | None) -> _Norm | None:
+        """Of an RMS norm: what it makes of ones is its weight, however it stores it."""
+        if module is None:
+            return None
+        eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+        own = next(module.parameters(), None)
+        if eps is None or own is None or own.ndim != 1:
+            raise Unfit(f"{type(module).__name__} is no RMS norm")
+        ones = torch.ones(1, len(own), dtype=torch.float32, device=own.device)
+        weight = module(ones)[0].float() * (1 + eps) ** 0.5
+        return cls(weight.to(own.dtype), eps)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+@dataclass
+class _Layer:
+    """One decoder layer, as tensors."""
+
+    before: _Norm
+    qkv: _Product
+    query_norm: _Norm | None
+    key_norm: _Norm | None
+    out: _Product
+    after: _Norm | None  # of what attention gives, where a family has it
+    middle: _Norm
+    gate_up: _Product
+    act: Callable[[Tensor], Tensor]
+    down: _Product
+    end: _Norm | None  # of what the MLP gives
+    near: int | None
+    kind: str | None
+    scale: float
+
+    @classmethod
+    def of(cls, layer: Any, adapter: str, kind: str | None) -> _Layer:
+        attention, mlp = layer.self_attn, layer.mlp
+        four = hasattr(layer, "pre_feedforward_layernorm")
+        middle = layer.pre_feedforward_layernorm if four else layer.post_attention_layernorm
+        before = _Norm.of(layer.input_layernorm)
+        between = _Norm.of(middle)
+        if before is None or between is None:
+            raise Unfit("a layer has no norms")
+        return cls(
+            before=before,
+            qkv=_Product.of([attention.q_proj, attention.k_proj, attention.v_proj], adapter),
+            query_norm=_Norm.of(getattr(attention, "q_norm", None)),
+            key_norm=_Norm.of(getattr(attention, "k_norm", None)),
+            out=_Product.of([attention.o_proj], adapter),
+            after=_Norm.of(layer.post_attention_layernorm) if four else None,
+            middle=between,
+            gate_up=_Product.of([mlp.gate_proj, mlp.up_proj], adapter),
+            act=mlp.act_fn,
+            down=_Product.of([mlp.down_proj], adapter),
+            end=_Norm.of(layer.post_feedforward_layernorm) if four else None,
+            near=_distance(attention),
+            kind=kind,
+            scale=attention.scaling,
+        )
+
+
+def _distance(attention: Any) -> int | None:
+    """How far the layer sees; some families say so on the layer, others for all layers."""
+    near = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
+    return None if near is None or getattr(attention, "is_sliding", True) is False else int(near)
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    return rotate(x, cos, sin, interleaved)
+
+
+def _gated(act: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    return act(gate) * up
+
+
+class LeanPass:
+    """Passes of one compressor over packed rows.
+
+    Args:
+        compressor: on its device, with COMP tokens behind their segments and a conditional adapter.
+        fuse: compile what goes element by element.
+        save_memory: keep no activations inside layers.
+
+    Raises:
+        Unfit: the model has another shape.
+    """
+
+    def __init__(self, compressor: Compressor, fuse: bool = False, save_memory: bool = False):
+        config = compressor.config
+        if config.kind != "ccm" or not config.conditional or config.comp_positions != "after":
+            raise Unfit("the adapter is of another kind")
+        self.compressor, self.save_memory = compressor, save_memory
+        model = compressor.model
+        body = model.get_submodule(compressor.family.body)
+        self.dtype, self.device = model.dtype, model.device
+        try:
+            modules = [
+                model.get_submodule(name.rsplit(".", 1)[0]) for name in compressor.family.attention
+            ]
+            self.layers = [
+                _Layer.of(layer, compressor.adapter, kind)
+                for layer, kind in zip(modules, compressor.rotary.layer_types, strict=True)
+            ]
+            self.norm = _Norm.of(body.norm)
+        except (AttributeError, TypeError, RuntimeError) as error:
+            raise Unfit(f"its layers are written in another way ({error})") from error
+        settings = text_config(model.config)
+        self.heads = settings.num_attention_heads
+        self.size = int(getattr(settings, "head_dim", None) or settings.hidden_size // self.heads)
+        self.shared = (sum(self.layers[0].qkv.sizes) // self.size - self.heads) // 2
+        self.near = list(dict.fromkeys(layer.near for layer in self.layers))
+        self.turn: Callable[..., Tensor] = torch.compile(_turn, dynamic=True) if fuse else _turn
+        self.gated: Callable[..., Tensor] = torch.compile(_gated, dynamic=True) if fuse else _gated
+
+    # ------------------------------------------------------------------ one pass
+
+    def hidden(self, rows: Packed, adapter: Sequence[Any] | None = None) -> Tensor:
+        """Hidden states (T, d) of the text after the last layer, before the last norm; rows are on the device."""
+        embed = self.compressor.model.get_input_embeddings()
+        x = embed(rows.ids)
+        tail = len(rows.comp)
+        if tail:
+            comp = self.compressor.comp_embeddings.to(x.dtype)[rows.comp]
+            x = torch.cat([x, comp])
+        frames = _Frames.of(self, rows)
+        weights = adapter or self.adapter()
+        for layer, own in zip(self.layers, weights, strict=True):
+            if self.save_memory and torch.is_grad_enabled():
+                x = checkpoint(self._layer, layer, own, x, frames, tail, use_reentrant=False)
+            else:
+                x = self._layer(layer, own, x, frames, tail)
+        return x[: len(rows.ids)]
+
+    def adapter(self) -> list[Any]:
+        """The adapter's products of each layer, for the passes of a step."""
+        return [
+            [product.joined(self.dtype) for product in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+            for layer in self.layers
+        ]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(N, V) of hidden states (N, d) after the last norm."""
+        return self.compressor.head(hidden)
+
+    def _layer(self, layer: _Layer, adapter: Any, x: Tensor, frames: _Frames, tail: int) -> Tensor:
+        qkv, out, gate_up, down = adapter
+        a = self._attention(layer, _apply(layer.qkv, layer.before(x), qkv, tail), frames, tail)
+        a = _apply(layer.out, a, out, tail)
+        x = x + (layer.after(a) if layer.after else a)
+        h = self.gated(layer.act, _apply(layer.gate_up, layer.middle(x), gate_up, tail))
+        h = _apply(layer.down, h, down, tail)
+        return x + (layer.end(h) if layer.end else h)
+
+    def _attention(self, layer: _Layer, qkv: Tensor, frames: _Frames, tail: int) -> Tensor:
+        """(N, (H + 2 Hkv) D) -> (N, H D)."""
+        query, key, value = qkv.view(len(qkv), -1, self.size).split(
+            [self.heads, self.shared, self.shared], dim=1
+        )
+        if layer.query_norm and layer.key_norm:
+            query, key = layer.query_norm(query), layer.key_norm(key)
+        own = frames.own[layer.kind]
+        if not tail:
+            query, key = self.turn(query, *own), self.turn(key, *own)
+            return frames.attend(layer, query, key, value)
+        # sinks and slots: keys off their position, the states of the memory, and on to their places
+        rows = frames.rows
+        memory, contents = (
+            torch.cat([x.index_select(0, rows.sinks), frames.states(x[-tail:])]) for x in (key, value)
+        )
+        memory = self.turn(memory, *frames.slots[layer.kind])
+        turned, key = self.turn(query, *own), self.turn(key, *own)
+        contents = torch.cat([contents, value])
+        if rows.query_position is None:
+            return frames.attend(layer, turned, torch.cat([memory, key]), contents)
+        # Text and slots live in two frames: the query is held in both, each half meets the keys of its frame.
+        query = torch.cat([self.turn(query, *frames.other[layer.kind]), turned], dim=-1)
+        key = torch.cat([pad(memory, (0, self.size)), pad(key, (self.size, 0))])
+        return frames.attend(layer, query, key, contents)
+
+
+def _apply(product: _Product, x: Tensor, adapter: tuple[Tensor, Tensor] | None, tail: int) -> Tensor:
+    if adapter is None or not tail:
+        return _Conditional.apply(x, product.weight, product.bias, None, None, 0)
+    return _Conditional.apply(x, product.weight, product.bias, *adapter, tail)
+
+
+@dataclass
+class _Frames:
+    """What all layers of a pass share: tables of angles, the states' weights, and masks."""
+
+    rows: Packed
+    own: dict[str | None, Tables]
+    slots: dict[str | None, Tables]
+    other: dict[str | None, Tables]
+    weights: Tensor | None
+    masks: dict[int | None, Any]
+
+    @classmethod
+    def of(cls, passes: LeanPass, rows: Packed) -> _Frames:
+        rotary = passes.compressor.rotary
+
+        def tables(positions: Tensor | None) -> dict[str | None, Tables]:
+            if positions is None:
+                return {}
+            found = rotary.tables(positions)
+            return {k: Tables(t.cos.unsqueeze(1), t.sin.unsqueeze(1), t.interleaved) for k, t in found.items()}
+
+        weights = None
+        if rows.states is not None:
+            row, column, value = rows.states
+            weights = torch.zeros(rows.blocks, rows.folds, device=passes.device)
+            weights[row.long(), column.long()] = value.float()
+        keys = next(iter(rows.spans.values())).shape[1]
+        queries = len(rows.position)
+        make = _block_mask if passes.device.type == "cuda" else _blocks
+        masks = {near: make(spans, queries, keys, passes.dtype) for near, spans in rows.spans.items()}
+        return cls(
+            rows,
+            tables(rows.position),
+            tables(rows.slot_position) if len(rows.comp) else {},
+            tables(rows.query_position),
+            weights,
+            masks,
+        )
+
+    def states(self, comp: Tensor) -> Tensor:
+        """Of COMP keys or values (C, Hkv, D): of all states of the memory, one behind the other."""
+        if self.weights is None:
+            return comp
+        rows = self.rows
+        blocks = comp[: rows.folds * rows.slots].reshape(rows.folds, -1)
+        made = (self.weights @ blocks.float()).to(comp.dtype).view(-1, *comp.shape[1:])
+        width = len(rows.slot_position) - len(rows.sinks)
+        return pad(made, (0, 0, 0, 0, 0, width - len(made)))
+
+    def attend(self, layer: _Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """(N, H, D'), (M + N, Hkv, D'), (M + N, Hkv, D) -> (N, H D)."""
+        query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+        mask = self.masks[layer.near]
+        if isinstance(mask, BlockMask):
+            shared = query.shape[1] != key.shape[1]
+            out = _flex(query, key, value, block_mask=mask, scale=layer.scale, enable_gqa=shared)
+            return out[0].transpose(0, 1).flatten(1)
+        full, blocks = mask
+        if not blocks:
+            out, _ = _grouped(None, query, key, value, full, layer.scale)  # type: ignore[arg-type]
+        else:
+            out = in_blocks(_grouped, None, query, key, value, blocks, scaling=layer.scale)  # type: ignore[arg-type]
+        return out[0].flatten(1)
+
+
+_compiled: dict[int, Callable[..., Any]] = {}
+
+
+def _flex(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Flex attention, compiled once for each size of a head."""
+    size = query.shape[-1]
+    if size not in _compiled:
+        _compiled[size] = torch.compile(flex_attention)
+    out: Tensor = _compiled[size](query, *args, **kwargs)
+    return out
+
+
+def visible(spans: Tensor, queries: int) -> Tensor:
+    """The mask (Q, K) that intervals stand for."""
+    q = torch.arange(queries, device=spans.device).unsqueeze(1)
+    return ((q >= spans[0]) & (q < spans[1])) | ((q >= spans[2]) & (q < spans[3]))
+
+
+def _blocks(spans: Tensor, queries: int, keys: int, dtype: torch.dtype) -> Any:
+    full = additive(visible(spans, queries), dtype)[None, None]
+    return full, cut(full)
+
+
+def _block_mask(spans: Tensor, queries: int, keys: int, dtype: torch.dtype) -> BlockMask:
+    a, b, c, d = (part.contiguous() for part in spans)
+
+    def seen(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return ((q >= a[k]) & (q < b[k])) | ((q >= c[k]) & (q < d[k]))
+
+    start = torch.arange(0, queries, BLOCK, device=spans.device)  # of every block of queries
+    met = _meets(a, b, start) | _meets(c, d, start)  # (K, blocks)
+    met = met.unflatten(0, (-1, BLOCK)).any(1).T
+    count = met.sum(1, dtype=torch.int32)
+    order = met.to(torch.int8).argsort(dim=1, descending=True, stable=True).to(torch.int32)
+    return BlockMask.from_kv_blocks(
+        count[None, None], order[None, None], BLOCK_SIZE=BLOCK, mask_mod=seen, seq_lengths=(queries, keys)
+    )
+
+
+def _meets(first: Tensor, stop: Tensor, start: Tensor) -> Tensor:
+    first, stop = first.unsqueeze(1), stop.unsqueeze(1)
+    return (first < start + BLOCK) & (stop > start) & (stop > first)
