@@ -50,7 +50,9 @@ def lean(compressor, rows, rule, **sizes):
 
 @pytest.mark.parametrize("family", FITTING)
 @pytest.mark.parametrize("rule", ["concat", "mean", "ema", "replace", "bounded"])
-@pytest.mark.parametrize("sizes", [{"slots": 2}, {"slots": 1, "sink": 3}, {"slots": 2, "sink": 2, "window": 9}])
+@pytest.mark.parametrize(
+    "sizes", [{"slots": 2}, {"slots": 1, "sink": 3}, {"slots": 2, "sink": 2, "window": 9}]
+)
 def test_equals_the_compressor(family, rule, sizes):
     compressor = tiny_compressor(family, target_modules="all")
     how = get_rule(rule, **({"blocks": 3} if rule == "bounded" else {}))

@@ -9,39 +9,66 @@ the three are means weighted like the mixture.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..compressor import Compressor
+from ..data.packed import ArrayRow
 from ..rules import get_rule
 from .config import TrainConfig
-from .objectives import cross_entropy
+from .engines import Engine
+from .objectives import cross_entropy, summed_loss
 from .targets import Row, find_targets
 
+T = TypeVar("T")
+
+#: Tokens of a pass, on a processor and on an accelerator.
+BATCH, BATCH_THERE = 2048, 32768
 #: Rows -> last hidden states (B, Q, d) and the columns of every segment.
 Run = Callable[[Sequence[Row]], tuple[Tensor, Sequence[Sequence[tuple[int, int]]]]]
-
-#: Rows of a pass, on a processor and on an accelerator.
-BATCH, BATCH_THERE = 4, 32
 
 
 @torch.no_grad()
 def mean_nll(rows: Sequence[Row], run: Run, head: Any, device: torch.device) -> float:
     """Negative log-likelihood, nats per scored token, of a model on a device."""
     total, count = 0.0, 0
-    batch = BATCH if device.type == "cpu" else BATCH_THERE
-    for k in range(0, len(rows), batch):
-        part = rows[k : k + batch]
+    for part in batches(rows, lambda row: row.tokens, device):
         hidden, spans = run(part)
         for targets in find_targets(part, spans).values():
             if len(targets):
                 total += float(targets.loss(hidden, None, head, cross_entropy))
                 count += len(targets)
     return total / count
+
+
+@torch.no_grad()
+def nll(engine: Engine, rows: Sequence[ArrayRow], rule: str | None = None, **sizes: int) -> float:
+    """The same of a memory: nats per scored token of rows, by what an engine makes of them."""
+    total, count = 0.0, 0
+    how = None if rule is None else get_rule(rule)
+    for part in batches(rows, lambda row: row.tokens, engine.compressor.model.device):
+        found = engine.run(part, how, **sizes)
+        if len(found.roles):
+            head = engine.compressor.head
+            total += float(summed_loss(found.student, found.student, found.ids, head, cross_entropy))
+            count += len(found.roles)
+    return total / count
+
+
+def batches(rows: Sequence[T], length: Callable[[T], int], device: torch.device) -> list[list[T]]:
+    """Rows in their order, as many together as a pass takes."""
+    most = BATCH if device.type == "cpu" else BATCH_THERE
+    parts: list[list[T]] = []
+    filled = most
+    for row in rows:
+        if filled + length(row) > most:
+            parts.append([])
+            filled = 0
+        parts[-1].append(row)
+        filled += length(row)
+    return parts
 
 
 class HeldOut:
@@ -71,32 +98,21 @@ class HeldOut:
         by_source = [f"recovered_share_{name}" for name in self.rows] if len(self.rows) > 1 else []
         return [*self.budgets, *by_source]
 
-    def evaluate(self, compressor: Compressor) -> dict[str, float]:
+    def evaluate(self, engine: Engine) -> dict[str, float]:
         """Perplexity and recovered shares."""
+        rows = {name: [ArrayRow.from_row(row) for row in part] for name, part in self.rows.items()}
         if not self._references:
-            self._references = {name: self._reference(compressor, name) for name in self.rows}
+            self._references = {name: _reference(engine, part) for name, part in self.rows.items()}
         report: dict[str, float] = {}
         for figure, sizes in self.budgets.items():
-            run = _runner(compressor, **sizes)
-            head, device = compressor.head, compressor.model.device
-            nll = {name: mean_nll(rows, run, head, device) for name, rows in self.rows.items()}
+            found = {name: nll(engine, part, **sizes) for name, part in rows.items()}
             if not sizes:
-                mean = sum(self.weights[name] * value for name, value in nll.items())
+                mean = sum(self.weights[name] * value for name, value in found.items())
                 report["perplexity"] = round(math.exp(mean), 3)
-                for name, value in nll.items() if len(nll) > 1 else ():
+                for name, value in found.items() if len(found) > 1 else ():
                     report[f"recovered_share_{name}"] = self._share({name: value})
-            report[figure] = self._share(nll)
+            report[figure] = self._share(found)
         return report
-
-    def _reference(self, compressor: Compressor, name: str) -> tuple[float, float]:
-        """NLL without context and with the whole of it."""
-        run, rows = _runner(compressor), self.rows[name]
-        alone = [row.part(i, i + 1) for row in rows for i in range(len(row.segments)) if any(row.roles[i])]
-        none, full = (
-            mean_nll(part, run, compressor.head, compressor.model.device)
-            for part in (alone, [row.flat() for row in rows])
-        )
-        return none, full
 
     def _share(self, nll: dict[str, float]) -> float:
         none, full, own = (
@@ -110,22 +126,11 @@ class HeldOut:
         return round((none - own) / (none - full), 4)
 
 
-@contextmanager
-def under_rule(compressor: Compressor, rule: str | None) -> Iterator[None]:
-    """Passes go by another rule for a while; None is the compressor's own."""
-    own = compressor.rule
-    if rule is not None:
-        compressor.rule = get_rule(rule)
-    try:
-        yield
-    finally:
-        compressor.rule = own
-
-
-def _runner(compressor: Compressor, rule: str | None = None, **sizes: int) -> Run:
-    def run(rows: Sequence[Row]) -> tuple[Tensor, Sequence[Sequence[tuple[int, int]]]]:
-        with under_rule(compressor, rule):
-            layout = compressor.lay_out([row.segments for row in rows], **sizes)
-            return compressor.hidden(layout), layout.spans
-
-    return run
+def _reference(engine: Engine, rows: Sequence[Row]) -> tuple[float, float]:
+    """NLL without context and with the whole of it."""
+    alone = [row.part(i, i + 1) for row in rows for i in range(len(row.segments)) if any(row.roles[i])]
+    none, full = (
+        nll(engine, [ArrayRow.from_row(row) for row in part])
+        for part in (alone, [row.flat() for row in rows])
+    )
+    return none, full

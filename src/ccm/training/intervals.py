@@ -84,6 +84,7 @@ def pack(
     near: Sequence[int | None] = (None,),
     text: int = 0,
     comps: int = 0,
+    sinks: int = 0,
 ) -> Packed:
     """Pack rows; every segment but the last of a row is folded.
 
@@ -92,7 +93,8 @@ def pack(
         rule: of the memory.
         slots, sink, window: as of :func:`ccm.segments.lay_out`.
         near: distances that the layers see (None: any).
-        text, comps: columns of the two parts, multiples of ``BLOCK``; 0 takes what is needed.
+        text, comps, sinks: columns of text, COMP tokens and sink tokens, multiples of ``BLOCK``; 0 takes what is
+            needed, and too few of the last are as many as needed.
     """
     lengths = np.concatenate([np.diff(row.stops, prepend=0) for row in rows])  # of every segment
     counts = np.array([len(row.stops) for row in rows])
@@ -141,12 +143,12 @@ def pack(
         for queries, many, kept in zip(seen_by, groups, held, strict=True)
     ]
     slot_seen = [queries(m.first, m.last) for queries, m in zip(seen_by, memories, strict=True)]
-    sinks = np.concatenate([row_start[d] + np.arange(held[d]) for d in range(len(rows))])
-    sink_width = up(len(sinks))
+    first_tokens = np.concatenate([row_start[d] + np.arange(held[d]) for d in range(len(rows))])
+    sink_width = max(sinks, up(len(first_tokens)))
     blocks = sum(len(m.place) for m in memories) // slots
     slot_width = max(comp_width, up(blocks * slots))
     place = np.zeros(sink_width + slot_width, np.int64)
-    place[: len(sinks)] = sinks - np.repeat(row_start, held)
+    place[: len(first_tokens)] = first_tokens - np.repeat(row_start, held)
     place[sink_width : sink_width + blocks * slots] = np.concatenate(
         [m.place + held[d] for d, m in enumerate(memories)]
     )
@@ -179,7 +181,7 @@ def pack(
         comp=torch.from_numpy(_to(comp, comp_width)),
         position=torch.from_numpy(position if window else query),
         query_position=torch.from_numpy(query) if window else None,
-        sinks=torch.from_numpy(_to(sinks, sink_width)),
+        sinks=torch.from_numpy(_to(first_tokens, sink_width)),
         slot_position=torch.from_numpy(place),
         states=states,
         blocks=blocks,

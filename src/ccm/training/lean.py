@@ -238,9 +238,7 @@ class LeanPass:
         body = model.get_submodule(compressor.family.body)
         self.dtype, self.device = model.dtype, model.device
         try:
-            modules = [
-                model.get_submodule(name.rsplit(".", 1)[0]) for name in compressor.family.attention
-            ]
+            modules = [model.get_submodule(name.rsplit(".", 1)[0]) for name in compressor.family.attention]
             self.layers = [
                 _Layer.of(layer, compressor.adapter, kind)
                 for layer, kind in zip(modules, compressor.rotary.layer_types, strict=True)
@@ -347,7 +345,9 @@ class _Frames:
             if positions is None:
                 return {}
             found = rotary.tables(positions)
-            return {k: Tables(t.cos.unsqueeze(1), t.sin.unsqueeze(1), t.interleaved) for k, t in found.items()}
+            return {
+                k: Tables(t.cos.unsqueeze(1), t.sin.unsqueeze(1), t.interleaved) for k, t in found.items()
+            }
 
         weights = None
         if rows.states is not None:

@@ -19,16 +19,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..compressor import Compressor
+from ..data.packed import ArrayRow
 from ..errors import ConfigError
 from ..families import get_family, resolve_targets
 from ..reader import base_name, is_spread
+from ..rules import get_rule
 from ..storage import base_stage
 from ..storage.adapter_folder import CHANGEABLE, read_config
 from ..twin import text_config
 from .config import TrainConfig
-from .held_out import HeldOut, mean_nll, under_rule
-from .objectives import OBJECTIVES, cross_entropy
-from .targets import ECHO, RECALL, TEXT, Row, find_targets, only_last, resegmented, scored_from, with_echo
+from .engines import make_engine
+from .held_out import HeldOut, mean_nll
+from .objectives import OBJECTIVES, cross_entropy, summed_loss
+from .targets import ECHO, NONE, RECALL, TEXT, Row, find_targets, only_last, resegmented, with_echo
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Losses:
 
     loss: Tensor
     tokens: int
-    recall: float = 0.0
+    recall: Tensor | float = 0.0
     recall_tokens: int = 0
 
 
@@ -61,7 +64,7 @@ class Stage(ABC):
     figures: list[str]
 
     @abstractmethod
-    def losses(self, rows: Sequence[Row], draw: random.Random) -> Losses:
+    def losses(self, rows: Sequence[Row | ArrayRow], draw: random.Random) -> Losses:
         """The losses of a batch; everything random comes from ``draw``."""
 
     @abstractmethod
@@ -104,42 +107,56 @@ class MemoryStage(Stage):
             self.compressor.to(model.device)
         self.parameters = self.compressor.trainable_parameters()
         self.objective = OBJECTIVES[config.objective]
+        on_device = self.compressor.model.device.type != "cpu"
+        if on_device:
+            self.objective = torch.compile(self.objective, dynamic=True)
+        self.engine = make_engine(
+            self.compressor,
+            config.tokens_per_batch if on_device else 0,
+            on_device,
+            config.gradient_checkpointing,
+        )
         self.held_out = HeldOut(held_out, config)
         self.figures = self.held_out.figures
 
-    def losses(self, rows: Sequence[Row], draw: random.Random) -> Losses:
-        config, compressor = self.config, self.compressor
-        rows = self._varied(rows, draw)
+    def losses(self, rows: Sequence[Row | ArrayRow], draw: random.Random) -> Losses:
+        config = self.config
+        varied = [_later(row) for row in self._varied(rows, draw)]
         sizes = self._sizes(draw)
-        with under_rule(compressor, draw.choice(config.rule_choices) if config.rule_choices else None):
-            layout = compressor.lay_out([row.segments for row in rows], **sizes)
-            student = compressor.hidden(layout)
-        teacher = None
-        if config.objective == "distill":
-            with torch.no_grad():
-                teacher = compressor.hidden(compressor.lay_out([row.flat().segments for row in rows]))
-        found = find_targets([scored_from(row, 1) for row in rows], layout.spans)
-        loss = student.sum() * 0.0  # so that there is a gradient even where nothing is scored
-        recall = 0.0
+        rule = get_rule(draw.choice(config.rule_choices)) if config.rule_choices else None
+        found = self.engine.run(varied, rule, config.objective == "distill", **sizes)
+        loss, recall = found.student.sum() * 0.0, found.student.new_zeros(())
         for role, weight in ((TEXT, 1.0), (RECALL, config.recall_weight), (ECHO, config.reconstruction)):
-            if not (targets := found[role]).ids:
+            part = found.of(role)
+            if not len(part.roles):
                 continue
-            if role == TEXT or (role == RECALL and config.recall_from == "teacher"):
-                part = targets.loss(student, teacher, compressor.head, self.objective)
-            else:
-                part = targets.loss(student, None, compressor.head, cross_entropy)
-            loss = loss + weight * part
-            recall += float(part.detach()) if role != TEXT else 0.0
-        known = len(found[RECALL].ids) + len(found[ECHO].ids)
-        return Losses(loss, len(found[TEXT].ids) + known, recall, known)
+            taught, objective = part.teacher, self.objective
+            if role == ECHO or (role == RECALL and config.recall_from == "text"):
+                taught, objective = None, cross_entropy
+            own = part.student
+            value = summed_loss(
+                own, own if taught is None else taught, part.ids, self.compressor.head, objective
+            )
+            loss = loss + weight * value
+            if role != TEXT:
+                recall = recall + value.detach()
+        known = int((found.roles != TEXT).sum())
+        return Losses(loss, len(found.roles), recall, known)
 
-    def _varied(self, rows: Sequence[Row], draw: random.Random) -> list[Row]:
+    def _varied(self, rows: Sequence[Row | ArrayRow], draw: random.Random) -> list[ArrayRow]:
         """The rows with other boundaries, an echo at the end, or only their last segment scored."""
         config, longest = self.config, self.compressor.context
-        varied = [resegmented(row, draw) if draw.random() < config.resegment else row for row in rows]
-        if config.reconstruction and draw.random() < config.reconstruction_share:
-            varied = [with_echo(row, draw, longest) for row in varied]
-        return [only_last(row) for row in varied] if config.objective == "target-ce" else varied
+        echoes = config.reconstruction and draw.random() < config.reconstruction_share
+        varied = []
+        for row in rows:
+            if draw.random() < config.resegment:
+                row = resegmented(as_row(row), draw)
+            if echoes:
+                row = with_echo(as_row(row), draw, longest)
+            if config.objective == "target-ce":
+                row = only_last(as_row(row))
+            varied.append(row if isinstance(row, ArrayRow) else ArrayRow.from_row(row))
+        return varied
 
     def _sizes(self, draw: random.Random) -> dict[str, int]:
         config = self.config
@@ -151,7 +168,7 @@ class MemoryStage(Stage):
         return sizes
 
     def evaluate(self) -> dict[str, float]:
-        return self.held_out.evaluate(self.compressor)
+        return self.held_out.evaluate(self.engine)
 
     def export(self, folder: Path) -> None:
         self.compressor.save_pretrained(folder)
@@ -185,8 +202,8 @@ class BaseStage(Stage):
         self.weights = config.weights
         self.recall_weight = config.recall_weight
 
-    def losses(self, rows: Sequence[Row], draw: random.Random) -> Losses:
-        flat = [row.flat() for row in rows]
+    def losses(self, rows: Sequence[Row | ArrayRow], draw: random.Random) -> Losses:
+        flat = [as_row(row).flat() for row in rows]
         hidden, spans = self._run(flat)
         found = find_targets(flat, spans)
         loss, recall = hidden.sum() * 0.0, 0.0
@@ -225,3 +242,14 @@ class BaseStage(Stage):
 
     def export(self, folder: Path) -> None:
         base_stage.save(self.model, folder, "default")
+
+
+def as_row(row: Row | ArrayRow) -> Row:
+    return row.to_row() if isinstance(row, ArrayRow) else row
+
+
+def _later(row: ArrayRow) -> ArrayRow:
+    """The row without scores in its first segment, which has nothing to remember."""
+    roles = row.roles.copy()
+    roles[: row.stops[0]] = NONE
+    return row._replace(roles=roles)

@@ -118,7 +118,7 @@ class Trainer:
         taken = [next(batches) for _ in range(config.accumulate)]
         for k, batch in enumerate(taken):
             draw = random.Random(f"{config.seed}-{self.step}-{k * processes.world + processes.rank}")
-            rows = [row.to_row() if isinstance(row, ArrayRow) else marked(row) for row in batch]
+            rows = [row if isinstance(row, ArrayRow) else marked(row) for row in batch]
             part = self.stage.losses(rows, draw)
             part.loss.backward()
             loss, count = loss + float(part.loss.detach()), count + part.tokens
