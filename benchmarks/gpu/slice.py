@@ -129,11 +129,18 @@ class Slice:
         """Train for so many minutes of steps, and end before so many seconds are over."""
         from state import CHECKPOINT, begin_anew, leave
 
+        smaller = smaller_steps(measured)
         if (checkpoint := self.run / CHECKPOINT).exists():
-            begin_anew(checkpoint, {"init_from": self.init and str(self.init)})
+            begin_anew(checkpoint, {"init_from": self.init and str(self.init), **smaller})
             if self.init and not self.adapter.exists():  # the best so far
                 shutil.copytree(self.init, self.adapter)
-        command = ["-m", "ccm", "train", *self.described, *smaller_steps(measured)]
+        command = [
+            "-m",
+            "ccm",
+            "train",
+            *self.described,
+            *(f"{name}={value}" for name, value in smaller.items()),
+        ]
         ends, copied, said = time.time() + seconds, time.time(), 0
         say(f"training: {minutes:.2f} minutes of steps in {seconds:.0f} s")
         child = self._start([*command, "--minutes", f"{minutes:.4f}", "--out", str(self.run)])
@@ -193,12 +200,12 @@ class Slice:
             say(f"{Path(command[0]).name}: ended with {child.returncode}")
 
 
-def smaller_steps(measured: dict) -> list[str]:
+def smaller_steps(measured: dict) -> dict[str, int]:
     """Overrides of a recipe whose steps are predicted not to fit the card."""
     if not measured or not (fits := measured.get("fits")) or measured["tokens_per_batch"] <= fits:
-        return []
+        return {}
     say(f"a step of {measured['tokens_per_batch']:,} tokens would not fit the card: {fits:,}")
-    return [f"tokens_per_batch={fits}"]
+    return {"tokens_per_batch": fits}
 
 
 def end(child: subprocess.Popen) -> None:

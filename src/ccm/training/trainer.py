@@ -97,6 +97,7 @@ class Trainer:
         )
         self.rows = training_rows(config, sources, self.processes.rank, self.processes.world)
         self.step, self.tokens, self.seconds, self.best, self.recall = 0, 0, 0.0, -math.inf, 0.0
+        self.parts = 1  # that each batch is split into, because memory ran out
         self.slice = (0, 0.0)  # step and seconds at which the schedule began
         self.saved = self.evaluated = 0  # steps of the last checkpoint and of the last evaluation
         self.report: dict[str, Any] = {}  # of the last step
@@ -110,15 +111,9 @@ class Trainer:
         """One optimizer step; the mean loss per supervised token over all passes and processes."""
         started = time.monotonic()
         config, processes = self.config, self.processes
-        loss, count, recall, known, tokens = 0.0, 0, 0.0, 0, 0
         taken = [next(batches) for _ in range(config.accumulate)]
-        for k, batch in enumerate(taken):
-            draw = random.Random(f"{config.seed}-{self.step}-{k * processes.world + processes.rank}")
-            part = self.stage.losses([marked(row) for row in batch], draw)
-            part.loss.backward()
-            loss, count = loss + float(part.loss.detach()), count + part.tokens
-            recall, known = recall + part.recall, known + part.recall_tokens
-            tokens += sum(row.tokens for row in batch)
+        loss, count, recall, known = self._gradients(taken)
+        tokens = sum(row.tokens for batch in taken for row in batch)
         processes.sum_gradients(self.parameters)
         spent = time.monotonic() - started
         # the clock is shared as well, or processes would disagree on when to stop
@@ -144,6 +139,39 @@ class Trainer:
         if all_known:
             self.recall += (recall / all_known - self.recall) * (0.05 if self.recall else 1.0)
         return loss / max(1, all_count)
+
+    def _gradients(self, taken: list[list[ConversationRow]]) -> tuple[float, int, float, int]:
+        """Add the gradients of a step's passes; returns sums of loss and tokens, over all and over recalled ones.
+
+        Where memory runs out the step begins anew in passes of half the rows, and later steps keep to them.
+        """
+        while True:
+            try:
+                return self._passes(taken)
+            except (RuntimeError, MemoryError) as error:
+                single = max(map(len, taken)) <= self.parts
+                # layers that are sharded run in step with other processes, which would wait
+                if single or self.processes.sharded or not _out_of_memory(error):
+                    raise
+            self.optimizer.zero_grad(set_to_none=True)  # some passes may have left theirs
+            self.parts *= 2
+            log.warning(
+                "out of memory at step %d: batches run in %d parts from now on", self.step, self.parts
+            )
+            if self.processes.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _passes(self, taken: list[list[ConversationRow]]) -> tuple[float, int, float, int]:
+        loss, count, recall, known = 0.0, 0, 0.0, 0
+        for k, batch in enumerate(taken):
+            seed = f"{self.config.seed}-{self.step}-{k * self.processes.world + self.processes.rank}"
+            size = math.ceil(len(batch) / self.parts)
+            for rows in (batch[at : at + size] for at in range(0, len(batch), size)):
+                part = self.stage.losses([marked(row) for row in rows], random.Random(seed))
+                part.loss.backward()
+                loss, count = loss + float(part.loss.detach()), count + part.tokens
+                recall, known = recall + part.recall, known + part.recall_tokens
+        return loss, count, recall, known
 
     @property
     def progress(self) -> float:
@@ -299,11 +327,16 @@ def _memory_errors(advice: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        words = str(error).partition("\n")[0]
-        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if not known and "out of memory" not in words and "allocate memory" not in words:
+        if not _out_of_memory(error):
             raise
+        words = str(error).partition("\n")[0]
         raise CCMError(f"out of memory at {advice()} ({words or type(error).__name__})") from error
+
+
+def _out_of_memory(error: Exception) -> bool:
+    words = str(error).partition("\n")[0]
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or "out of memory" in words or "allocate memory" in words
 
 
 def _without_paths(value: Any) -> Any:
