@@ -12,7 +12,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -69,31 +69,31 @@ def steps_of(config: TrainConfig, started: float) -> dict[str, Any]:
     }
 
 
-def sizes(config: TrainConfig, seconds: float, started: float) -> dict[str, Any]:
+def sizes(config: TrainConfig, seconds: float, started: float) -> Iterator[dict[str, Any]]:
     """Measure steps of twice as many tokens each time, until the card, the time or the gain ends."""
     card = torch.cuda.is_available()
     total = torch.cuda.get_device_properties(0).total_memory if card else 0
-    taken: list[dict[str, Any]] = []
-    size = min(SMALLEST, config.tokens_per_batch)
-    ended = ""
-    while not ended:
-        began = time.time()
-        taken.append(last := steps_of(replace(config, tokens_per_batch=size, rows=size), started))
-        print(", ".join(f"{name} {value:,}" for name, value in last.items()), flush=True)
-        now, size = time.time(), 2 * size
-        if card and fitting(last, total) < size:
-            ended = f"{size:,} tokens are predicted to take more than {CARD:.0%} of the card"
-        elif now - started + 2 * (now - began) > seconds:
-            ended = "no time left for a larger step"
-        elif len(taken) > 1 and last["tokens_per_second"] < 1.05 * taken[-2]["tokens_per_second"]:
-            ended = "a larger step is no faster"
-    return {
+    result: dict[str, Any] = {
         "device": torch.cuda.get_device_name(0) if card else "cpu",
         "tokens_per_batch": config.tokens_per_batch,
-        "fits": fitting(taken[-1], total) if card else None,
-        "ended": ended,
-        "sizes": taken,
+        "fits": None,  # tokens of a step, as far as is known
+        "ended": None,
+        "sizes": [],
     }
+    size = min(SMALLEST, config.tokens_per_batch)
+    while not result["ended"]:
+        began, before = time.time(), result["sizes"][-1:]
+        last = steps_of(replace(config, tokens_per_batch=size, rows=size), started)
+        now, size = time.time(), 2 * size
+        result["sizes"].append(last)
+        result["fits"] = fitting(last, total) if card else None
+        if card and result["fits"] < size:
+            result["ended"] = f"{size:,} tokens are predicted to take more than {CARD:.0%} of the card"
+        elif now - started + 2 * (now - began) > seconds:
+            result["ended"] = "no time left for a larger step"
+        elif before and last["tokens_per_second"] < 1.05 * before[0]["tokens_per_second"]:
+            result["ended"] = "a larger step is no faster"
+        yield result
 
 
 def main(given: Sequence[str] | None = None) -> int:
@@ -107,11 +107,12 @@ def main(given: Sequence[str] | None = None) -> int:
     try:
         config = load_recipe(chosen.recipe, chosen.overrides)
         once = {"minutes": 0.0, "eval_every": 10**9, "save_every": 10**9, "eval_rows": 1, "require": {}}
-        result = sizes(replace(config, steps=STEPS, **once), chosen.seconds, chosen.started)
+        for result in sizes(replace(config, steps=STEPS, **once), chosen.seconds, chosen.started):
+            chosen.out.write_text(json.dumps(result, indent=1) + "\n")
+            print(", ".join(f"{name} {value:,}" for name, value in result["sizes"][-1].items()), flush=True)
     except CCMError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    chosen.out.write_text(json.dumps(result, indent=1) + "\n")
     print(f"ended: {result['ended']}")
     return 0
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-import zipfile
 from pathlib import Path
 
 import torch
 from pieces import OTHERS, WEIGHTS, BundleError, archive, below, write_bundles
-from state import ADAPTER, CHECKPOINT, LOG, joined, slim
+from state import CHECKPOINT, DESCRIBED, LOG, restore, slim
 from weights import pack, unpack
 
 from ccm import models, packages
@@ -105,21 +104,18 @@ def start(folder: Path) -> tuple[bytes, bytes | None]:
     Raises:
         BundleError: the folder holds neither.
     """
-    log = folder / LOG
     if (folder / "ccm_config.json").exists():
         return archive(below(folder)), None
-    if (folder / "adapter" / "ccm_config.json").exists():  # a run
-        state = folder / CHECKPOINT
-        return archive(below(folder / "adapter")), _run(slim(state) if state.exists() else None, log)
-    if (folder / ADAPTER).exists():  # what a slice left
-        with tempfile.TemporaryDirectory() as temp, zipfile.ZipFile(folder / ADAPTER) as packed:
-            packed.extractall(temp)
-            return archive(below(Path(temp))), _run(joined(folder), log)
-    raise BundleError(f"{folder} holds no adapter: expected an adapter, a run, or what the last slice left")
-
-
-def _run(state: bytes | None, log: Path) -> bytes | None:
-    return archive([(CHECKPOINT, state), *([(LOG, log)] if log.exists() else [])]) if state else None
+    if (folder / DESCRIBED).exists():
+        with tempfile.TemporaryDirectory() as temp:
+            restore(folder, Path(temp))
+            return start(Path(temp))
+    adapter, checkpoint, log = folder / "adapter", folder / CHECKPOINT, folder / LOG
+    if not adapter.exists():
+        raise BundleError(f"{folder} holds no adapter: expected an adapter, a run, or what a slice left")
+    if not checkpoint.exists():
+        return archive(below(adapter)), None
+    return archive(below(adapter)), archive([(CHECKPOINT, slim(checkpoint)), (LOG, log)])
 
 
 if __name__ == "__main__":

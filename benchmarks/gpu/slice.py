@@ -104,8 +104,12 @@ class Slice:
         if not model.exists():
             from weights import write_model
 
-            shutil.copytree(self.root / "model", model)
-            write_model(model, weights if weights.exists() else None)
+            part = self.root / "part"
+            shutil.rmtree(part, ignore_errors=True)
+            shutil.copytree(self.root / "model", part)
+            write_model(part, weights if weights.exists() else None)
+            model.parent.mkdir(parents=True, exist_ok=True)
+            part.rename(model)
         if begun.exists() and not self.run.exists():
             shutil.copytree(begun, self.run)
         kind = "the model's own" if weights.exists() else "random"

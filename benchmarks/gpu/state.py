@@ -1,7 +1,9 @@
-"""What a slice leaves, in files of at most 16 MB that the next one goes on from: adapter, log, and the run's state.
+"""What a slice leaves, in a few files of at most 16 MB that the next one goes on from: adapter, log, and state.
 
-The state is the trainer's checkpoint with the moments of the optimizer in bfloat16, split over several files. Where
-it is too large even so it stays out, and the next slice begins with the adapter and a new optimizer.
+    python benchmarks/gpu/state.py FOLDER RUN      (what came back, as the folder of a run)
+
+The state is the trainer's checkpoint with the moments of the optimizer in bfloat16. Where that is too large the moments
+stay out, and the next slice gathers them anew; where the weights are too large as well, it begins with the adapter.
 """
 
 from __future__ import annotations
@@ -9,25 +11,28 @@ from __future__ import annotations
 import io
 import json
 import shutil
-import zipfile
+import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from pieces import BundleError, below, digest
+from pieces import BundleError, archive, below, digest
 
-ADAPTER, LOG, CHECKPOINT, STATE = "adapter.zip", "log.jsonl", "checkpoint.pt", "state.json"
-FILE = 16_000_000  # bytes of a file
-FILES = 3  # that the state may take
+LOG, CHECKPOINT = "log.jsonl", "checkpoint.pt"
+DESCRIBED, PART = "left.json", "left.{}"
+FILE, FILES = 16_000_000, 4  # bytes of a file, and how many there may be
 
 
-def slim(checkpoint: Path) -> bytes:
-    """A checkpoint with the optimizer's moments in half the bytes; the trainer reads it like any."""
+def slim(checkpoint: Path, moments: bool = True) -> bytes:
+    """A checkpoint with the optimizer's moments in half the bytes, or without them; the trainer reads it like any."""
     state = torch.load(checkpoint, weights_only=True, map_location="cpu")
-    for moments in state["optimizer"]["state"].values():
-        for name, value in moments.items():
+    optimizer = state["optimizer"]
+    for held in optimizer["state"].values():
+        for name, value in held.items():
             if isinstance(value, torch.Tensor) and value.ndim:  # the count of steps has no dimension
-                moments[name] = value.to(torch.bfloat16)
+                held[name] = value.to(torch.bfloat16)
+    optimizer["state"] = optimizer["state"] if moments else {}
     return _bytes(state)
 
 
@@ -43,56 +48,57 @@ def begin_anew(checkpoint: Path, settings: dict[str, Any]) -> None:
 def leave(run: Path, out: Path) -> str:
     """Copy what a run has reached so far; returns a line that says what that is."""
     out.mkdir(parents=True, exist_ok=True)
-    left = []
-    if (adapter := run / "adapter").exists():
-        with zipfile.ZipFile(out / ADAPTER, "w") as packed:
-            for name, path in below(adapter):
-                packed.write(path, name)
-        left.append("adapter")
-        if (size := (out / ADAPTER).stat().st_size) > FILE:
-            left[-1] += f" ({size:,} bytes, more than a file may have)"
-    if (run / LOG).exists():
-        shutil.copyfile(run / LOG, out / LOG)
-        left.append("log")
-    if (run / CHECKPOINT).exists():
-        content = slim(run / CHECKPOINT)
-        parts = [content[at : at + FILE] for at in range(0, len(content), FILE)]
-        if len(parts) <= FILES:
-            for k, part in enumerate(parts):
-                (out / f"{CHECKPOINT}.{k}").write_bytes(part)
-            (out / STATE).write_text(json.dumps({"files": len(parts), "sha256": digest(content)}) + "\n")
-            left.append(f"state in {len(parts)} files")
-        else:
-            left.append(
-                f"no state: {len(content):,} bytes, more than {FILES * FILE:,}; the next slice warms up again"
-            )
-    return ", ".join(left) or "nothing yet"
+    log, checkpoint = run / LOG, run / CHECKPOINT
+    if not log.exists():
+        return "nothing yet"
+    shutil.copyfile(log, out / LOG)
+    files: list[tuple[str, Path | bytes]] = [(LOG, log), *below(run / "adapter", "adapter/")]
+    content, said = archive(files), "no state"
+    for moments, words in ((True, "all of it"), (False, "no moments of the optimizer")):
+        if checkpoint.exists():
+            whole = archive([*files, (CHECKPOINT, slim(checkpoint, moments))])
+            if len(whole) <= FILES * FILE:
+                content, said = whole, words
+                break
+    parts = [content[at : at + FILE] for at in range(0, len(content), FILE)]
+    for k, part in enumerate(parts):
+        (out / PART.format(k)).write_bytes(part)
+    (out / DESCRIBED).write_text(json.dumps({"files": len(parts), "sha256": digest(content)}) + "\n")
+    return f"{said}, {len(content) / 1e6:.1f} MB" + ("" if len(parts) <= FILES else ", too many files")
 
 
-def joined(folder: Path) -> bytes | None:
-    """The checkpoint that a slice left, None if it left none.
+def restore(folder: Path, run: Path) -> None:
+    """Make the folder of a run from what a slice left.
 
     Raises:
-        BundleError: parts of it are missing or damaged.
+        BundleError: parts of it are missing or damaged, or the run is there already.
     """
-    if not (folder / STATE).exists():
-        return None
-    described = json.loads((folder / STATE).read_text())
-    names = [f"{CHECKPOINT}.{k}" for k in range(described["files"])]
-    if missing := [name for name in names if not (folder / name).exists()]:
+    if run.exists() and any(run.iterdir()):
+        raise BundleError(f"{run} is there already: give another folder")
+    try:
+        described = json.loads((folder / DESCRIBED).read_text())
+        content = b"".join((folder / PART.format(k)).read_bytes() for k in range(described["files"]))
+    except (OSError, ValueError, KeyError) as error:
         raise BundleError(
-            f"{folder} lacks {', '.join(missing)}: fetch it, or delete {STATE} to go on without the state"
-        )
-    content = b"".join((folder / name).read_bytes() for name in names)
+            f"{folder} holds nothing that a slice left ({error}); fetch all its files"
+        ) from error
     if digest(content) != described["sha256"]:
         raise BundleError(
-            f"{folder} holds a damaged state (a slice was killed while it wrote?): delete {STATE} to go on with the "
-            "adapter alone"
+            f"what {folder} holds is damaged: got {len(content):,} bytes, digest {digest(content)[:12]}, expected "
+            f"{described['sha256'][:12]}; fetch its files again"
         )
-    return content
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+        tar.extractall(run, filter="data")
 
 
 def _bytes(state: dict[str, Any]) -> bytes:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return buffer.getvalue()
+
+
+if __name__ == "__main__":
+    try:
+        restore(Path(sys.argv[1]), Path(sys.argv[2]))
+    except (BundleError, IndexError) as error:
+        sys.exit(f"error: {error or __doc__}")
