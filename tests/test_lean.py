@@ -10,8 +10,8 @@ from tiny import VOCAB, tiny_compressor
 
 from ccm.data.packed import ArrayRow
 from ccm.rules import get_rule
-from ccm.training.lean import LeanPass, Unfit
 from ccm.training.intervals import BLOCK, pack
+from ccm.training.lean import LeanPass, Unfit
 from ccm.training.targets import Row
 
 FITTING = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text")

@@ -37,6 +37,14 @@ def train(
             show_default="runs/ and the recipe's name",
         ),
     ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            metavar="M",
+            help="Stop after so many minutes of training; the learning rate follows the clock.",
+            show_default="the recipe's",
+        ),
+    ] = None,
     extend: Annotated[
         bool, typer.Option("--extend", help="Go on with a finished run for as long again.")
     ] = False,
@@ -63,6 +71,7 @@ def train(
     if dtype == "float16":
         raise ConfigError("--dtype float16: gradients leave its range; train in bfloat16 or float32")
     chosen = [] if dtype == AUTO else [f"bf16={str(dtype == 'bfloat16').lower()}"]
+    chosen += [f"minutes={minutes}"] if minutes is not None else []
     config = load_recipe(recipe, [*(overrides or ()), *chosen])
     kind = dtype if dtype != AUTO else "bfloat16" if config.bf16 else None
     if show:

@@ -21,7 +21,8 @@ from ..compressor import Compressor
 from ..data.packed import ArrayRow
 from ..reader import is_spread
 from ..rules import Rule
-from .intervals import BLOCK, Packed, pack, up
+from ..segments import Layout
+from .intervals import BLOCK, Packed, moved, pack, up
 from .lean import TOLERANCE, LeanPass, Unfit
 from .targets import NONE
 
@@ -55,56 +56,96 @@ class Scored:
 
 
 class Engine(ABC):
-    """Runs batches for one compressor."""
+    """Runs batches for one compressor. What the host does for a batch may be done while the device is at another."""
 
     def __init__(self, compressor: Compressor):
         self.compressor = compressor
 
     @abstractmethod
-    def run(
+    def prepare(
         self, rows: Sequence[ArrayRow], rule: Rule | None = None, teacher: bool = False, **sizes: int
-    ) -> Scored:
-        """The scored tokens of a batch.
+    ) -> Any:
+        """A batch, laid out for :meth:`run`.
 
         Args:
             rows: with roles; a token that begins a segment is never scored.
             rule: of the memory; None is the compressor's own.
-            teacher: whether to run the model with the whole context, too; it gets no gradient.
+            teacher: whether the model runs with the whole context, too; that gets no gradient.
             sizes: slots, sink, window, if other than the configured ones.
+
+        Raises:
+            ConfigError: sizes that cannot be, an empty segment, or a row longer than the model's context.
         """
+
+    @abstractmethod
+    def run(self, prepared: Any) -> Scored:
+        """The scored tokens of a batch."""
+
+
+@dataclass(frozen=True)
+class _Beside:
+    """A batch of rows beside each other: layouts of both passes, and where in them the scored tokens are foreseen."""
+
+    layout: Layout
+    rule: Rule
+    whole: Layout | None
+    row: np.ndarray
+    column: np.ndarray
+    text: np.ndarray
+    ids: np.ndarray
+    roles: np.ndarray
 
 
 class Padded(Engine):
     """Rows beside each other, filled up to the longest."""
 
-    def run(
+    def prepare(
         self, rows: Sequence[ArrayRow], rule: Rule | None = None, teacher: bool = False, **sizes: int
-    ) -> Scored:
-        compressor = self.compressor
-        with under(compressor, rule):
+    ) -> _Beside:
+        compressor, rule = self.compressor, rule or self.compressor.rule
+        with _under(compressor, rule):
             layout = compressor.lay_out([_segments(row) for row in rows], **sizes)
-            student = compressor.hidden(layout)
-        taught = None
-        if teacher:
-            with torch.no_grad():
-                taught = compressor.hidden(compressor.lay_out([[row.ids.tolist()] for row in rows]))
-        row, text, column = [], [], []
-        for r, (given, spans) in enumerate(zip(rows, layout.spans, strict=True)):
-            at = np.flatnonzero(given.roles != NONE)
-            segment = np.searchsorted(given.stops, at, side="right")
-            starts = np.concatenate([[0], given.stops[:-1]])
-            begin = np.array([span[0] for span in spans])
-            row.append(np.full(len(at), r))
-            text.append(at - 1)
-            column.append(begin[segment] + at - starts[segment] - 1)
-        r, t, c = (torch.from_numpy(np.concatenate(part)).to(student.device) for part in (row, text, column))
-        ids = np.concatenate([given.ids[given.roles != NONE] for given in rows]).astype(np.int64)
-        return Scored(
-            student[r, c],
-            None if taught is None else taught[r, t],
-            torch.from_numpy(ids).to(student.device),
-            np.concatenate([given.roles[given.roles != NONE] for given in rows]),
+        whole = compressor.lay_out([[row.ids.tolist()] for row in rows]) if teacher else None
+        at = [np.flatnonzero(row.roles != NONE) for row in rows]
+        column = []
+        for row, spans, where in zip(rows, layout.spans, at, strict=True):
+            segment = np.searchsorted(row.stops, where, side="right")
+            moved = np.array([start for start, _ in spans]) - np.concatenate([[0], row.stops[:-1]])
+            column.append(where + moved[segment] - 1)
+        return _Beside(
+            layout,
+            rule,
+            whole,
+            np.repeat(np.arange(len(rows)), [len(where) for where in at]),
+            np.concatenate(column),
+            np.concatenate(at) - 1,
+            np.concatenate([row.ids[where] for row, where in zip(rows, at, strict=True)]),
+            np.concatenate([row.roles[where] for row, where in zip(rows, at, strict=True)]),
         )
+
+    def run(self, prepared: _Beside) -> Scored:
+        compressor = self.compressor
+        with _under(compressor, prepared.rule):
+            student = compressor.hidden(prepared.layout)
+        row, column, text, ids = (
+            torch.from_numpy(part.astype(np.int64)).to(student.device)
+            for part in (prepared.row, prepared.column, prepared.text, prepared.ids)
+        )
+        taught = None
+        if prepared.whole is not None:
+            with torch.no_grad():
+                taught = compressor.hidden(prepared.whole)[row, text]
+        return Scored(student[row, column], taught, ids, prepared.roles)
+
+
+@dataclass(frozen=True)
+class _Behind:
+    """A batch of rows one behind the other: both passes, and the columns that scored tokens are foreseen from."""
+
+    rows: Packed
+    whole: Packed | None
+    places: Tensor
+    roles: np.ndarray
 
 
 class Lean(Engine):
@@ -125,38 +166,48 @@ class Lean(Engine):
         self.passes = LeanPass(compressor, fuse, save_memory)
         self.width = up(width)
 
-    def run(
+    def prepare(
         self, rows: Sequence[ArrayRow], rule: Rule | None = None, teacher: bool = False, **sizes: int
-    ) -> Scored:
-        compressor, passes = self.compressor, self.passes
+    ) -> _Behind:
+        compressor, rule = self.compressor, rule or self.compressor.rule
         chosen = {name: compressor._size(name, sizes.get(name)) for name in ("slots", "sink", "window")}
-        taken = self._pack(rows, rule or compressor.rule, **chosen)
+        whole = None
+        if teacher:
+            flat = [ArrayRow(row.ids, row.roles, row.stops[-1:]) for row in rows]
+            whole = self._pack(flat, rule, slots=1)
         roles = np.concatenate([row.roles for row in rows])
         at = np.flatnonzero(roles != NONE)
-        places = torch.from_numpy(at - 1).to(passes.device, non_blocking=True)
-        student = passes.norm(passes.hidden(taken).index_select(0, places))
+        return _Behind(self._pack(rows, rule, **chosen), whole, torch.from_numpy(at - 1), roles[at])
+
+    def run(self, prepared: _Behind) -> Scored:
+        passes = self.passes
+        places = moved(prepared.places, passes.device)
+        rows = prepared.rows.to(passes.device)
+        adapter = passes.adapter()
+        student = passes.norm(passes.hidden(rows, adapter).index_select(0, places))
         taught = None
-        if teacher:
-            whole = self._pack(
-                [ArrayRow(row.ids, row.roles, row.stops[-1:]) for row in rows],
-                rule or compressor.rule,
-                slots=1,
-            )
+        if prepared.whole is not None:
             with torch.no_grad():
-                taught = passes.norm(passes.hidden(whole).index_select(0, places))
-        return Scored(student, taught, taken.ids.index_select(0, places + 1), roles[at])
+                hidden = passes.hidden(prepared.whole.to(passes.device), adapter)
+                taught = passes.norm(hidden.index_select(0, places))
+        return Scored(student, taught, rows.ids.index_select(0, places + 1), prepared.roles)
 
     def _pack(self, rows: Sequence[ArrayRow], rule: Rule, **sizes: int) -> Packed:
-        passes, width = self.passes, self.width
         tokens = sum(len(row.ids) for row in rows)
-        comps = sum(len(row.stops) - 1 for row in rows) * sizes["slots"]
-        if width and tokens <= width and width >= 32 * BLOCK:
-            comps = next((part for part in (width // 16, width // 8, width // 4) if comps <= part), comps)
-            sizes |= {"text": width, "comps": up(comps), "sinks": width // 32}
-        taken = pack(rows, rule, near=passes.near, **sizes)
+        width = self.width
+        while width >= 2 * tokens and width >= 64 * BLOCK:  # batches that run in parts
+            width //= 2
+        if tokens <= width and not width % (32 * BLOCK):
+            sizes |= {"text": width, "sinks": width // 32}
+            if folds := sum(len(row.stops) - 1 for row in rows):
+                comps = folds * sizes["slots"]
+                sizes["comps"] = next(
+                    (n for n in (width // 16, width // 8, width // 4) if comps <= n), up(comps)
+                )
+        taken = pack(rows, rule, near=self.passes.near, **sizes)
         self.compressor._check_length(int(taken.position.max()) + 1)
         self.compressor._check_ids(taken.ids)
-        return taken.to(passes.device)
+        return taken
 
 
 def make_engine(
@@ -170,8 +221,8 @@ def make_engine(
         lean = Lean(compressor, width, fuse, save_memory)
         rows = [_trial(compressor, seed) for seed in range(2)]
         with torch.no_grad():
-            expected, got = (engine.run(rows).student.float() for engine in (padded, Lean(compressor)))
-        error = float((got - expected).norm() / expected.norm())
+            expected, got = padded.run(padded.prepare(rows)).student, lean.run(lean.prepare(rows)).student
+        error = float((got.float() - expected.float()).norm() / expected.float().norm())
         if not error < TOLERANCE[compressor.model.dtype]:
             raise Unfit(f"a trial pass differs by {error:.1%}")
     except Unfit as reason:
@@ -183,7 +234,7 @@ def make_engine(
 def _trial(compressor: Compressor, seed: int) -> ArrayRow:
     words = compressor.model.get_input_embeddings().weight.shape[0]
     ids = np.random.default_rng(seed).integers(words // 2, words, 40).astype(np.int32)
-    return ArrayRow(ids, np.tile(np.uint8([0, 1, 1, 1]), 10), np.int32([12, 24, 40]))
+    return ArrayRow(ids, np.tile(np.array([0, 1, 1, 1], np.uint8), 10), np.array([12, 24, 40], np.int32))
 
 
 def _segments(row: ArrayRow) -> list[list[int]]:
@@ -191,10 +242,10 @@ def _segments(row: ArrayRow) -> list[list[int]]:
 
 
 @contextmanager
-def under(compressor: Compressor, rule: Rule | None) -> Iterator[None]:
-    """Passes go by another rule for a while; None is the compressor's own."""
+def _under(compressor: Compressor, rule: Rule) -> Iterator[None]:
+    """Passes go by a rule for a while."""
     own = compressor.rule
-    compressor.rule = rule or own
+    compressor.rule = rule
     try:
         yield
     finally:

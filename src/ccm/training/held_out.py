@@ -44,12 +44,12 @@ def mean_nll(rows: Sequence[Row], run: Run, head: Any, device: torch.device) -> 
 
 
 @torch.no_grad()
-def nll(engine: Engine, rows: Sequence[ArrayRow], rule: str | None = None, **sizes: int) -> float:
+def nll(engine: Engine, rows: Sequence[ArrayRow], rule: str | None = None, **sizes: Any) -> float:
     """The same of a memory: nats per scored token of rows, by what an engine makes of them."""
     total, count = 0.0, 0
     how = None if rule is None else get_rule(rule)
     for part in batches(rows, lambda row: row.tokens, engine.compressor.model.device):
-        found = engine.run(part, how, **sizes)
+        found = engine.run(engine.prepare(part, how, **sizes))
         if len(found.roles):
             head = engine.compressor.head
             total += float(summed_loss(found.student, found.student, found.ids, head, cross_entropy))

@@ -1,14 +1,15 @@
 """Rows of any length side by side in one pass without padding, and who sees whom as intervals.
 
-All text comes first, then all COMP tokens, so that the adapter applies to one slice at the end. Two rows, one of three
-segments and one of two, with one slot (upper case is COMP)::
+All text comes first, then all COMP tokens, so that the adapter applies to one slice at the end. Two rows, one of
+three segments and one of two, with one slot (upper case is COMP)::
 
     a a b b b c | d d e | A B | D
 
 A key is seen by an interval of the text and by an interval of the COMP tokens: a text token by what follows in its
-segment and by the COMP tokens of the segment, a slot by all text and COMP tokens behind its fold. Where a window keeps
-the raw text of earlier segments, their intervals are longer. So every rule, window and batch is four numbers a key, of which
-a mask or a block mask is made where the pass runs (``ccm.training.lean``). It is the mask of ``ccm.visibility``.
+segment and by the COMP tokens of the segment, a slot by all text and COMP tokens behind its fold. Where a window
+keeps the raw text of earlier segments, their intervals are longer. So every rule, window and batch is four numbers a
+key. A mask or a block mask is made of them where the pass runs (``ccm.training.lean``); it is that of
+``ccm.visibility``.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ class Packed:
         states: (3, N) row, column and weight of a sparse matrix (S, G) that makes the S blocks of all states of the
             memory from the G blocks of the folds; None is the identity (concat).
         blocks, folds: S and G.
-        spans: by the distance that a layer sees (None is any): (4, M + T + C), of each key the first and the last query,
-            exclusive, of the text and of the COMP tokens.
+        spans: by the distance that a layer sees (None is any): (4, M + T + C), of each key the first query of the
+            text and the one behind the last, and the same of the COMP tokens.
         slots: COMP tokens of a group.
         tokens: of text, without padding.
     """
@@ -63,12 +64,13 @@ class Packed:
 
     def to(self, device: torch.device) -> Packed:
         """On a device, without waiting for it."""
-        return Packed(**{f.name: _moved(getattr(self, f.name), device) for f in fields(self)})
+        return Packed(**{f.name: moved(getattr(self, f.name), device) for f in fields(self)})
 
 
-def _moved(value: Any, device: torch.device) -> Any:
+def moved(value: Any, device: torch.device) -> Any:
+    """Tensors on a device, without waiting for it."""
     if isinstance(value, dict):
-        return {name: _moved(part, device) for name, part in value.items()}
+        return {name: moved(part, device) for name, part in value.items()}
     if isinstance(value, Tensor):
         return (value.pin_memory() if device.type == "cuda" else value).to(device, non_blocking=True)
     return value
@@ -114,7 +116,7 @@ def pack(
     width = text or up(total)
     comp_width = comps or up(len(made) * slots)
 
-    def moved(segments: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    def shift(segments: np.ndarray, seen: np.ndarray) -> np.ndarray:
         """From text to canonical positions: less what was folded, plus what took its place."""
         own = doc[segments]
         return np.where(seen > 0, held[own] + sizes[seen], 0) - (starts[first[own] + seen] - row_start[own])
@@ -125,8 +127,8 @@ def pack(
     text_part, comp_part = slice(0, total), slice(width, width + len(comp))
     position[text_part] = np.arange(total) - np.repeat(row_start[doc], lengths)
     position[comp_part] = np.repeat(ends[made] - row_start[doc[made]], slots) + comp
-    query[text_part] = position[text_part] + np.repeat(moved(np.arange(len(doc)), folded), lengths)
-    query[comp_part] = position[comp_part] + np.repeat(moved(made, index[made]), slots)
+    query[text_part] = position[text_part] + np.repeat(shift(np.arange(len(doc)), folded), lengths)
+    query[comp_part] = position[comp_part] + np.repeat(shift(made, index[made]), slots)
 
     memory = {many: _Memory.of(rule, many, slots) for many in set(groups.tolist())}
     memories = [memory[many] for many in groups.tolist()]
@@ -215,7 +217,8 @@ class _Memory:
     @classmethod
     def of(cls, rule: Rule, groups: int, slots: int) -> _Memory:
         if not groups:
-            return cls(*np.zeros((3, 0), np.int64), None)
+            none = np.zeros(0, np.int64)
+            return cls(none, none, none, None)
         first, last, place = (part.numpy() for part in rule.placed(groups, slots))
         # every rule is linear: what it makes of unit vectors are its weights
         weights = rule.columns(torch.eye(groups).view(1, 1, groups, 1, groups))[0, 0].numpy()
@@ -251,7 +254,7 @@ class _Queries:
 
 
 def _folded(starts: np.ndarray, first: np.ndarray, index: np.ndarray, window: int) -> np.ndarray:
-    """For each segment, how many earlier ones of its row are folded when it comes (``ccm.segments.folded_before``)."""
+    """For each segment, how many earlier ones of its row are folded when it comes (``segments.folded_before``)."""
     oldest = np.searchsorted(starts, starts - window, side="left")
     return np.clip(oldest - first, 0, index)
 

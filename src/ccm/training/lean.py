@@ -5,8 +5,8 @@ The same numbers as ``Compressor.hidden``, from the same weights, but written ou
     x += Attention(Norm(x));  x += MLP(Norm(x))          each product W x + 1[x is COMP] B A x
 
 COMP tokens are the last columns of a pass, so the adapter is two small products on a slice. Products that read the
-same input (q, k, v; gate, up) are one, of the model as of the adapter. Frozen weights need no gradient: of a token a layer
-keeps its two inputs, q, k, v, the output of the attention, and gate and up. Who sees whom comes as intervals
+same input (q, k, v; gate, up) are one, of the model as of the adapter. Frozen weights need no gradient: of a token
+a layer keeps its two inputs, q, k, v, the output of the attention, and gate and up. Who sees whom comes as intervals
 (``ccm.training.intervals``): on a CUDA device flex attention skips what nobody sees, elsewhere blocks of queries do.
 
 A model of another shape is told by the numbers themselves: a trial pass must give what the model gives.
@@ -15,11 +15,10 @@ A model of another shape is told by the numbers themselves: a trial pass must gi
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
@@ -30,10 +29,9 @@ from ..attention import _grouped, additive
 from ..blocks import attend as in_blocks
 from ..blocks import cut
 from ..compressor import Compressor
-from ..data.packed import ArrayRow
 from ..rotary import Tables, rotate
 from ..twin import text_config
-from .intervals import BLOCK, Packed, pack
+from .intervals import BLOCK, Packed
 
 log = logging.getLogger(__name__)
 
@@ -243,7 +241,9 @@ class LeanPass:
                 _Layer.of(layer, compressor.adapter, kind)
                 for layer, kind in zip(modules, compressor.rotary.layer_types, strict=True)
             ]
-            self.norm = _Norm.of(body.norm)
+            if (norm := _Norm.of(body.norm)) is None:
+                raise Unfit("it ends without a norm")
+            self.norm = norm
         except (AttributeError, TypeError, RuntimeError) as error:
             raise Unfit(f"its layers are written in another way ({error})") from error
         settings = text_config(model.config)

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -46,8 +47,8 @@ class Losses:
 
     loss: Tensor
     tokens: int
-    recall: Tensor | float = 0.0
-    recall_tokens: int = 0
+    recall: Tensor
+    recall_tokens: int
 
 
 class Stage(ABC):
@@ -64,8 +65,16 @@ class Stage(ABC):
     figures: list[str]
 
     @abstractmethod
+    def prepare(self, rows: Sequence[Row | ArrayRow], draw: random.Random) -> Any:
+        """What of a pass over a batch the host does; everything random comes from ``draw``."""
+
+    @abstractmethod
+    def run(self, prepared: Any) -> Losses:
+        """The losses of a batch that is prepared. Nothing in it waits for the device."""
+
     def losses(self, rows: Sequence[Row | ArrayRow], draw: random.Random) -> Losses:
-        """The losses of a batch; everything random comes from ``draw``."""
+        """The losses of a batch."""
+        return self.run(self.prepare(rows, draw))
 
     @abstractmethod
     def evaluate(self) -> dict[str, float]:
@@ -119,12 +128,16 @@ class MemoryStage(Stage):
         self.held_out = HeldOut(held_out, config)
         self.figures = self.held_out.figures
 
-    def losses(self, rows: Sequence[Row | ArrayRow], draw: random.Random) -> Losses:
+    def prepare(self, rows: Sequence[Row | ArrayRow], draw: random.Random) -> Any:
         config = self.config
         varied = [_later(row) for row in self._varied(rows, draw)]
         sizes = self._sizes(draw)
         rule = get_rule(draw.choice(config.rule_choices)) if config.rule_choices else None
-        found = self.engine.run(varied, rule, config.objective == "distill", **sizes)
+        return self.engine.prepare(varied, rule, config.objective == "distill", **sizes)
+
+    def run(self, prepared: Any) -> Losses:
+        config = self.config
+        found = self.engine.run(prepared)
         loss, recall = found.student.sum() * 0.0, found.student.new_zeros(())
         for role, weight in ((TEXT, 1.0), (RECALL, config.recall_weight), (ECHO, config.reconstruction)):
             part = found.of(role)
@@ -202,16 +215,19 @@ class BaseStage(Stage):
         self.weights = config.weights
         self.recall_weight = config.recall_weight
 
-    def losses(self, rows: Sequence[Row | ArrayRow], draw: random.Random) -> Losses:
-        flat = [as_row(row).flat() for row in rows]
+    def prepare(self, rows: Sequence[Row | ArrayRow], draw: random.Random) -> list[Row]:
+        return [as_row(row).flat() for row in rows]
+
+    def run(self, prepared: list[Row]) -> Losses:
+        flat = prepared
         hidden, spans = self._run(flat)
         found = find_targets(flat, spans)
-        loss, recall = hidden.sum() * 0.0, 0.0
+        loss, recall = hidden.sum() * 0.0, hidden.new_zeros(())
         for role, weight in ((TEXT, 1.0), (RECALL, self.recall_weight)):
             if len(targets := found[role]):
                 part = targets.loss(hidden, None, self._head, cross_entropy)
                 loss = loss + weight * part
-                recall += float(part.detach()) if role == RECALL else 0.0
+                recall = recall + part.detach() if role == RECALL else recall
         return Losses(loss, len(found[TEXT]) + len(found[RECALL]), recall, len(found[RECALL]))
 
     def _run(self, rows: Sequence[Row]) -> tuple[Tensor, list[list[tuple[int, int]]]]:

@@ -15,12 +15,13 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..data.packed import ArrayRow
@@ -31,14 +32,31 @@ from ..storage.atomic import write_atomically
 from . import checkpoint
 from .config import TrainConfig
 from .distributed import Processes, compile_blocks, save_memory
-from .rows import Drawn, held_out_rows, open_sources, training_rows, with_packed
+from .rows import Drawn, PackedRows, held_out_rows, open_sources, training_rows, with_packed
 from .signals import StopRequest, raise_for
 from .stages import make_stage
-from .targets import marked
+from .targets import Row, marked
 
 log = logging.getLogger(__name__)
 
 OnReport = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Batches of a step, taken and prepared.
+
+    Attributes:
+        step: that they are for.
+        served: batches that the stream had given before.
+        batches: rows of each pass.
+        passes: what :meth:`Stage.prepare` made of them.
+    """
+
+    step: int
+    served: int
+    batches: list[list[Row | ArrayRow]]
+    passes: list[Any]
 
 
 class Trainer:
@@ -97,10 +115,16 @@ class Trainer:
         if config.compile:
             compile_blocks(model)
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.98)
+            self.parameters,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            betas=(0.9, 0.98),
+            fused=self.processes.device.type == "cuda" or None,
         )
         self.rows = training_rows(config, sources, self.processes.rank, self.processes.world)
         self.step, self.tokens, self.seconds, self.best, self.recall = 0, 0, 0.0, -math.inf, 0.0
+        self._ahead: Taken | None = None  # for the next step
+        self.parts = 1  # that each batch is split into, because memory ran out
         self.slice = (0, 0.0)  # step and seconds at which the schedule began
         self.saved = self.evaluated = 0  # steps of the last checkpoint and of the last evaluation
         self.report: dict[str, Any] = {}  # of the last step
@@ -114,41 +138,89 @@ class Trainer:
         """One optimizer step; the mean loss per supervised token over all passes and processes."""
         started = time.monotonic()
         config, processes = self.config, self.processes
-        loss, count, recall, known, tokens = 0.0, 0, 0.0, 0, 0
-        taken = [next(batches) for _ in range(config.accumulate)]
-        for k, batch in enumerate(taken):
-            draw = random.Random(f"{config.seed}-{self.step}-{k * processes.world + processes.rank}")
-            rows = [row if isinstance(row, ArrayRow) else marked(row) for row in batch]
-            part = self.stage.losses(rows, draw)
-            part.loss.backward()
-            loss, count = loss + float(part.loss.detach()), count + part.tokens
-            recall, known = recall + part.recall, known + part.recall_tokens
-            tokens += sum(row.tokens for row in batch)
+        if self._ahead is not None and self._ahead.step == self.step:
+            taken, self._ahead = self._ahead, None
+        else:
+            taken = self._take(batches)
+        sums, count, known = self._gradients(taken)
+        tokens = sum(row.tokens for batch in taken.batches for row in batch)
         processes.sum_gradients(self.parameters)
-        spent = time.monotonic() - started
-        # the clock is shared as well, or processes would disagree on when to stop
-        loss, all_count, recall, all_known, all_tokens, spent = processes.sum(
-            [loss, count, recall, known, tokens, spent]
-        )
-        if not math.isfinite(loss):
-            raise CCMError(
-                f"the loss is {loss} at step {self.step}; the last checkpoint is intact: "
-                "go on from it in another folder with a lower learning rate"
-            )
-        for parameter in self.parameters:
-            if parameter.grad is not None:
-                parameter.grad /= max(1, all_count)
+        (all_count,) = processes.sum([count])
+        grads = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        torch._foreach_div_(grads, max(1.0, all_count))
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr * self._schedule()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if processes.device.type != "cpu" and isinstance(self.rows, PackedRows):
+            self._ahead = self._take(self.rows, self.step + 1)  # while the device works
+        loss, recall = sums.tolist()  # the one question to the device
+        spent = time.monotonic() - started
+        # the clock is shared as well, or processes would disagree on when to stop
+        loss, recall, all_known, all_tokens, spent = processes.sum([loss, recall, known, tokens, spent])
+        if not math.isfinite(loss):
+            raise CCMError(
+                f"the loss is {loss} at step {self.step}; the last checkpoint is intact: "
+                "go on from it in another folder with a lower learning rate"
+            )
         self.step += 1
         self.tokens += int(all_tokens)
         self.seconds += spent / processes.world
         if all_known:
             self.recall += (recall / all_known - self.recall) * (0.05 if self.recall else 1.0)
         return loss / max(1, all_count)
+
+    def _take(self, batches: Iterator[Sequence[Drawn]], step: int | None = None) -> Taken:
+        """The next batches, and what of their passes the host does."""
+        served = self.rows.served
+        drawn = [next(batches) for _ in range(self.config.accumulate)]
+        return self._prepared(
+            [[row if isinstance(row, ArrayRow) else marked(row) for row in batch] for batch in drawn],
+            self.step if step is None else step,
+            served,
+        )
+
+    def _prepared(self, batches: list[list[Row | ArrayRow]], step: int, served: int) -> Taken:
+        passes = []
+        for k, batch in enumerate(batches):
+            seed = f"{self.config.seed}-{step}-{k * self.processes.world + self.processes.rank}"
+            size = math.ceil(len(batch) / self.parts)
+            for rows in (batch[at : at + size] for at in range(0, len(batch), size)):
+                passes.append(self.stage.prepare(rows, random.Random(seed)))
+        return Taken(step, served, batches, passes)
+
+    def _gradients(self, taken: Taken) -> tuple[Tensor, int, int]:
+        """Add the gradients of a step's passes; returns sums of the loss over all and over recalled tokens, on the
+        device, and the numbers of both.
+
+        Where memory runs out the step begins anew in passes of half the rows, and later steps keep to them.
+        """
+        while True:
+            try:
+                return self._passes(taken.passes)
+            except (RuntimeError, MemoryError) as error:
+                single = max(map(len, taken.batches)) <= self.parts
+                # layers that are sharded run in step with other processes, which would wait
+                if single or self.processes.sharded or not _out_of_memory(error):
+                    raise
+            self.optimizer.zero_grad(set_to_none=True)  # some passes may have left theirs
+            self.parts *= 2
+            log.warning(
+                "out of memory at step %d: batches run in %d parts from now on", self.step, self.parts
+            )
+            taken = self._prepared(taken.batches, taken.step, taken.served)
+            if self.processes.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _passes(self, passes: Sequence[Any]) -> tuple[Tensor, int, int]:
+        sums, count, known = torch.zeros(2, device=self.processes.device), 0, 0
+        for prepared in passes:
+            part = self.stage.run(prepared)
+            part.loss.backward()
+            sums += torch.stack([part.loss.detach().float(), part.recall.float()]).to(sums.device)
+            count, known = count + part.tokens, known + part.recall_tokens
+        return sums, count, known
 
     @property
     def progress(self) -> float:
@@ -275,7 +347,7 @@ class Trainer:
                 "counters": [self.step, self.tokens, self.seconds, self.best, self.recall, *self.slice],
                 "evaluated": self.evaluated,
                 "report": self.report,
-                "served": self.rows.served,
+                "served": self._ahead.served if self._ahead else self.rows.served,
             }
             checkpoint.save(self.folder, self.settings, self.fingerprint, state)
         self.saved = self.step
@@ -304,11 +376,16 @@ def _memory_errors(advice: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        words = str(error).partition("\n")[0]
-        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if not known and "out of memory" not in words and "allocate memory" not in words:
+        if not _out_of_memory(error):
             raise
+        words = str(error).partition("\n")[0]
         raise CCMError(f"out of memory at {advice()} ({words or type(error).__name__})") from error
+
+
+def _out_of_memory(error: Exception) -> bool:
+    words = str(error).partition("\n")[0]
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or "out of memory" in words or "allocate memory" in words
 
 
 def _without_paths(value: Any) -> Any:
