@@ -114,7 +114,7 @@ def pack(
     held = np.where(groups > 0, np.minimum(sink, lengths[first]), 0)
     sizes = np.array([rule.size(k, slots) for k in range(int(counts.max()) + 1)])
     width = text or up(total)
-    comp_width = comps or up(len(made) * slots)
+    comp_width = max(comps, up(len(made) * slots)) if len(made) else 0
 
     def shift(segments: np.ndarray, seen: np.ndarray) -> np.ndarray:
         """From text to canonical positions: less what was folded, plus what took its place."""
@@ -146,7 +146,7 @@ def pack(
     ]
     slot_seen = [queries(m.first, m.last) for queries, m in zip(seen_by, memories, strict=True)]
     first_tokens = np.concatenate([row_start[d] + np.arange(held[d]) for d in range(len(rows))])
-    sink_width = max(sinks, up(len(first_tokens)))
+    sink_width = max(sinks, up(len(first_tokens))) if comp_width else 0
     blocks = sum(len(m.place) for m in memories) // slots
     slot_width = max(comp_width, up(blocks * slots))
     place = np.zeros(sink_width + slot_width, np.int64)

@@ -393,15 +393,15 @@ class _Frames:
         return out[0].flatten(1)
 
 
-_compiled: dict[int, Callable[..., Any]] = {}
+_compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
 
 def _flex(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Flex attention, compiled once for each size of a head."""
-    size = query.shape[-1]
-    if size not in _compiled:
-        _compiled[size] = torch.compile(flex_attention)
-    out: Tensor = _compiled[size](query, *args, **kwargs)
+    """Flex attention, compiled for each kind of heads: numbers of keys and queries may differ from pass to pass."""
+    kind = (query.shape[1], query.shape[-1], query.dtype, torch.is_grad_enabled())
+    if kind not in _compiled:
+        _compiled[kind] = torch.compile(flex_attention)
+    out: Tensor = _compiled[kind](query, *args, **kwargs)
     return out
 
 
