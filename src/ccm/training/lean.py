@@ -424,7 +424,7 @@ def _block_mask(spans: Tensor, queries: int, keys: int, dtype: torch.dtype) -> B
 
     start = torch.arange(0, queries, BLOCK, device=spans.device)  # of every block of queries
     met = _meets(a, b, start) | _meets(c, d, start)  # (K, blocks)
-    met = met.unflatten(0, (-1, BLOCK)).any(1).T
+    met = met.unflatten(0, (-1, BLOCK)).any(1).T.contiguous()  # flex takes the strides for granted
     count = met.sum(1, dtype=torch.int32)
     order = met.to(torch.int8).argsort(dim=1, descending=True, stable=True).to(torch.int32)
     return BlockMask.from_kv_blocks(
