@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -129,9 +129,9 @@ class PackedFile:
     """
 
     path: Path
-    header: dict[str, Any]
+    header: dict[str, Any] = field(repr=False)
     fingerprint: str
-    table: Table
+    table: Table = field(repr=False)
 
     @cached_property
     def _segments(self) -> Array:
