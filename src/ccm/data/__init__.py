@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import (
+from . import (  # noqa: F401  (they register)
     books,
     chitchat,
     documents,
@@ -16,7 +16,7 @@ from . import (
     other_talks,
     told,
     topical_chat,
-)  # noqa: F401  (they register)
+)
 from .chitchat import load_chitchat
 from .conversation import Conversation, Turn
 from .sources import Source, get_source, list_sources, register_source

@@ -14,7 +14,7 @@ from typing import Any
 from ..dialogue import shared
 from ..errors import ConfigError, UnknownNameError
 from ..turns import RenderedTurn, render
-from .pools import FIRST_NAMES, system_prompt
+from .pools import FIRST_NAMES, parts, system_prompt
 
 
 @dataclass(frozen=True)
@@ -113,9 +113,9 @@ class Plain(Style):
 
 # ---------------------------------------------------------------------- what is drawn
 
-_ROLES = (
-    "User Assistant|User Bot|Q A|Human AI|Customer Agent|Guest Host|Student Teacher|Patient Doctor|Me You|A B"
-    "|Interviewer Guest|Person_1 Person_2|Speaker_1 Speaker_2|user assistant|USER ASSISTANT|Client Support"
+_ROLES = parts(
+    "User/Assistant|User/Bot|Q/A|Human/AI|Customer/Agent|Guest/Host|Student/Teacher|Patient/Doctor|Me/You|A/B"
+    "|Interviewer/Guest|Person 1/Person 2|Speaker 1/Speaker 2|user/assistant|USER/ASSISTANT|Client/Support"
 )
 #: Of a label, what stands before the words.
 _LABELS = ("{}: ", "{}: ", "{}: ", "**{}:** ", "{} - ", "[{}] ", "<{}> ", "### {}:\n", "{}>> ")
@@ -153,9 +153,8 @@ def _names(tokenizer: Any, rng: random.Random) -> Style:
 
 
 def _roles(tokenizer: Any, rng: random.Random) -> Style:
-    first, second = rng.choice(_ROLES.split("|")).replace("_", "\u00a0").split(" ")
     form = rng.choice(_LABELS)
-    heads = tuple(form.format(label.replace("\u00a0", " ")) for label in (first, second))
+    heads = [form.format(label) for label in rng.choice(_ROLES).split("/")]
     before = system_prompt(rng) + "\n\n" if rng.random() < 0.25 else ""
     return Plain(tokenizer, (heads[0], heads[1]), rng.choice(_ENDS), before, people=False)
 

@@ -120,7 +120,8 @@ SUBJECTS = {
             (
                 "event",
                 lambda rng: (
-                    f"{rng.choice(('call', 'lunch', 'meeting', 'coffee', 'review'))} with {pools.first_name(rng)}"
+                    f"{rng.choice(('call', 'lunch', 'meeting', 'coffee', 'review'))} with "
+                    f"{pools.first_name(rng)}"
                 ),
             ),
             {"day": _of(pools.DAYS), "time": pools.clock, "place": pools.town, "minutes": _count(10, 120)},
@@ -132,7 +133,7 @@ SUBJECTS = {
             ("host", lambda rng: f"{pools.rare(rng).lower()}-{rng.randrange(1, 30):02}"),
             {
                 "ip": lambda rng: ".".join(str(rng.randrange(1, 255)) for _ in range(4)),
-                "load": lambda rng: f"{rng.randrange(100)}%",
+                "load": _count(0, 100),
                 "status": _of(["up", "down", "degraded", "rebooting", "unreachable"]),
                 "uptime": _count(1, 900, " days"),
             },
@@ -157,7 +158,8 @@ SUBJECTS = {
             (
                 "purpose",
                 lambda rng: (
-                    f"{rng.choice(('hotel', 'taxi', 'dinner', 'train', 'parking', 'flight'))} in {pools.town(rng)}"
+                    f"{rng.choice(('hotel', 'taxi', 'dinner', 'train', 'parking', 'flight'))} in "
+                    f"{pools.town(rng)}"
                 ),
             ),
             {"amount": pools.price, "date": pools.iso_date, "paid by": pools.first_name},
@@ -284,7 +286,8 @@ def _log(key: str, entries: Sequence[Entry], rng: random.Random) -> str:
             for k, v in entry.items()
         )
         lines.append(
-            f"{minute // 60:02}:{minute % 60:02}:{rng.randrange(60):02} {rng.choice(('INFO', 'WARN', 'DEBUG'))} {rest}"
+            f"{minute // 60:02}:{minute % 60:02}:{rng.randrange(60):02} "
+            f"{rng.choice(('INFO', 'WARN', 'DEBUG'))} {rest}"
         )
     return "\n".join(lines)
 

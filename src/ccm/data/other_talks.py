@@ -15,7 +15,7 @@ from .conversation import SPLITS, Conversation, Split, Turn, split_of, unit
 from .conversational import ConversationSource
 from .sources import register_source
 
-#: Examples of one film follow each other: so many of them are in one split, and scenes of so many are one row's worth.
+#: Examples of one film follow each other: so many of them are in one split, and so many make a scene.
 _BLOCK, _SCENE = 200, 20
 _PAIR = re.compile(r'were the sentences "(.*)" and "(.*)" *$')
 _QUOTED = re.compile(r'(user|response): "(.*?)"\.(?= |$)')

@@ -21,6 +21,7 @@ from . import pools
 from .conversation import Split, split_of
 from .formats import Said
 from .notes import CHANGED
+from .pools import parts
 
 
 @dataclass(frozen=True)
@@ -44,32 +45,35 @@ def _of(words: str | Sequence[str]) -> Callable[[random.Random], str]:
 
 
 #: Whoever is told about; "me" has kinds of its own.
-_RELATIVES = (
-    "sister|mother|father|cousin|boss|neighbour|best friend|aunt|daughter|son|husband|wife|grandmother|flatmate|doctor|teacher"
-    "|landlord|colleague|niece|godson|coach|therapist|ex|stepfather|dentist|babysitter|hairdresser|lawyer|roommate|fiancee"
-).split("|")
-_PETS = "dog|horse|parrot|rabbit|hamster|turtle|goldfish|puppy|kitten|guinea pig|ferret|canary|snake|gecko|donkey".split(
-    "|"
+_RELATIVES = parts(
+    "sister|mother|father|cousin|boss|neighbour|best friend|aunt|daughter|son|husband|wife|grandmother"
+    "|flatmate|doctor|teacher"
+    "|landlord|colleague|niece|godson|coach|therapist|ex|stepfather|dentist|babysitter|hairdresser|lawyer"
+    "|roommate|fiancee"
 )
-_CODES = (
-    "locker code|booking reference|door code|wifi password|gym locker number|order number|ticket number|license plate"
-    "|membership number|bike lock code|voucher code|customer number|seat|flight number|garage code|alarm code|student number"
+_PETS = parts(
+    "dog|horse|parrot|rabbit|hamster|turtle|goldfish|puppy|kitten|guinea pig|ferret|canary|snake|gecko|donkey"
+)
+_CODES = parts(
+    "locker code|booking reference|door code|wifi password|gym locker number|order number|ticket number"
+    "|license plate"
+    "|membership number|bike lock code|voucher code|customer number|seat|flight number|garage code"
+    "|alarm code|student number"
     "|case number|tracking number|invoice number"
-).split("|")
-_DATES = "dentist appointment|wedding anniversary|driving test|flight|job interview|exam|moving day|concert|surgery|deadline".split(
-    "|"
+)
+_DATES = parts(
+    "dentist appointment|wedding anniversary|driving test|flight|job interview|exam|moving day"
+    "|concert|surgery|deadline"
 )
 _FAVOURITES = {
     "dish": pools.DISHES,
-    "colour": pools.COLOURS.split("|"),
+    "colour": pools.COLOURS,
     "hobby": pools.HOBBIES,
     "month": pools.MONTHS,
     "weekday": pools.DAYS,
 }
-_OWNED = (
-    "car|bike|front door|sofa|suitcase|winter coat|kitchen|boat|backpack|guitar|phone case|umbrella".split(
-        "|"
-    )
+_OWNED = parts(
+    "car|bike|front door|sofa|suitcase|winter coat|kitchen|boat|backpack|guitar|phone case|umbrella"
 )
 
 _ME = (
@@ -102,7 +106,8 @@ _ME = (
     _kind(
         "allergy",
         _of(pools.FOODS),
-        "I'm allergic to {}.|Careful, I have an allergy: {}.|I can't have {}, I'm allergic.|The test says that I am allergic to {}.",
+        "I'm allergic to {}.|Careful, I have an allergy: {}.|I can't have {}, I'm allergic."
+        "|The test says that I am allergic to {}.",
         "What am I allergic to?=>You are allergic to {}|Which allergy do I have?=>You are allergic to {}"
         "|What was my allergy again?=>{}",
     ),
@@ -110,12 +115,14 @@ _ME = (
         "job",
         _of(pools.JOBS),
         "I work as a {}.|I'm a {} by trade.|For a living I'm a {}.|I just got a job as a {}!",
-        "What do I do for a living?=>You work as a {}|What is my job?=>You are a {}|What do I work as?=>You work as a {}",
+        "What do I do for a living?=>You work as a {}|What is my job?=>You are a {}"
+        "|What do I work as?=>You work as a {}",
     ),
     _kind(
         "employer",
         lambda rng: (
-            f"{pools.rare(rng)} {rng.choice(('Ltd', 'Labs', 'Foods', 'Group', 'Motors', 'Bank', 'Studio', '& Sons'))}"
+            f"{pools.rare(rng)} "
+            f"{rng.choice(('Ltd', 'Labs', 'Foods', 'Group', 'Motors', 'Bank', 'Studio', '& Sons'))}"
         ),
         "I work for {}.|My company is {}.|I have a contract with {} now.",
         "Who do I work for?=>You work for {}|What is my company called?=>Your company is called {}",
@@ -133,16 +140,11 @@ _ME = (
         "How old am I?=>You are {}|What is my age?=>You are {}",
     ),
     _kind(
-        "birthday",
-        pools.date,
-        "My birthday is on {}.|I was born on {}.",
-        "When is my birthday?=>Your birthday is on {}|On what day was I born?=>You were born on {}",
-    ),
-    _kind(
         "phone",
         lambda rng: f"{pools.digits(rng, (3,))}-{pools.digits(rng, (3, 4))}",
         "My phone number is {}.|You can reach me at {}.|Call me at {}.",
-        "What is my phone number?=>Your phone number is {}|Which number can I be reached at?=>You can be reached at {}",
+        "What is my phone number?=>Your phone number is {}"
+        "|Which number can I be reached at?=>You can be reached at {}",
     ),
     _kind(
         "email",
@@ -159,7 +161,8 @@ _ME = (
     _kind(
         "instrument",
         _of(
-            "oboe|ukulele|bassoon|cello|accordion|drums|harp|trombone|banjo|clarinet|viola|saxophone|flute|tuba|sitar"
+            "oboe|ukulele|bassoon|cello|accordion|drums|harp|trombone|banjo|clarinet|viola|saxophone|flute"
+            "|tuba|sitar"
         ),
         "I play the {}.|I'm learning the {}.",
         "Which instrument do I play?=>You play the {}|What instrument am I learning?=>You are learning the {}",
@@ -169,12 +172,6 @@ _ME = (
         lambda rng: f"{rng.choice('ABCDEFGH')}{rng.randrange(1, 99)}",
         "I parked in {}.|My car is in spot {}.",
         "Where did I park?=>You parked in {}|Which spot is my car in?=>Your car is in spot {}",
-    ),
-    _kind(
-        "room",
-        lambda rng: str(rng.randrange(100, 1000)),
-        "I'm staying in room {}.|They gave me room {}.",
-        "Which room am I staying in?=>You are staying in room {}|What is the number of my room?=>The number of your room is {}",
     ),
 )
 
@@ -186,8 +183,10 @@ def _kinds() -> tuple[Told, ...]:
             _kind(
                 pet,
                 pools.pet_name,
-                f"My {pet} is called {{}}.|I have a {pet}, {{}}.|I named my {pet} {{}}.|{{}} is the name of my {pet}.",
-                f"What is my {pet} called?=>Your {pet} is called {{}}|What was my {pet}'s name again?=>Your {pet}'s name is {{}}"
+                f"My {pet} is called {{}}.|I have a {pet}, {{}}.|I named my {pet} {{}}."
+                f"|{{}} is the name of my {pet}.",
+                f"What is my {pet} called?=>Your {pet} is called {{}}"
+                f"|What was my {pet}'s name again?=>Your {pet}'s name is {{}}"
                 f"|Do you remember what I named my {pet}?=>Yes, you named your {pet} {{}}"
                 f"|What's the name of my {pet}?=>The name of your {pet} is {{}}|My {pet}'s name?=>{{}}",
             )
@@ -197,21 +196,25 @@ def _kinds() -> tuple[Told, ...]:
             _kind(
                 who,
                 pools.first_name,
-                f"My {who} is called {{}}.|My {who}'s name is {{}}.|I'm meeting my {who} {{}} tonight.|{{}} is my {who}.",
-                f"What is my {who} called?=>Your {who} is called {{}}|What was my {who}'s name again?=>Your {who}'s name is {{}}"
+                f"My {who} is called {{}}.|My {who}'s name is {{}}.|I'm meeting my {who} {{}} tonight."
+                f"|{{}} is my {who}.",
+                f"What is my {who} called?=>Your {who} is called {{}}"
+                f"|What was my {who}'s name again?=>Your {who}'s name is {{}}"
                 f"|Who is my {who}?=>Your {who} is {{}}",
             ),
             _kind(
                 f"town of {who}",
                 pools.town,
                 f"My {who} lives in {{}}.|My {who} has moved to {{}}.|I visited my {who} in {{}}, at home.",
-                f"Where does my {who} live?=>Your {who} lives in {{}}|Which town is my {who} in?=>Your {who} is in {{}}",
+                f"Where does my {who} live?=>Your {who} lives in {{}}"
+                f"|Which town is my {who} in?=>Your {who} is in {{}}",
             ),
             _kind(
                 f"job of {who}",
                 _of(pools.JOBS),
                 f"My {who} works as a {{}}.|My {who} is a {{}}.",
-                f"What does my {who} do for a living?=>Your {who} works as a {{}}|What is my {who}'s job?=>Your {who} is a {{}}",
+                f"What does my {who} do for a living?=>Your {who} works as a {{}}"
+                f"|What is my {who}'s job?=>Your {who} is a {{}}",
             ),
             _kind(
                 f"allergy of {who}",
@@ -226,7 +229,8 @@ def _kinds() -> tuple[Told, ...]:
                 thing,
                 lambda rng: pools.code(rng) if rng.random() < 0.5 else pools.digits(rng),
                 f"My {thing} is {{}}.|Note my {thing}: {{}}.|The {thing} that I got is {{}}.",
-                f"What is my {thing}?=>Your {thing} is {{}}|What was my {thing} again?=>Your {thing} is {{}}|My {thing}?=>{{}}",
+                f"What is my {thing}?=>Your {thing} is {{}}"
+                f"|What was my {thing} again?=>Your {thing} is {{}}|My {thing}?=>{{}}",
             )
         )
     for event in _DATES:
@@ -235,7 +239,8 @@ def _kinds() -> tuple[Told, ...]:
                 f"date of {event}",
                 pools.date,
                 f"My {event} is on {{}}.|I have my {event} on {{}}.",
-                f"When is my {event}?=>Your {event} is on {{}}|What date is my {event}?=>Your {event} is on {{}}",
+                f"When is my {event}?=>Your {event} is on {{}}"
+                f"|What date is my {event}?=>Your {event} is on {{}}",
             ),
             _kind(
                 f"time of {event}",
@@ -250,7 +255,8 @@ def _kinds() -> tuple[Told, ...]:
                 f"favourite {thing}",
                 _of(values),
                 f"My favourite {thing} is {{}}.|I like {{}} best, of any {thing}.",
-                f"What is my favourite {thing}?=>Your favourite {thing} is {{}}|Which {thing} do I like best?=>You like {{}} best",
+                f"What is my favourite {thing}?=>Your favourite {thing} is {{}}"
+                f"|Which {thing} do I like best?=>You like {{}} best",
             )
         )
     for thing in _OWNED:
@@ -259,17 +265,19 @@ def _kinds() -> tuple[Told, ...]:
                 f"colour of {thing}",
                 _of(pools.COLOURS),
                 f"My {thing} is {{}}.|I got my {thing} in {{}}.",
-                f"What colour is my {thing}?=>Your {thing} is {{}}|Which colour did I get my {thing} in?=>You got it in {{}}",
+                f"What colour is my {thing}?=>Your {thing} is {{}}"
+                f"|Which colour did I get my {thing} in?=>You got it in {{}}",
             )
         )
     return tuple(made)
 
 
 KINDS = _kinds()
-_SMALL_TALK = (
-    "Oh, nice.|I see!|Good to know.|Got it.|Okay, noted.|How interesting.|Thanks for telling me.|Ah, really?|Cool!|That's lovely."
+_SMALL_TALK = parts(
+    "Oh, nice.|I see!|Good to know.|Got it.|Okay, noted.|How interesting.|Thanks for telling me."
+    "|Ah, really?|Cool!|That's lovely."
     "|I'll keep that in mind.|Sure.|Alright.|Sounds good.|Haha, great.|Noted, thank you.|Oh wow.|Understood."
-).split("|")
+)
 _ASKING = (
     "{}",
     "{}",
