@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -142,9 +143,7 @@ def test_told_facts_are_told_before_they_are_asked_for() -> None:
     distances = set()
     for seed in range(60):
         said = plant_told(SAID, random.Random(seed), 4, changed=0.4, people=seed % 2 == 0)
-        assert all(
-            a.role != b.role or a.recall[1] or b.recall[1] for a, b in zip(said, said[1:], strict=False)
-        )
+        assert all(a.role != b.role or a.recall[1] or b.recall[1] for a, b in pairwise(said))
         asked = [(k, one.text[one.recall[0] : one.recall[1]]) for k, one in enumerate(said) if one.recall[1]]
         assert len(asked) == 4
         for k, value in asked:

@@ -285,7 +285,7 @@ _ASKING = (
     "By the way: {}",
     "Quick question. {}",
     "Sorry, I forgot. {}",
-    "Tell me, {}",
+    "Tell me: {}",
     "One more thing: {}",
 )
 _ANSWERING = (
@@ -302,7 +302,7 @@ _BEFORE = (
     "{}",
     "{}",
     "{}",
-    "So, {}",
+    "Okay. {}",
     "Just so you know: {}",
     "{} Anyway.",
     "{} What about you?",
@@ -356,8 +356,8 @@ class _Fact:
             asker, other = other, asker
             question, answer = swapped(question), swapped(answer)
         text = rng.choice(_ANSWERING).replace("{}", answer)
-        if "{}." in text and text.count(".") == 1 and rng.random() < 0.1:
-            text = text.replace("{}.", "{}")
+        if text.endswith("{}.") and rng.random() < 0.1:
+            text = text[:-1]
         start = text.index("{}")
         value = self.values[-1]
         return (
