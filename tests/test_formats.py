@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
 from itertools import pairwise
@@ -13,7 +14,7 @@ from test_sources import TOKENIZER, check_rows, fetched, scored, texts
 
 from ccm.data import get_source
 from ccm.data.conversation import SPLITS
-from ccm.data.documents import plain_roff
+from ccm.data.documents import _handbook, _jargon, _manuals, plain_roff
 from ccm.data.formats import FORMATS, Bare, Said, Style, draw_style, read_formats, write
 from ccm.data.lists import HELD_OUT, SUBJECTS
 from ccm.data.other_talks import _errands, _everyday, _films
@@ -258,13 +259,52 @@ def test_manual_pages_without_markup() -> None:
     assert plain_roff(page) == "NAME\n\nx - does it\n\nSee open(2) for more .\nint x;"
 
 
-@pytest.mark.parametrize("name", ["film-dialogs", "errands", "time-dial", "documents", "code"])
+def test_documents_of_packages(tmp_path: Path) -> None:
+    files = {
+        "usr/share/doc/jargon-text/jargon.txt.gz": b"Contents\n   :foo: n.\n\n   A word.\n\n   :bar: v.\n   Do.\n",
+        "usr/share/man/man3/open.3.gz": b".SH NAME\nopen\n",
+        "usr/share/man/man3/link.3.gz": b".so man3/open.3\n",
+        "usr/share/doc/debian-handbook/html/en-US/a.html": b"<style>x</style><p>One &amp; two</p><p>Next</p>",
+        "usr/share/doc/debian-handbook/html/en-US/b.html": b"<p>Next</p><p>Three</p>",
+    }
+    for name, data in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    assert [text for _, text, _ in _jargon(tmp_path)] == [":foo: n.\n\nA word.", ":bar: v.\nDo."]
+    assert [text for _, text, _ in _manuals(tmp_path)] == ["open.3\n\nNAME\n\nopen"]
+    assert [text for _, text, _ in _handbook(tmp_path)] == ["One & two\n\nNext", "Three"]
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "film-dialogs": {"turns": 6},
+    "errands": {"turns": 6},
+    "time-dial": {"turns": 6},
+    "documents": {"kinds": ["how-to"]},
+    "code": {},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
 def test_rows_of_other_sources(name: str) -> None:
-    options: dict[str, Any] = (
-        {"turns": 6} if "kinds" not in name and name not in ("documents", "code") else {}
-    )
-    source = fetched(lambda: get_source(name, TOKENIZER, **options))
+    source = fetched(lambda: get_source(name, TOKENIZER, **OTHERS[name]))
     fetched(lambda: check_rows(source, 8))
+
+
+def test_kinds_of_documents() -> None:
+    with pytest.raises(UnknownNameError, match="unknown kind 'poems'"):
+        get_source("documents", TOKENIZER, kinds=["poems"])
+    with pytest.raises(ConfigError, match="kinds is"):
+        get_source("documents", TOKENIZER, kinds=[])
+
+
+def test_rows_of_several_lengths(tmp_path: Path) -> None:
+    for n in range(4):
+        (tmp_path / f"{n}.txt").write_text(" ".join(f"{n}x{k}" for k in range(2000)))
+    source = get_source("text", TOKENIZER, path=tmp_path, segment_tokens=[8, 32], row_tokens=[64, 256])
+    lengths = {row.tokens for row in check_rows(source, 40)}
+    assert min(lengths) <= 64 and 200 < max(lengths) <= 256
+    assert all(row.tokens <= 64 for row in source.held_out("test", 9))
 
 
 # ---------------------------------------------------------------------- recut
