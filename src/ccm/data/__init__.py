@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
-from . import books, chitchat, hub, icl, jsonl, lamp, movielens, notes, topical_chat  # noqa: F401  (they register)
+from . import (  # noqa: F401  (they register)
+    books,
+    chitchat,
+    documents,
+    hub,
+    icl,
+    jsonl,
+    lamp,
+    lists,
+    movielens,
+    notes,
+    other_talks,
+    told,
+    topical_chat,
+)
 from .chitchat import load_chitchat
 from .conversation import Conversation, Turn
 from .sources import Source, get_source, list_sources, register_source

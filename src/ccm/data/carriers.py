@@ -30,6 +30,11 @@ SQUAD_SHIFTS = {
         ("amazon", "amazon_reviews"),
     )
 }
+FILM_TALKS = f"{_TASKS}/movie_dialog_same_or_different/task.json"
+ERRANDS = f"{_TASKS}/gem/schema_guided_dialog/task.json"
+TIME_DIAL = f"{_TASKS}/timedial/task.json"
+PARAGRAPHS = f"{_TASKS}/paragraph_segmentation/task.json"
+HOW_TO = f"{_TASKS}/gem/wikilingua_en/task.json"
 COQA = f"{_TASKS}/coqa_conversational_question_answering/coqa.test.json"
 
 BIGBENCH = Archive(
@@ -44,6 +49,11 @@ BIGBENCH = Archive(
         *(MULTIEMO.format(domain="medicine", language=language) for language in LANGUAGES),
         *SQUAD_SHIFTS.values(),
         COQA,
+        FILM_TALKS,
+        ERRANDS,
+        TIME_DIAL,
+        PARAGRAPHS,
+        HOW_TO,
     ),
     358,
 )

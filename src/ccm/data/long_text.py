@@ -23,17 +23,27 @@ class LongTextSource(Source):
     Args:
         segment_tokens: shortest and longest segment; every training row draws a length between them (evenly on a
             logarithmic scale), held-out rows have 64, or the nearest length that is allowed.
-        row_tokens: a row has as many whole segments as fit into this, two at least.
+        row_tokens: a row has as many whole segments as fit into this, two at least. Of several, every training row
+            draws one, and held-out rows have the first.
     """
 
-    def __init__(self, tokenizer: Any, segment_tokens: Sequence[int] = (32, 256), row_tokens: int = 1024):
+    def __init__(
+        self,
+        tokenizer: Any,
+        segment_tokens: Sequence[int] = (32, 256),
+        row_tokens: int | Sequence[int] = 1024,
+    ):
         super().__init__(tokenizer)
         self.segment_tokens = numbers("segment_tokens", segment_tokens, 2)
         if len(self.segment_tokens) != 2 or self.segment_tokens[0] > self.segment_tokens[1]:
             raise ConfigError(
                 f"segment_tokens is {segment_tokens!r}: expected two numbers, the smaller one first"
             )
-        self.row_tokens = number("row_tokens", row_tokens, 2 * self.segment_tokens[1])
+        least = 2 * self.segment_tokens[1]
+        one = isinstance(row_tokens, int)
+        self.row_tokens = (
+            (number("row_tokens", row_tokens, least),) if one else numbers("row_tokens", row_tokens, least)
+        )
 
     @abstractmethod
     def texts(self, split: Split) -> Mapping[str, str]:
@@ -48,7 +58,7 @@ class LongTextSource(Source):
     @property
     def _reach(self) -> int:
         """Characters that hold a row: words have about 4 to a token, and what is too much is cut."""
-        return 6 * self.row_tokens
+        return 6 * max(self.row_tokens)
 
     def _long(self, split: Split) -> list[tuple[str, str]]:
         long = [(name, text) for name, text in self.texts(split).items() if len(text) > self._reach]
@@ -64,7 +74,9 @@ class LongTextSource(Source):
         shortest, longest = self.segment_tokens
         length = min(longest, int(shortest * (longest / shortest) ** rng.random()))
         name, text = texts[bisect(summed, rng.randrange(summed[-1]))]
-        return self._row(name, text, rng.randrange(len(text) - self._reach), length)
+        start = rng.randrange(len(text) - self._reach)
+        tokens = rng.choice(self.row_tokens) if len(self.row_tokens) > 1 else self.row_tokens[0]
+        return self._row(name, text, start, length, tokens)
 
     def held_out(self, split: HeldOut, limit: int) -> list[ConversationRow]:
         check_split(split)
@@ -76,14 +88,14 @@ class LongTextSource(Source):
             for start in range(0, len(text) - self._reach, self._reach)
         ]
         parts.sort(key=lambda part: unit(f"{part[0]} {part[2]}"))  # all texts and all places in them
-        return [self._row(*part, length) for part in parts[:limit]]
+        return [self._row(*part, length, self.row_tokens[0]) for part in parts[:limit]]
 
-    def _row(self, name: str, text: str, start: int, length: int) -> ConversationRow:
+    def _row(self, name: str, text: str, start: int, length: int, tokens: int) -> ConversationRow:
         """The row that begins with the first whole word after ``start``."""
-        part = text[start : start + self._reach]
+        part = text[start : start + 6 * tokens]
         if start:
             part = part[part.find(" ") + 1 :]
-        ids = self.tokenizer.encode(part, add_special_tokens=False)[: self.row_tokens]
+        ids = self.tokenizer.encode(part, add_special_tokens=False)[:tokens]
         count = len(ids) // length
         segments = tuple(tuple(ids[k * length : (k + 1) * length]) for k in range(count))
         return ConversationRow(name, segments, ((1, length),) * count)

@@ -18,7 +18,7 @@ def render_answer(tokenizer: Any, fact: Fact) -> tuple[RenderedTurn, tuple[int, 
     return turn, (start, start + len(value))
 
 
-def echo(turns: list[RenderedTurn], rng: random.Random) -> None:
+def echo(turns: list[Any], rng: random.Random) -> None:
     """Let one in ten turns repeat an earlier one: to foresee them, a memory must have kept the words."""
     for _ in range(max(1, len(turns) // 10)):
         first, again = sorted(rng.sample(range(len(turns)), 2))

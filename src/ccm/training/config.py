@@ -46,6 +46,7 @@ class TrainConfig:
         window_choices: recent windows, in tokens, to draw from at each pass; empty means the configured one.
         sink_with_window: sink tokens in the passes that have a window.
         resegment: share of the rows whose segments are joined and split at random.
+        recut: share of the rows that are cut into pieces of one length, 16 to 256 tokens, regardless of turns.
         steps: optimizer steps.
         minutes: stop after so many minutes of training; the schedule then follows the clock. 0 means no limit.
         rows: most rows per forward pass.
@@ -87,6 +88,7 @@ class TrainConfig:
     window_choices: tuple[int, ...] = ()
     sink_with_window: int = 4
     resegment: float = 0.0
+    recut: float = 0.0
     steps: int = 1000
     minutes: float = 0.0
     rows: int = 4
@@ -137,7 +139,7 @@ class TrainConfig:
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ConfigError(f"TrainConfig.{name}: got {getattr(self, name)}, expected at least {low}")
-        for name in ("reconstruction_share", "resegment"):
+        for name in ("reconstruction_share", "resegment", "recut"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"TrainConfig.{name}: got {getattr(self, name)}, expected a share, 0 to 1")
         if self.recall_from == "teacher" and (self.objective != "distill" or self.stage != "memory"):

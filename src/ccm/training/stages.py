@@ -32,7 +32,7 @@ from .config import TrainConfig
 from .engines import make_engine
 from .held_out import HeldOut, mean_nll
 from .objectives import OBJECTIVES, cross_entropy, summed_loss
-from .targets import ECHO, NONE, RECALL, TEXT, Row, find_targets, only_last, resegmented, with_echo
+from .targets import ECHO, NONE, RECALL, TEXT, Row, find_targets, only_last, recut, resegmented, with_echo
 
 
 @dataclass(frozen=True)
@@ -164,6 +164,8 @@ class MemoryStage(Stage):
         for row in rows:
             if draw.random() < config.resegment:
                 row = resegmented(as_row(row), draw)
+            if config.recut and draw.random() < config.recut:
+                row = recut(as_row(row), draw)
             if echoes:
                 row = with_echo(as_row(row), draw, longest)
             if config.objective == "target-ce":

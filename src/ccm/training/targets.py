@@ -95,6 +95,23 @@ def resegmented(row: Row, rng: random.Random, longest: int = 64) -> Row:
     return sum(pieces, Row((), ())) + row.part(-1)
 
 
+def recut(row: Row, rng: random.Random, shortest: int = 16, longest: int = 256) -> Row:
+    """The same tokens, cut into pieces as a session folds them, regardless of turns.
+
+    One length for the row, evenly on a logarithmic scale between ``shortest`` and ``longest``, and at most half of
+    the row. The last piece reaches back far enough that something of it is scored.
+    """
+    (ids,), (roles,) = row.flat().segments, row.flat().roles
+    length = min(int(shortest * (longest / shortest) ** rng.random()), max(2, len(ids) // 2))
+    scored = max((t for t, role in enumerate(roles) if role != NONE), default=0)
+    cuts = [at for at in range(length, len(ids), length) if at < scored]
+    rest, pieces = Row((ids,), (roles,)), Row((), ())
+    for at in reversed(cuts):
+        rest, piece = _split(rest, at)
+        pieces = piece + pieces
+    return rest + pieces
+
+
 def _split(piece: Row, at: int) -> list[Row]:
     (ids,), (roles,) = piece.segments, piece.roles
     return [Row((ids[:at],), (roles[:at],)), Row((ids[at:],), ((NONE, *roles[at + 1 :]),))]
