@@ -44,7 +44,8 @@ class TrainConfig:
         slot_choices: numbers of slots to draw from at each pass (first k of n); empty means always all.
         rule_choices: rules to draw from at each pass, so that one adapter serves several; empty means its own.
         window_choices: recent windows, in tokens, to draw from at each pass; empty means the configured one.
-        sink_with_window: sink tokens in the passes that have a window.
+        sink_choices: numbers of sink tokens to draw from at each pass; empty means the configured one.
+        sink_with_window: without ``sink_choices``, sink tokens in the passes that have a window.
         resegment: share of the rows whose segments are joined and split at random.
         recut: share of the rows that are cut into pieces of one length, 16 to 256 tokens, regardless of turns.
         steps: optimizer steps.
@@ -86,6 +87,7 @@ class TrainConfig:
     slot_choices: tuple[int, ...] = ()
     rule_choices: tuple[str, ...] = ()
     window_choices: tuple[int, ...] = ()
+    sink_choices: tuple[int, ...] = ()
     sink_with_window: int = 4
     resegment: float = 0.0
     recut: float = 0.0
@@ -156,10 +158,11 @@ class TrainConfig:
                 )
         for rule in self.rule_choices:
             get_rule(rule)
-        if any(window < 0 for window in self.window_choices):
-            raise ConfigError(
-                f"TrainConfig.window_choices: got {self.window_choices}, expected 0 or more each"
-            )
+        for name in ("window_choices", "sink_choices"):
+            if any(size < 0 for size in getattr(self, name)):
+                raise ConfigError(
+                    f"TrainConfig.{name}: got {getattr(self, name)}, expected 0 or more each"
+                )
         if self.stage == "base" and (self.base_adapter or self.init_from):
             raise ConfigError(
                 "TrainConfig.stage: 'base' starts from the plain model; leave base_adapter, init_from out"

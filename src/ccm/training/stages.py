@@ -180,6 +180,8 @@ class MemoryStage(Stage):
             sizes["slots"] = draw.choice(config.slot_choices)
         if config.window_choices and (window := draw.choice(config.window_choices)):
             sizes.update(window=window, sink=config.sink_with_window)
+        if config.sink_choices:
+            sizes["sink"] = draw.choice(config.sink_choices)
         return sizes
 
     def evaluate(self) -> dict[str, float]:
