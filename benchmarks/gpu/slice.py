@@ -145,7 +145,7 @@ class Slice:
             *self.described,
             *(f"{name}={value}" for name, value in smaller.items()),
         ]
-        ends, copied, said = time.time() + seconds, time.time(), 0
+        ends, copied, said = time.time() + seconds, time.time(), self._progress(-1)
         say(f"training: {minutes:.2f} minutes of steps in {seconds:.0f} s")
         child = self._start([*command, "--minutes", f"{minutes:.4f}", "--out", str(self.run)])
         try:
@@ -175,10 +175,10 @@ class Slice:
     # ------------------------------------------------------------------ processes
 
     def _progress(self, said: int) -> int:
-        """Say how far the run is; returns the number of lines of its log."""
+        """Say how far the run is since ``said`` lines of its log, -1 for nothing; returns how many it has now."""
         log = self.run / "log.jsonl"
         lines = log.read_text().splitlines() if log.exists() else []
-        if len(lines) > said:
+        if len(lines) > said >= 0:
             with suppress(ValueError):  # half a line
                 last = json.loads(lines[-1])
                 say(
