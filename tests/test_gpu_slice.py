@@ -181,10 +181,10 @@ def test_what_a_slice_leaves_goes_on(tmp_path: Path, logs: Path, monkeypatch: py
 
     trainer(tmp_path / "run", logs).run()
     before = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    monkeypatch.setattr(state, "FILE", 20_000)
+    monkeypatch.setattr(state, "FILE", 40_000)
     assert "too many" not in state.leave(tmp_path / "run", tmp_path / "out")
     files = list((tmp_path / "out").iterdir())
-    assert max(path.stat().st_size for path in files) <= 20_000 and len(files) <= 8
+    assert max(path.stat().st_size for path in files) <= 40_000 and 3 < len(files) <= 8
     adapter, begun = start(tmp_path / "out")
     assert b"adapter_model.safetensors" in adapter and begun is not None and b"checkpoint.pt" in begun
     state.restore(tmp_path / "out", tmp_path / "next")
@@ -260,7 +260,8 @@ def limited(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
 def test_a_step_without_memory_goes_on_in_halves_with_the_same_result(
     tmp_path: Path, logs: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    settings = {"rows": 5, "accumulate": 2, "steps": 3}
+    # one budget: a draw of it would come after draws for each row, of which a part has fewer
+    settings = {"rows": 5, "accumulate": 2, "steps": 3, "window_choices": [], "slot_choices": []}
     whole = trainer(tmp_path / "whole", logs, **settings)
     whole.run()
     tried = limited(monkeypatch, 2)
