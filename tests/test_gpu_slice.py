@@ -174,6 +174,20 @@ def test_no_size_is_tried_that_will_not_fit() -> None:
     assert fitting(taken, 20 * 2**30) == 4096
 
 
+def test_steps_are_measured(tmp_path: Path, logs: Path, capsys: Any) -> None:
+    from bench import STEPS, main
+
+    recipe, out = runs.write_recipe(tmp_path, logs), tmp_path / "bench.json"
+    assert main([str(recipe), "tokens_per_batch=512", "--seconds", "0", "--out", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert found["ended"] == "no time left for a larger step" and found["fits"] is None
+    (size,) = found["sizes"]
+    assert size["tokens_per_batch"] == 512 and 100 < size["tokens"] <= 512 and size["tokens_per_second"] > 0
+    assert STEPS > 4 and "tokens_per_second" in capsys.readouterr().out
+    assert main([str(recipe), "tokens_per_batch=0", "--out", str(out)]) == 2
+    assert "tokens_per_batch" in capsys.readouterr().err
+
+
 def test_what_a_slice_leaves_goes_on(tmp_path: Path, logs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import state
     from bundle import start
