@@ -25,7 +25,7 @@ from pathlib import Path  # noqa: E402
 from pieces import BundleError, receive  # noqa: E402
 
 MODEL = "cache/models/SmolLM2-135M-Instruct"
-MEASURE, EVALUATE, CLOSE = 45.0, 60.0, 20.0  # seconds: of the benchmark, the evaluation, and to save and copy
+EVALUATE, CLOSE = 60.0, 20.0  # seconds: of the evaluation, and to save and copy
 START = 20.0  # seconds before training's first step
 OTHER = 0.1  # share of training's time that goes into evaluations on held-out rows
 EVERY = 20.0  # seconds between copies of what was reached
@@ -145,7 +145,7 @@ class Slice:
             *self.described,
             *(f"{name}={value}" for name, value in smaller.items()),
         ]
-        ends, copied, said = time.time() + seconds, time.time(), 0
+        ends, copied, said = time.time() + seconds, time.time(), self._progress(-1)
         say(f"training: {minutes:.2f} minutes of steps in {seconds:.0f} s")
         child = self._start([*command, "--minutes", f"{minutes:.4f}", "--out", str(self.run)])
         try:
@@ -175,10 +175,10 @@ class Slice:
     # ------------------------------------------------------------------ processes
 
     def _progress(self, said: int) -> int:
-        """Say how far the run is; returns the number of lines of its log."""
+        """Say how far the run is since ``said`` lines of its log, -1 for nothing; returns how many it has now."""
         log = self.run / "log.jsonl"
         lines = log.read_text().splitlines() if log.exists() else []
-        if len(lines) > said:
+        if len(lines) > said >= 0:
             with suppress(ValueError):  # half a line
                 last = json.loads(lines[-1])
                 say(
@@ -236,6 +236,9 @@ def main() -> int:
         "--set", nargs="*", default=[], metavar="KEY=VALUE", help="in place of the recipe's"
     )
     arguments.add_argument("--minutes", type=float, default=1000.0, help="most minutes of training steps")
+    arguments.add_argument(
+        "--bench", type=float, default=60.0, help="seconds to measure steps; 0: not at all"
+    )
     arguments.add_argument("--budget", type=float, default=560.0, help="seconds until all of it ends")
     arguments.add_argument(
         "--root", type=Path, default=Path("/tmp/ccm-slice"), help="where things are unpacked"
@@ -264,7 +267,9 @@ def work_through(chosen: argparse.Namespace, work: Slice) -> None:
         return
     work.check()
     work.out.mkdir(parents=True, exist_ok=True)
-    measured = work.measure(min(MEASURE, clock.left(CLOSE))) if everything or chosen.part == "bench" else {}
+    measured = {}
+    if chosen.part == "bench" or (everything and chosen.bench):
+        measured = work.measure(min(chosen.bench, clock.left(CLOSE)))
     if everything or chosen.part == "train":
         seconds = clock.left(CLOSE + (EVALUATE if everything else 0))
         minutes = minutes_of_training(seconds, chosen.minutes)

@@ -2,8 +2,8 @@
 
     python benchmarks/gpu/state.py FOLDER RUN      (what came back, as the folder of a run)
 
-The state is the trainer's checkpoint with the moments of the optimizer in bfloat16. Where that is too large the moments
-stay out, and the next slice gathers them anew; where the weights are too large as well, it begins with the adapter.
+The state is the trainer's checkpoint with the moments of the optimizer in bfloat16. Where that is too large the
+moments stay out, and the next slice gathers them anew; where all is too large, it begins with the adapter alone.
 """
 
 from __future__ import annotations
