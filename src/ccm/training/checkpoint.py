@@ -18,7 +18,13 @@ from .config import FREE, TrainConfig, flat
 FORMAT = "ccm-training/2"
 FILE, LOG = "checkpoint.pt", "log.jsonl"
 #: Settings that older checkpoints do not name, and what they were.
-LATER = {"compressor.kind": "ccm", "compressor.conditional": True, "recall_from": "text", "packed": None, "sink_choices": []}
+LATER = {
+    "compressor.kind": "ccm",
+    "compressor.conditional": True,
+    "recall_from": "text",
+    "packed": None,
+    "sink_choices": [],
+}
 
 
 def save(folder: Path, config: TrainConfig, fingerprint: str, state: dict[str, Any]) -> None:

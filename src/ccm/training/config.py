@@ -160,9 +160,7 @@ class TrainConfig:
             get_rule(rule)
         for name in ("window_choices", "sink_choices"):
             if any(size < 0 for size in getattr(self, name)):
-                raise ConfigError(
-                    f"TrainConfig.{name}: got {getattr(self, name)}, expected 0 or more each"
-                )
+                raise ConfigError(f"TrainConfig.{name}: got {getattr(self, name)}, expected 0 or more each")
         if self.stage == "base" and (self.base_adapter or self.init_from):
             raise ConfigError(
                 "TrainConfig.stage: 'base' starts from the plain model; leave base_adapter, init_from out"

@@ -117,19 +117,26 @@ class _Product:
         scaling = next((module.scaling[adapter] for module, p in zip(modules, pairs, strict=True) if p), 0.0)
         return cls(weight.detach(), bias, sizes, pairs, scaling)
 
-    def joined(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        """(R, d_in) and (sum of d_out, R): A's one on the other, B's on a diagonal, with the scaling."""
-        present = [pair for pair in self.adapter if pair]
-        if not present:
-            return None
-        down = torch.cat([a for a, _ in present])
-        columns, start = [], 0
-        for pair, size in zip(self.adapter, self.sizes, strict=True):
-            rank = pair[0].shape[0] if pair else 0
-            block = pair[1] if pair else down.new_zeros(size, 0)
-            columns.append(pad(block, (start, len(down) - start - rank)))
-            start += rank
-        return down.to(dtype), (torch.cat(columns) * self.scaling).to(dtype)
+
+def _joined(products: Sequence[_Product], dtype: torch.dtype) -> list[tuple[Tensor, Tensor] | None]:
+    """The adapters of products of one shape, all layers at once: of each (R, d_in), its A's one on the other, and
+    (sum of d_out, R), its B's on a diagonal, with the scaling."""
+    first = products[0]
+    if not any(first.adapter):
+        return [None] * len(products)
+    downs, ups, start = [], [], 0
+    ranks = sum(len(pair[0]) for pair in first.adapter if pair)
+    for place, (pair, size) in enumerate(zip(first.adapter, first.sizes, strict=True)):
+        if pair is None:
+            ups.append(first.weight.new_zeros(len(products), size, ranks, dtype=torch.float32))
+            continue
+        own = [pair for product in products if (pair := product.adapter[place])]
+        downs.append(torch.stack([a for a, _ in own]))
+        up = torch.stack([b for _, b in own])
+        ups.append(pad(up, (start, ranks - start - up.shape[2])))
+        start += up.shape[2]
+    down, up = torch.cat(downs, dim=1).to(dtype), (torch.cat(ups, dim=1) * first.scaling).to(dtype)
+    return list(zip(down.unbind(), up.unbind(), strict=True))
 
 
 @dataclass
@@ -251,8 +258,24 @@ class LeanPass:
         self.size = int(getattr(settings, "head_dim", None) or settings.hidden_size // self.heads)
         self.shared = (sum(self.layers[0].qkv.sizes) // self.size - self.heads) // 2
         self.near = list(dict.fromkeys(layer.near for layer in self.layers))
-        self.turn: Callable[..., Tensor] = torch.compile(_turn, dynamic=True) if fuse else _turn
-        self.gated: Callable[..., Tensor] = torch.compile(_gated, dynamic=True) if fuse else _gated
+        if len({(tuple(x.qkv.sizes), tuple(x.gate_up.sizes), x.kind is None) for x in self.layers}) > 1:
+            raise Unfit("its layers have different sizes")
+        self.turn, self.gated = self._fused() if fuse else (_turn, _gated)
+
+    def _fused(self) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+        """Both as one kernel each way, where Triton is there and the model has the common ones; else compiled."""
+        turn: Callable[..., Tensor] = torch.compile(_turn, dynamic=True)
+        gated: Callable[..., Tensor] = torch.compile(_gated, dynamic=True)
+        if self.device.type == "cuda":
+            from . import fused
+
+            way = self.compressor.rotary.way
+            probe = self.compressor.rotary.tables(torch.zeros(1, 1, dtype=torch.long, device=self.device))
+            if way.pairs == "halves" and all(t.cos.shape[-1] == self.size for t in probe.values()):
+                turn = lambda x, cos, sin, _: fused.turned(x, cos, sin)  # noqa: E731
+            if all(isinstance(layer.act, nn.SiLU) for layer in self.layers):
+                gated = lambda _, x: fused.gated(x)  # noqa: E731
+        return turn, gated
 
     # ------------------------------------------------------------------ one pass
 
@@ -275,14 +298,13 @@ class LeanPass:
 
     def adapter(self) -> list[Any]:
         """The adapter's products of each layer, for the passes of a step."""
-        return [
-            [product.joined(self.dtype) for product in (layer.qkv, layer.out, layer.gate_up, layer.down)]
-            for layer in self.layers
+        kinds = [
+            [layer.qkv for layer in self.layers],
+            [layer.out for layer in self.layers],
+            [layer.gate_up for layer in self.layers],
+            [layer.down for layer in self.layers],
         ]
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(N, V) of hidden states (N, d) after the last norm."""
-        return self.compressor.head(hidden)
+        return list(zip(*(_joined(products, self.dtype) for products in kinds), strict=True))
 
     def _layer(self, layer: _Layer, adapter: Any, x: Tensor, frames: _Frames, tail: int) -> Tensor:
         qkv, out, gate_up, down = adapter
@@ -295,27 +317,26 @@ class LeanPass:
 
     def _attention(self, layer: _Layer, qkv: Tensor, frames: _Frames, tail: int) -> Tensor:
         """(N, (H + 2 Hkv) D) -> (N, H D)."""
-        query, key, value = qkv.view(len(qkv), -1, self.size).split(
-            [self.heads, self.shared, self.shared], dim=1
-        )
+        both, value = qkv.view(len(qkv), -1, self.size).split([self.heads + self.shared, self.shared], dim=1)
         if layer.query_norm and layer.key_norm:
-            query, key = layer.query_norm(query), layer.key_norm(key)
-        own = frames.own[layer.kind]
+            query, key = both.split([self.heads, self.shared], dim=1)
+            both = torch.cat([layer.query_norm(query), layer.key_norm(key)], dim=1)
+        turned, key = self.turn(both, *frames.own[layer.kind]).split([self.heads, self.shared], dim=1)
         if not tail:
-            query, key = self.turn(query, *own), self.turn(key, *own)
-            return frames.attend(layer, query, key, value)
+            return frames.attend(layer, turned, key, value)
+        raw = both[:, self.heads :]
         # sinks and slots: keys off their position, the states of the memory, and on to their places
         rows = frames.rows
         memory, contents = (
-            torch.cat([x.index_select(0, rows.sinks), frames.states(x[-tail:])]) for x in (key, value)
+            torch.cat([x.index_select(0, rows.sinks), frames.states(x[-tail:])]) for x in (raw, value)
         )
         memory = self.turn(memory, *frames.slots[layer.kind])
-        turned, key = self.turn(query, *own), self.turn(key, *own)
         contents = torch.cat([contents, value])
         if rows.query_position is None:
             return frames.attend(layer, turned, torch.cat([memory, key]), contents)
         # Text and slots live in two frames: the query is held in both, each half meets the keys of its frame.
-        query = torch.cat([self.turn(query, *frames.other[layer.kind]), turned], dim=-1)
+        query = self.turn(both[:, : self.heads], *frames.other[layer.kind])
+        query = torch.cat([query, turned], dim=-1)
         key = torch.cat([pad(memory, (0, self.size)), pad(key, (self.size, 0))])
         return frames.attend(layer, query, key, contents)
 
