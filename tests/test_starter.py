@@ -218,6 +218,7 @@ def test_bad_input_is_one_line_and_code_2(
     for name, real in names.items():
         arguments = [word.replace(name, real) for word in arguments]
     files = sorted(tmp_path.rglob("*"))
+    capsys.readouterr()
     assert cli.main(["train", *arguments]) == 2
     out, err = capsys.readouterr()
     lines = [line for line in err.splitlines() if line.strip()]
@@ -235,6 +236,7 @@ def test_too_little_memory_is_said_before_the_weights_are_read(
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000}))
     monkeypatch.setattr("ccm.models.load_model", lambda *args, **more: pytest.fail("read"))
     recipe = str(runs.write_recipe(tmp_path, logs))
+    capsys.readouterr()
     for arguments in ([recipe, "--estimate"], ["--init", model, "--out", str(tmp_path / "new.yaml")]):
         assert cli.main(["train", *arguments, "--device", "cpu"]) == 2
         out, err = capsys.readouterr()
