@@ -268,6 +268,7 @@ class Clockwork:
     def __init__(self, base: float, slope: float):
         self.now, self.line, self.sizes = 0.0, Line(base, slope), []
         self.processes = type("Processes", (), {"device": torch.device("cpu")})
+        self.stage = None
 
     def clock(self) -> float:
         return self.now
@@ -280,7 +281,7 @@ class Clockwork:
 
 def batches(count: int = 16) -> list[list[Pass]]:
     draw = random.Random(0)
-    return [[Pass(draw.choice((200, 400, 600))) for _ in range(5)] for _ in range(count)]
+    return [[Pass(length)] * 5 for length in draw.choices((200, 400, 600), k=count)]
 
 
 def measured(**changes: Any) -> Measured:

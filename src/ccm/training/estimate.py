@@ -27,7 +27,9 @@ from ..placement import Loading
 from ..planning.plan import Figure, Plan
 from ..planning.sizes import Shape
 from .config import TrainConfig
+from .engines import Lean
 from .held_out import HeldOut
+from .intervals import up
 from .stages import BaseStage, MemoryStage
 from .starter import Machine
 from .trainer import Trainer, _memory_errors
@@ -47,10 +49,10 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True)
 class Sample:
-    """One pass with its share of a step.
+    """A step of one pass.
 
     Attributes:
-        tokens: it had.
+        tokens: of the pass, with what it is filled up with.
         seconds: it took.
         peak: most bytes in use meanwhile.
     """
@@ -85,7 +87,7 @@ class Measured:
 
     Attributes:
         samples: passes, the smallest first.
-        batches: tokens of batches as they come, without padding and with it.
+        batches: tokens of batches as they come, and of the passes that they make.
         drawing: seconds of drawing a batch, where no other process does it.
         start: seconds until the first step.
         evaluation: seconds of one.
@@ -191,7 +193,7 @@ def estimate(
     where = trainer.processes.device
     measured = Measured(
         samples,
-        tuple((tokens(batch), len(batch) * max(row.tokens for row in batch)) for batch in batches),
+        tuple((tokens(batch), size(trainer, batch)) for batch in batches),
         0.0 if config.data_workers else (drawn - ready) / POOL,
         drawn - began,
         evaluation,
@@ -206,6 +208,25 @@ def tokens(rows: Sequence[Any]) -> int:
     return sum(row.tokens for row in rows)
 
 
+def size(trainer: Trainer, rows: Sequence[Any], full: bool = True) -> int:
+    """Tokens of the pass that a batch makes: accelerators have one size for all, padding fills up to the longest row.
+
+    Args:
+        trainer: whose engine runs it.
+        rows: the batch.
+        full: whether an accelerator's size is that of the run, or as small as the batch.
+    """
+    engine = _lean(trainer)
+    if engine is None:
+        return len(rows) * max((row.tokens for row in rows), default=0)
+    return up(max(tokens(rows), trainer.config.tokens_per_batch * full)) if engine.width else tokens(rows)
+
+
+def _lean(trainer: Trainer) -> Lean | None:
+    engine = trainer.stage.engine if isinstance(trainer.stage, MemoryStage) else None
+    return engine if isinstance(engine, Lean) else None
+
+
 def held(device: torch.device) -> int:
     """Bytes of the machine's memory that this process has."""
     return torch.cuda.memory_reserved(device) if device.type == "cuda" else psutil.Process().memory_info().rss
@@ -217,50 +238,60 @@ def measure(
     """Steps of one pass: of the shortest row, of larger and larger parts of a batch, then whole ones.
 
     It ends when :data:`BUDGET` is spent, but not before the second size. Nothing is tried that would not fit, by the
-    line through what the smaller ones took.
+    line through what the smaller ones took. The first step of a size has more to do, so it is made twice.
     """
     device = trainer.processes.device
+    end = clock() + BUDGET
 
-    def step(rows: Sequence[Any]) -> Sample:
+    def step(rows: Sequence[Any], full: bool) -> Sample:
+        count = size(trainer, rows, full)
+        if (engine := _lean(trainer)) and engine.width:
+            engine.width = count
         with Peak(device) as peak:
             start = clock()
-            trainer.train_step(iter([list(rows)]))
+            trainer.train_step(iter([rows]))
             if device.type != "cpu":
                 torch.accelerator.synchronize(device)
             seconds = clock() - start
-        return Sample(tokens(rows), seconds, peak.nbytes)
+        return Sample(count, seconds, peak.nbytes)
 
-    def affordable(left: float) -> float:
+    def twice(rows: Sequence[Any], full: bool) -> Sample:
+        first = step(rows, full)
+        if clock() + first.seconds > end and first.tokens > least:
+            return first
+        second = step(rows, full)
+        return replace(second, peak=max(first.peak, second.peak))
+
+    def affordable() -> float:
         """Tokens of the next pass, by time and memory."""
         last = done[-1]
-        by_time = max(left, 3 * last.seconds if len(done) == 1 else 0.0) / last.seconds * last.tokens
+        seconds = max(end - clock(), 3 * last.seconds if len(done) == 1 else 0.0)
+        most = min(seconds / last.seconds, GROWTH) * last.tokens
         if len(done) == 1:
-            return min(by_time, GROWTH * last.tokens)
+            return most
         line = Line.through([(sample.tokens, sample.peak) for sample in done])
         room = Machine.here(device).memory + held(device) - line.base
-        return min(by_time, GROWTH * last.tokens, room / line.slope if line.slope else math.inf)
+        return min(most, room / line.slope) if line.slope else most
 
     shortest = [min((row for batch in batches for row in batch), key=lambda row: row.tokens)]
-    end = clock() + BUDGET
-    step(shortest)  # the first has more to do
-    done = [step(shortest)]
-    yield done[-1]
-    while True:  # larger and larger
-        most = affordable(end - clock())
-        rows = max((_first(batch, most) for batch in batches), key=tokens)
-        if tokens(rows) <= done[-1].tokens:
+    least = size(trainer, shortest, full=False)
+    done = [twice(shortest, full=False)]
+    while True:
+        most = affordable()
+        rows = max((_first(trainer, batch, most) for batch in batches), key=tokens)
+        if size(trainer, rows, full=False) <= done[-1].tokens:
             break
-        done.append(step(rows))
-        yield done[-1]
+        done.append(twice(rows, full=False))
+    yield from done
     for batch in batches:
-        if tokens(batch) <= affordable(end - clock()):
-            yield step(batch)
+        if size(trainer, batch) <= affordable():
+            yield step(batch, full=True)
 
 
-def _first(batch: Sequence[Any], most: float) -> Sequence[Any]:
-    """The first rows of a batch, as many as have at most so many tokens."""
+def _first(trainer: Trainer, batch: Sequence[Any], most: float) -> Sequence[Any]:
+    """The first rows of a batch, as many as make a pass of at most so many tokens."""
     count = 0
-    while count < len(batch) and tokens(batch[: count + 1]) <= most:
+    while count < len(batch) and size(trainer, batch[: count + 1], full=False) <= most:
         count += 1
     return batch[:count]
 
@@ -277,7 +308,7 @@ def evaluate(trainer: Trainer, clock: Clock = time.monotonic) -> float:
     few = {name: [row for source, row in chosen if source == name] for name, _ in chosen}
     start = clock()
     if isinstance(stage, MemoryStage):
-        HeldOut(few, trainer.config).evaluate(stage.compressor)
+        HeldOut(few, trainer.config).evaluate(stage.engine)
     else:
         cast(BaseStage, stage).held_out = few
         stage.evaluate()
@@ -292,14 +323,14 @@ def foresee(config: TrainConfig, measured: Measured, machine: Machine, folder: P
     """
     samples, count = measured.samples, len(measured.batches)
     line = Line.through([(sample.tokens, sample.seconds) for sample in samples])
-    step_tokens = config.accumulate * sum(size for size, _ in measured.batches) / count
+    step_tokens = config.accumulate * sum(had for had, _ in measured.batches) / count
     step = config.accumulate * (sum(line.at(size) for size, _ in measured.batches) / count + measured.drawing)
     training = min(60 * config.minutes or math.inf, config.steps * step)
     steps = max(1, round(training / step))
     seen, speed = steps * step_tokens, step_tokens / step
     evaluations = -(-steps // config.eval_every)
     memory = Line.through([(sample.tokens, sample.peak) for sample in samples])
-    largest = max(padded for _, padded in measured.batches)
+    largest = max(taken for _, taken in measured.batches)
     peak, room = memory.at(largest), machine.memory + measured.held
     if peak > room:
         fits = int((room - memory.base) / memory.slope) // 64 * 64 if room > memory.base else 0
@@ -361,7 +392,7 @@ def foresee(config: TrainConfig, measured: Measured, machine: Machine, folder: P
                 peak,
                 "bytes",
                 "calculated",
-                f"for {largest:,} tokens, padding counted; {samples[0].peak / 1e9:.3g} GB at {samples[0].tokens:,} "
+                f"for {largest:,} tokens; {samples[0].peak / 1e9:.3g} GB at {samples[0].tokens:,} "
                 f"and {max(s.peak for s in samples) / 1e9:.3g} GB at {max(s.tokens for s in samples):,} measured",
             ),
             Figure("free", "free", room, "bytes", "measured", machine.name),
