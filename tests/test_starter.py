@@ -268,7 +268,7 @@ class Clockwork:
     def __init__(self, base: float, slope: float):
         self.now, self.line, self.sizes = 0.0, Line(base, slope), []
         self.processes = type("Processes", (), {"device": torch.device("cpu")})
-        self.stage = None
+        self.stage, self.parts = None, 1
 
     def clock(self) -> float:
         return self.now

@@ -247,12 +247,18 @@ def measure(
         count = size(trainer, rows, full)
         if (engine := _lean(trainer)) and engine.width:
             engine.width = count
+        trainer._ahead = None  # rows that were taken for a step of the run
         with Peak(device) as peak:
             start = clock()
             trainer.train_step(iter([rows]))
             if device.type != "cpu":
                 torch.accelerator.synchronize(device)
             seconds = clock() - start
+        if trainer.parts > 1:
+            raise ConfigError(
+                f"too little memory: it ran out in a pass of {count:,} tokens on {device}; lower tokens_per_batch "
+                f"({trainer.config.tokens_per_batch:,}), or set gradient_checkpointing=true"
+            )
         return Sample(count, seconds, peak.nbytes)
 
     def twice(rows: Sequence[Any], full: bool) -> Sample:
