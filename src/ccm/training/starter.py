@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ DATA: dict[str, dict[str, Any]] = {
     "icl": {"weight": 2, "demonstrations": [4, 8, 16], "relabel": 0.3},
     "books": {"weight": 2, "row_tokens": 512, "segment_tokens": [32, 128]},
 }
+#: Options that say how long rows are, the shortest first.
+LENGTHS = {"turns", "messages", "demonstrations", "row_tokens"}
 #: What fetches packages of a registry.
 CLIENTS = {"npm": "npm", "debian": "apt-get"}
 
@@ -278,7 +280,7 @@ def _data(context: int) -> tuple[dict[str, dict[str, Any]], list[str]]:
 
 def _shortest(options: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        name: value[:1] if isinstance(value, Sequence) and not isinstance(value, str) else value
+        name: value[:1] if name in LENGTHS and isinstance(value, list) else value
         for name, value in options.items()
     }
 
