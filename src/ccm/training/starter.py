@@ -23,16 +23,38 @@ from ..placement import is_gguf
 from ..planning.sizes import Shape
 from ..twin import text_config
 
-#: The mixture of the recipes that are written here, each source with its options.
+#: Writings of a conversation, and how often each is drawn; those of an assistant have no names.
+TALK = {
+    "template": 3,
+    "template-bare": 2,
+    "template-system": 2,
+    "names": 3,
+    "roles": 2,
+    "lines": 1,
+    "script": 2,
+}
+HELP = {"template": 3, "template-bare": 2, "template-system": 2, "roles": 2}
+#: The mixture of the recipes that are written here, each source with its options: that of recipes/one-gpu-broad.yaml
+#: with shorter rows, and without the ratings of films, which are for research only.
 DATA: dict[str, dict[str, Any]] = {
-    "chitchat": {"weight": 4, "turns": [10, 24, 64], "facts": 0.5, "echoes": 0.25, "cap_per_user": 64},
-    "topical-chat": {"weight": 2, "turns": [10, 20], "facts": 0.3, "echoes": 0.2},
-    "notes": {"weight": 2, "messages": [8, 16, 32]},
-    "icl": {"weight": 2, "demonstrations": [4, 8, 16], "relabel": 0.3},
-    "books": {"weight": 2, "row_tokens": 512, "segment_tokens": [32, 128]},
+    "chitchat": {"weight": 22, "turns": [10, 24, 64], "facts": 0.25, "echoes": 0.15, "formats": TALK},
+    "film-dialogs": {"weight": 19, "turns": [12, 32, 64], "facts": 0.2, "echoes": 0.15, "formats": TALK},
+    "errands": {"weight": 4, "turns": [8, 12, 16], "formats": HELP},
+    "told": {"weight": 11, "told": [2, 4, 8, 12], "turns": [8, 16, 32, 64], "formats": TALK},
+    "notes": {"weight": 4, "messages": [8, 16, 32]},
+    "documents": {
+        "weight": 10,
+        "kinds": ["articles", "manuals", "how-to", "handbook"],
+        "segment_tokens": [16, 192],
+        "row_tokens": [512, 1024],
+    },
+    "books": {"weight": 6, "segment_tokens": [16, 192], "row_tokens": [512, 1024]},
+    "code": {"weight": 4, "segment_tokens": [16, 192], "row_tokens": [512, 1024]},
+    "icl": {"weight": 8, "demonstrations": [4, 8, 16], "relabel": 0.3},
+    "lists": {"weight": 7, "lists": [1, 2, 4], "formats": HELP},
 }
 #: Options that say how long rows are, the shortest first.
-LENGTHS = {"turns", "messages", "demonstrations", "row_tokens"}
+LENGTHS = {"turns", "messages", "demonstrations", "row_tokens", "lists"}
 #: What fetches packages of a registry.
 CLIENTS = {"npm": "npm", "debian": "apt-get"}
 
@@ -232,7 +254,7 @@ def recipe(path: Path, model: str | None, config: Any, machine: Machine, chosen:
         (f"  alpha: {32 if large else 16}", ""),
         ("  target_modules: all", ""),
         ("", ""),
-        ("data:", "weights are shares of the rows; yours: jsonl: {weight: 4, path: chats.jsonl}"),
+        ("data:", "weights are shares of the rows; yours: jsonl: {weight: 50, path: chats.jsonl}"),
         *((f"  {name}: {_flow(options)}", "") for name, options in data.items()),
         (f"data_workers: {2 if there else 0}", "processes that draw rows"),
         ("", ""),
@@ -240,7 +262,8 @@ def recipe(path: Path, model: str | None, config: Any, machine: Machine, chosen:
         ("recall_weight: 3", "what was told once counts more"),
         (f"slot_choices: {choices}", "one adapter for several budgets"),
         ("window_choices: [0, 0, 64]", "recent tokens beside the slots, in a third of the passes"),
-        ("resegment: 0.2", "share of the rows with other boundaries"),
+        ("resegment: 0.1", "share of the rows with other boundaries"),
+        ("recut: 0.25", "share of the rows in pieces of one length, regardless of turns"),
         ("", ""),
         (f"minutes: {20 if there else 60}", "--extend goes on for as long again"),
         ("steps: 100000", "the clock ends it"),
@@ -264,9 +287,16 @@ def recipe(path: Path, model: str | None, config: Any, machine: Machine, chosen:
     return "\n".join([*heading, "", *body, ""])
 
 
+class _Plain(yaml.SafeDumper):
+    """Writes what occurs twice out twice."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
 def _flow(value: Any) -> str:
     """On one line."""
-    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10_000)
+    text = yaml.dump(value, Dumper=_Plain, default_flow_style=True, sort_keys=False, width=10_000)
     return text.removesuffix("...\n").strip()
 
 
