@@ -262,6 +262,7 @@ def recipe(path: Path, model: str | None, config: Any, machine: Machine, chosen:
         ("recall_weight: 3", "what was told once counts more"),
         (f"slot_choices: {choices}", "one adapter for several budgets"),
         ("window_choices: [0, 0, 64]", "recent tokens beside the slots, in a third of the passes"),
+        ("sink_choices: [0, 4, 4, 4]", "first tokens that stay"),
         ("resegment: 0.1", "share of the rows with other boundaries"),
         ("recut: 0.25", "share of the rows in pieces of one length, regardless of turns"),
         ("", ""),
