@@ -83,10 +83,11 @@ def plan(
 
         print(json.dumps(asdict(made)))
     else:
-        _show(made)
+        show(made)
 
 
-def _show(made: Plan) -> None:
+def show(made: Plan) -> None:
+    """Print the figures of a plan, and where each comes from."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -114,4 +115,6 @@ def _amount(figure: Figure) -> str:
         return f"{value * 1e3:.3g} ms"
     if unit in ("s", "1/s"):
         return f"{value:,.3g} {unit}"
+    if unit == "h":
+        return f"{value:.3g} h" if value >= 1 else f"{60 * value:.2g} min"
     return f"{value:.3g}" if unit == "x" else f"{value:,.0f}"

@@ -24,7 +24,10 @@ EPILOG = "Example: ccm train recipes/cpu-minutes.yaml compressor.slots=8 --out r
 
 
 def train(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The run (docs/training.md).")],
+    recipe: Annotated[
+        Path | None,
+        typer.Argument(metavar="RECIPE.yaml", help="The run (docs/training.md); with --init the model."),
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="KEY=VALUE", help="In place of the recipe's; nested keys by dots."),
@@ -33,7 +36,7 @@ def train(
         Path | None,
         typer.Option(
             metavar="FOLDER",
-            help="Checkpoints, log and adapter; a run resumes from it.",
+            help="Checkpoints, log and adapter; a run resumes from it. With --init the recipe.",
             show_default="runs/ and the recipe's name",
         ),
     ] = None,
@@ -60,6 +63,13 @@ def train(
     ] = AUTO,
     load_in: LoadIn = None,
     device_map: DeviceMap = None,
+    init: Annotated[
+        bool,
+        typer.Option("--init", help="Write a recipe for MODEL (a folder or hub id) that fits this machine."),
+    ] = False,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Measure a few steps; say tokens, hours and memory, and stop.")
+    ] = False,
     show: Annotated[bool, typer.Option("--show", help="Print every setting of the run and stop.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object on stdout, everything else on stderr.")
@@ -72,6 +82,18 @@ def train(
         raise ConfigError("--dtype float16: gradients leave its range; train in bfloat16 or float32")
     chosen = [] if dtype == AUTO else [f"bf16={str(dtype == 'bfloat16').lower()}"]
     chosen += [f"minutes={minutes}"] if minutes is not None else []
+    if init:
+        if overrides or extend or estimate or show or minutes is not None:
+            raise ConfigError("--init takes a model and writes a recipe: leave the rest to the runs of it")
+        _init(
+            None if recipe is None else str(recipe),
+            out,
+            Loading(None, device, dtype, load_in, device_map),
+            as_json,
+        )
+        return
+    if recipe is None:
+        raise ConfigError("expected a recipe; `ccm train --init MODEL` writes one")
     config = load_recipe(recipe, [*(overrides or ()), *chosen])
     kind = dtype if dtype != AUTO else "bfloat16" if config.bf16 else None
     if show:
@@ -81,7 +103,11 @@ def train(
 
     # of several processes one speaks
     console = Console(stderr=as_json, quiet=os.environ.get("RANK", "0") != "0")
-    where = _device(Loading(config.model, device, dtype, load_in, device_map), config)
+    loading = Loading(config.model, device, dtype, load_in, device_map)
+    where = _device(loading, config)
+    if estimate:
+        _estimate(loading, config, kind, where, out or Path("runs") / recipe.stem, console, as_json)
+        return
     from ..models import load_model
     from .trainer import Trainer
 
@@ -95,6 +121,54 @@ def train(
             _finish(trainer, result, console, as_json)
     finally:
         trainer.close()
+
+
+def _init(model: str | None, out: Path | None, loading: Loading, as_json: bool) -> None:
+    from .starter import Machine, default_path, write_recipe
+
+    if loading.device_map:
+        raise ConfigError("--init fits a run to one device: leave --device-map out, and give it to the run")
+    path = out or default_path(model)
+    bf16 = None if loading.dtype == AUTO else loading.dtype == "bfloat16"
+    fit = write_recipe(path, model, Machine.here(loading.check().device), bf16, loading.load_in)
+    if as_json:
+        from dataclasses import asdict
+
+        print(json.dumps({"recipe": str(path), **asdict(fit)}))
+    else:
+        print(f"{path} is written; next: ccm train {path}{fit.options} --estimate")
+
+
+def _estimate(
+    loading: Loading,
+    config: TrainConfig,
+    kind: str | None,
+    where: torch.device,
+    out: Path,
+    console: Console,
+    as_json: bool,
+) -> None:
+    import time
+    from dataclasses import asdict
+
+    from ..models import load_model
+    from ..planning.command import show
+    from .estimate import check_weights, estimate
+
+    if _several():
+        raise ConfigError("--estimate measures one process: start it without torchrun")
+    check_weights(loading, kind)
+    started = time.monotonic()
+    first = None if loading.device_map else where
+    model, tokenizer = load_model(
+        config.model, kind, first, load_in=loading.load_in, device_map=loading.device_map
+    )
+    with console.status("Measuring a few steps"):
+        made = estimate(model, tokenizer, config, out, where, started)
+    if as_json:
+        print(json.dumps(asdict(made)))
+    else:
+        show(made)
 
 
 def _several() -> bool:
