@@ -223,7 +223,7 @@ def masses(a: Tensor, mass: Tensor, steps: int, least: float) -> Tensor:
     By accelerated gradient steps, each brought back above the bound.
     """
     gram, side = a.transpose(2, 3) @ a, (a.transpose(2, 3) @ mass).squeeze(3)
-    rate = 1 / torch.linalg.matrix_norm(gram, 2).clamp(min=1e-12).unsqueeze(2)
+    rate = 1 / gram.sum(3).amax(2, keepdim=True).clamp(min=1e-12)  # nothing is negative: a bound of its norm
     w = ahead = torch.ones_like(side)
     for step in range(steps):
         new = (ahead - rate * ((gram @ ahead.unsqueeze(3)).squeeze(3) - side)).clamp(min=least)

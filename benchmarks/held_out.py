@@ -35,6 +35,8 @@ import ccm
 from ccm.compressor import Compressor
 from ccm.errors import DataError
 from ccm.reader import base_name, model_fingerprint
+from ccm.rules import get_rule
+from ccm.segments import lay_out
 from ccm.storage.atomic import write_atomically
 from ccm.training.held_out import under_rule
 from ccm.training.targets import Row, only_last
@@ -138,19 +140,18 @@ def window(compressor: Compressor, rows: Sequence[Row], **sizes: int) -> list[Sc
     Tokens stay at their places, and what is known of them is what was read within the window of their time.
     """
     scores: list[Score] = [(0.0, 0)] * len(rows)
-    for part in batches(rows, PASS):
+    for part in batches(rows, PASS if compressor.model.device.type == "cpu" else 8 * PASS):
         ids = [sum(rows[r].segments, ()) for r in part]
-        seen = [in_window(rows[r], entries_before(compressor, rows[r], **sizes)) for r in part]
+        seen = [in_window(rows[r], entries_before(rows[r], **sizes)) for r in part]
         passed = attention_matching.run(compressor, ids, [0] * len(part), visible=seen)
         for r, text, one in zip(part, ids, passed, strict=True):
             scores[r] = attention_matching.nats(compressor, one.hidden, text, sum(rows[r].roles, ()))
     return scores
 
 
-def entries_before(compressor: Compressor, row: Row, **sizes: int) -> list[int]:
-    """Entries that each segment finds in the memory: the canonical position of its first token."""
-    with under_rule(compressor, "concat"):
-        layout = compressor.lay_out([row.segments], **sizes)
+def entries_before(row: Row, **sizes: int) -> list[int]:
+    """Entries that each segment finds in a memory: the canonical position of its first token."""
+    layout = lay_out([row.segments], rule=get_rule("concat"), **sizes)
     return [int(layout.position[0, start]) for start, _ in layout.spans[0]]
 
 
@@ -204,8 +205,13 @@ BASELINES: dict[str, Measure] = {
 }
 #: What shares are taken of.
 REFERENCES = ("none", "full", "last, full", "last, full foreign")
-#: What the first budget is compared with, row by row.
-RIVALS = ("matching online, 4", "matching again, 4", "window as slots 4")
+#: What a budget is compared with, row by row.
+RIVALS = {
+    "slots 4": ("matching online, 4", "matching again, 4", "window as slots 4"),
+    "slots 2": ("matching online, 2", "window as slots 2"),
+    "slots 1": ("window as slots 1",),
+    "slots 4, window 64": ("window as slots 4, window 64",),
+}
 
 
 def budgets(rules: Sequence[str] = (), sizes: Sequence[str] = tuple(BUDGETS)) -> dict[str, Measure]:
@@ -318,47 +324,41 @@ def interval(values: torch.Tensor) -> list[float]:
     return [round(float(v), 3) for v in (values[0], spread[int(0.025 * DRAWS)], spread[int(0.975 * DRAWS)])]
 
 
-def size_of(compressor: Compressor, rows: Sequence[Row], **sizes: int) -> dict[str, float]:
-    """Entries and bytes (fp32) of the memory before each scored segment, and tokens of the text there, on average."""
-    entries, tokens = [], []
-    for row in rows:
-        counts = entries_before(compressor, row, **sizes)
-        for i, roles in enumerate(row.roles):
-            if any(roles):
-                entries.append(counts[i])
-                tokens.append(sum(map(len, row.segments[:i])))
-    mean = sum(entries) / len(entries)
-    each = compressor.kv_bytes_per_token() // compressor.model.dtype.itemsize * 4
-    return {
-        "entries": round(mean, 1),
-        "bytes": round(mean * each),
-        "times less": round(sum(tokens) / sum(entries), 2),
-    }
+def size_of(rows: Sequence[Row], **sizes: int) -> tuple[float, float]:
+    """Entries of the memory before a scored segment, on average, and how many times more tokens of text there are."""
+    entries, tokens = 0, 0
+    places = [(row, i) for row in rows for i, roles in enumerate(row.roles) if any(roles)]
+    for row, i in places:
+        entries += entries_before(row, **sizes)[i]
+        tokens += sum(map(len, row.segments[:i]))
+    return entries / len(places), tokens / entries
 
 
-def table(rows: Rows, stores: Sequence[Figures], figures: Sequence[str], rivals: Sequence[str]) -> str:
-    """A Markdown table: a line a source, a column a figure, with its interval; then how far it is ahead of others."""
-    found = {}
+def table(rows: Rows, stores: Sequence[Figures], figures: Sequence[str]) -> str:
+    """Markdown: shares, a line a source and a column a figure; how far memories are ahead of rivals; sizes."""
+    found: dict[str, Any] = {}
     for figure in figures:
         with suppress(DataError):
-            found[figure] = compare(rows, stores, figure, rivals)
-    lines = [_line(["", *found]), _line(["---", *["---:"] * len(found)])]
-    for name in rows:
-        lines.append(
-            _line([name, *(_cell(result["sources"].get(name), "share") for result in found.values())])
-        )
-    lines.append(_line(["**mean**", *(_cell(result["mean"], "share") for result in found.values())]))
-    lines.append(_line(["**worst**", *(f"{result['worst'][1]:.3f}" for result in found.values())]))
+            found[figure] = compare(rows, stores, figure, RIVALS.get(figure, ()))
+    parts = [(found, [(figure, "share") for figure in found])]
     own = {figure: result for figure, result in found.items() if figure in BUDGETS}
-    columns = [(figure, f"ahead of {rival}") for figure in own for rival in rivals]
-    columns += [(figure, "told") for figure in list(own)[:1]]
-    if columns:
-        lines += ["", _line(["", *(f"{figure}: {key}" for figure, key in columns)])]
+    ahead = [(figure, f"ahead of {rival}") for figure in own for rival in RIVALS[figure]]
+    parts.append((own, [*ahead, *((figure, "told") for figure in list(own)[:1])]))
+    lines = []
+    for results, columns in parts:
+        columns = [c for c in columns if c[1] in results[c[0]]["mean"]]
+        lines += ["", _line(["", *(f if key == "share" else f"{f}: {key}" for f, key in columns)])]
         lines.append(_line(["---", *["---:"] * len(columns)]))
         for name in rows:
-            lines.append(_line([name, *(_cell(own[f]["sources"].get(name), key) for f, key in columns)]))
-        lines.append(_line(["**mean**", *(_cell(own[f]["mean"], key) for f, key in columns)]))
-    return "\n".join(lines)
+            lines.append(_line([name, *(_cell(results[f]["sources"].get(name), key) for f, key in columns)]))
+        lines.append(_line(["**mean**", *(_cell(results[f]["mean"], key) for f, key in columns)]))
+        if results is found:
+            lines.append(_line(["**worst**", *(f"{found[f]['worst'][1]:.3f}" for f, _ in columns)]))
+    lines += ["", _line(["entries, times less", *BUDGETS]), _line(["---", *["---:"] * len(BUDGETS)])]
+    for name, part in rows.items():
+        sizes = [size_of(part, **{"window": 0, **budget}) for budget in BUDGETS.values()]
+        lines.append(_line([name, *(f"{entries:.0f}, {times:.1f}" for entries, times in sizes)]))
+    return "\n".join(lines[1:])
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -409,7 +409,7 @@ def main() -> None:
         ]
         shown = [name for name in BASELINES if name not in REFERENCES]
         shown += [name for name in budgets(RULES) if not name.startswith("last")]
-        sys.stdout.write(table(rows, stores, given.figures or shown, RIVALS) + "\n")
+        sys.stdout.write(table(rows, stores, given.figures or shown) + "\n")
         return
     for name in given.names or (None,):
         model, _ = opened(given.model)

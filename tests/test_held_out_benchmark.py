@@ -87,8 +87,8 @@ def test_without_context_every_segment_is_alone(held_out):
 
 
 def test_a_window_holds_as_many_entries_as_the_memory(held_out):
-    compressor, (row, _) = tiny_compressor(), rows_of()
-    entries = held_out.entries_before(compressor, row, slots=2, sink=4)
+    row, _ = rows_of()
+    entries = held_out.entries_before(row, slots=2, sink=4)
     assert entries == [0, 6, 8, 10, 12]
     visible = held_out.in_window(row, entries)
     starts = [sum(LENGTHS[0][:i]) for i in range(5)]
@@ -164,7 +164,7 @@ def test_the_bytes_of_biases_count(held_out):
 # ---------------------------------------------------------------------- shares and files
 
 
-def test_shares_and_who_is_ahead(held_out, tmp_path):
+def test_shares_and_who_is_ahead(held_out, tmp_path, monkeypatch):
     rows = {"a": rows_of(), "b": rows_of(seed=3)}
     nats = {
         "a": {"none": [20.0, 10.0], "full": [10.0, 5.0], "slots 4": [12.0, 6.0], "other": [15.0, 7.5]},
@@ -175,6 +175,7 @@ def test_shares_and_who_is_ahead(held_out, tmp_path):
         "x",
         {held_out.key_of(rows[k]): {"source": k, "nats": v} for k, v in nats.items()},
     )
+    monkeypatch.setitem(held_out.RIVALS, "slots 4", ("other",))
     found = held_out.compare(rows, [figures], "slots 4", ["other"])
     assert found["sources"]["a"]["share"] == [0.8, 0.8, 0.8]
     assert found["sources"]["a"]["ahead of other"][0] == 0.3
@@ -184,7 +185,10 @@ def test_shares_and_who_is_ahead(held_out, tmp_path):
     assert found["mean"]["share"][0] == 0.4
     low, high = found["sources"]["b"]["share"][1:]
     assert low == -0.5 and high == 0.5
-    assert "0.400" in held_out.table(rows, [figures], ["slots 4", "never measured"], ["other"])
+    shown = held_out.table(rows, [figures], ["slots 4", "never measured"])
+    assert "| **mean** | 0.400 [" in shown and "| slots 4: ahead of other |" in shown
+    entries, times = held_out.size_of(rows["a"], slots=2, sink=4)
+    assert entries == 10 and times == pytest.approx((12 + 18 + 27 + 14 + 19 + 26) / 60)
     with pytest.raises(DataError, match="never measured"):
         held_out.compare(rows, [figures], "never measured")
 

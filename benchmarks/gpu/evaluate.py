@@ -48,8 +48,9 @@ def main() -> None:
                 figures.measure(compressor, source, part, figure, measure, given.limit)
             sys.stdout.write(f"{time.monotonic() - began:7.1f} s  {figure}\n")
     baselines = held_out.Figures.open(held_out.RESULTS / "held_out_baselines.json")
-    shown = [name for name in wanted if name not in held_out.REFERENCES and not name.startswith("last")]
-    sys.stdout.write(held_out.table(rows, [baselines, figures], shown, held_out.RIVALS) + "\n")
+    shown = ["window as slots 4", "matching online, 4", *held_out.budgets(given.rules)]
+    shown = [name for name in shown if not name.startswith("last")]
+    sys.stdout.write(held_out.table(rows, [baselines, figures], shown) + "\n")
 
 
 if __name__ == "__main__":
