@@ -1,9 +1,9 @@
 """Adapters and their rivals on the same held-out rows, in nats per scored token.
 
-    python benchmarks/held_out.py rows --out held_out_rows.json.xz       make the rows (held_out_rows.py says which)
-    python benchmarks/held_out.py baselines --rows held_out_rows.json.xz none, full, windows, Attention Matching
-    python benchmarks/held_out.py adapter ccm-chat --rows held_out_rows.json.xz
-    python benchmarks/held_out.py table held_out_ccm-chat                how they compare
+    python benchmarks/held_out.py rows                       make the rows (held_out_rows.py says which)
+    python benchmarks/held_out.py baselines                  none, full, windows, Attention Matching
+    python benchmarks/held_out.py adapter ccm-chat           an adapter at every budget
+    python benchmarks/held_out.py table held_out_ccm-chat    how they compare
 
 Every figure is stored row by row in ``results/``, as soon as it is there, under a hash of the rows; what is there is
 not measured again.
@@ -21,11 +21,13 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import attention_matching
 import held_out_rows
+import numpy as np
 import torch
 from attention_matching import SINK, Score, added
 from common import RESULTS, environment, parser
@@ -33,12 +35,13 @@ from held_out_rows import Rows, key_of
 
 import ccm
 from ccm.compressor import Compressor
+from ccm.data.packed import ArrayRow
 from ccm.errors import DataError
 from ccm.reader import base_name, model_fingerprint
 from ccm.rules import get_rule
 from ccm.segments import lay_out
 from ccm.storage.atomic import write_atomically
-from ccm.training.held_out import under_rule
+from ccm.training.engines import Engine, Padded
 from ccm.training.targets import Row, only_last
 
 #: Tokens of a pass, on a processor and on an accelerator.
@@ -63,32 +66,31 @@ RULES = ("concat", "mean", "bounded")
 
 
 @torch.no_grad()
-def nats(compressor: Compressor, rows: Sequence[Row], rule: str | None = None, **sizes: int) -> list[Score]:
+def nats(engine: Engine, rows: Sequence[Row], rule: str | None = None, **sizes: int) -> list[Score]:
     """Summed nats and number of the scored tokens of each row, every earlier segment of it in the memory.
 
     Rows of one segment are the base model's. This is where all passes but those of the rivals go through.
     """
-    totals = [0.0] * len(rows)
-    with under_rule(compressor, rule):
-        for part in batches(rows, PASS if compressor.model.device.type == "cpu" else PASS_THERE):
-            layout = compressor.lay_out([rows[r].segments for r in part], **sizes)
-            hidden = compressor.hidden(layout)
-            places = [
-                (b, start + t - 1, rows[r].segments[i][t])
-                for b, r in enumerate(part)
-                for i, (start, _) in enumerate(layout.spans[b])
-                for t, role in enumerate(rows[r].roles[i])
-                if role
-            ]
-            for at in range(0, len(places), HEAD):
-                row, column, ids = torch.tensor(places[at : at + HEAD], device=hidden.device).T
-                logits = compressor.head(hidden[row, column]).float()
-                found = torch.nn.functional.cross_entropy(logits, ids, reduction="none").double()
-                for r, own in zip(
-                    part, found.new_zeros(len(part)).index_add_(0, row, found).tolist(), strict=True
-                ):
-                    totals[r] += own
-    return [(total, sum(map(bool, sum(row.roles, ())))) for total, row in zip(totals, rows, strict=True)]
+    scores: list[Score] = [(0.0, 0)] * len(rows)
+    how = None if rule is None else get_rule(rule)
+    for part in batches(rows, PASS if engine.compressor.model.device.type == "cpu" else PASS_THERE):
+        found = engine.run(engine.prepare([as_arrays(rows[r]) for r in part], how, **sizes))
+        each = [
+            torch.nn.functional.cross_entropy(
+                engine.compressor.head(hidden).float(), ids.long(), reduction="none"
+            ).cpu()
+            for hidden, ids in zip(found.student.split(HEAD), found.ids.split(HEAD), strict=True)
+        ]
+        counts = [sum(map(bool, sum(rows[r].roles, ()))) for r in part]
+        for r, count, own in zip(part, counts, torch.cat(each).split(counts), strict=True):
+            scores[r] = float(own.double().sum()), count
+    return scores
+
+
+def as_arrays(row: Row) -> ArrayRow:
+    ids, roles = (sum(parts, ()) for parts in (row.segments, row.roles))
+    stops = list(accumulate(map(len, row.segments)))
+    return ArrayRow(np.array(ids, np.int32), np.array(roles, np.uint8), np.array(stops, np.int32))
 
 
 def batches(rows: Sequence[Row], most: int) -> Iterator[list[int]]:
@@ -103,19 +105,17 @@ def batches(rows: Sequence[Row], most: int) -> Iterator[list[int]]:
         yield part
 
 
-def without_context(compressor: Compressor, rows: Sequence[Row]) -> list[Score]:
+def without_context(engine: Engine, rows: Sequence[Row]) -> list[Score]:
     """Each scored segment by itself."""
     places = [(r, i) for r, row in enumerate(rows) for i, roles in enumerate(row.roles) if any(roles)]
     scores: list[Score] = [(0.0, 0)] * len(rows)
-    for (r, _), score in zip(
-        places, nats(compressor, [rows[r].part(i, i + 1) for r, i in places]), strict=True
-    ):
+    for (r, _), score in zip(places, nats(engine, [rows[r].part(i, i + 1) for r, i in places]), strict=True):
         scores[r] = added(scores[r], score)
     return scores
 
 
-def full(compressor: Compressor, rows: Sequence[Row]) -> list[Score]:
-    return nats(compressor, [row.flat() for row in rows])
+def full(engine: Engine, rows: Sequence[Row]) -> list[Score]:
+    return nats(engine, [row.flat() for row in rows])
 
 
 def foreign(rows: Sequence[Row]) -> list[Row]:
@@ -134,18 +134,18 @@ def last(rows: Sequence[Row]) -> list[Row]:
 
 
 @torch.no_grad()
-def window(compressor: Compressor, rows: Sequence[Row], **sizes: int) -> list[Score]:
+def window(engine: Engine, rows: Sequence[Row], **sizes: int) -> list[Score]:
     """The first tokens and the last ones, as many as a memory of these sizes has entries, segment by segment.
 
     Tokens stay at their places, and what is known of them is what was read within the window of their time.
     """
     scores: list[Score] = [(0.0, 0)] * len(rows)
-    for part in batches(rows, PASS if compressor.model.device.type == "cpu" else 8 * PASS):
+    for part in batches(rows, PASS if engine.compressor.model.device.type == "cpu" else 8 * PASS):
         ids = [sum(rows[r].segments, ()) for r in part]
         seen = [in_window(rows[r], entries_before(rows[r], **sizes)) for r in part]
-        passed = attention_matching.run(compressor, ids, [0] * len(part), visible=seen)
+        passed = attention_matching.run(engine.compressor, ids, [0] * len(part), visible=seen)
         for r, text, one in zip(part, ids, passed, strict=True):
-            scores[r] = attention_matching.nats(compressor, one.hidden, text, sum(rows[r].roles, ()))
+            scores[r] = attention_matching.nats(engine.compressor, one.hidden, text, sum(rows[r].roles, ()))
     return scores
 
 
@@ -175,17 +175,17 @@ def in_window(row: Row, entries: Sequence[int]) -> torch.Tensor:
 class Measure:
     """One figure: how rows are changed, and what is measured of some of the changed rows."""
 
-    of: Callable[[Compressor, Sequence[Row]], list[Score]]
+    of: Callable[[Engine, Sequence[Row]], list[Score]]
     change: Callable[[Sequence[Row]], list[Row]] = list
 
 
 def matching(way: str, k: int) -> Measure:
     fit = attention_matching.Fit()
-    return Measure(lambda compressor, rows: getattr(attention_matching, way)(compressor, rows, k, fit))
+    return Measure(lambda engine, rows: getattr(attention_matching, way)(engine.compressor, rows, k, fit))
 
 
 def beside(budget: str) -> Measure:
-    return Measure(lambda compressor, rows: window(compressor, rows, **BUDGETS[budget]))
+    return Measure(lambda engine, rows: window(engine, rows, **BUDGETS[budget]))
 
 
 #: What is measured without an adapter, in this order.
@@ -217,8 +217,8 @@ RIVALS = {
 def budgets(rules: Sequence[str] = (), sizes: Sequence[str] = tuple(BUDGETS)) -> dict[str, Measure]:
     """What is measured of an adapter: its own rule at all sizes, and other rules at the first of them."""
 
-    def at(rule: str | None, chosen: dict[str, Any]) -> Callable[[Compressor, Sequence[Row]], list[Score]]:
-        return lambda compressor, rows: nats(compressor, rows, rule, **chosen)
+    def at(rule: str | None, chosen: dict[str, Any]) -> Callable[[Engine, Sequence[Row]], list[Score]]:
+        return lambda engine, rows: nats(engine, rows, rule, **chosen)
 
     first = at(None, BUDGETS[sizes[0]])
     return {
@@ -257,7 +257,7 @@ class Figures:
 
     def measure(
         self,
-        compressor: Compressor,
+        engine: Engine,
         name: str,
         rows: Sequence[Row],
         figure: str,
@@ -269,7 +269,7 @@ class Figures:
         part = measure.change(rows)[len(known) : limit]
         if part:
             own = self.sources.setdefault(key_of(rows), {"source": name, "nats": {}})
-            own["nats"][figure] = [*known, *(round(total, 3) for total, _ in measure.of(compressor, part))]
+            own["nats"][figure] = [*known, *(round(total, 3) for total, _ in measure.of(engine, part))]
             content = {"measured": self.measured, "sources": self.sources, "environment": environment()}
             write_atomically(self.path, (json.dumps(content) + "\n").encode())
 
@@ -391,8 +391,8 @@ def main() -> None:
     options = parser(__doc__.splitlines()[0])
     options.add_argument("what", choices=("rows", "baselines", "adapter", "table"))
     options.add_argument("names", nargs="*", help="adapters, or stored results")
-    options.add_argument("--rows", type=Path, default=RESULTS / "held_out_rows.json.xz")
-    options.add_argument("--out", type=Path, default=RESULTS / "held_out_rows.json.xz")
+    options.add_argument("--rows", type=Path, default=held_out_rows.FILE)
+    options.add_argument("--out", type=Path, default=held_out_rows.FILE)
     options.add_argument("--model", help="a folder; the embedded model if it is not given")
     options.add_argument("--figures", nargs="+", help="some of what can be measured")
     given = options.parse_args()
@@ -421,7 +421,7 @@ def main() -> None:
             store = Figures.open(RESULTS / f"held_out_{Path(name).name}.json", compressor.fingerprint())
         for figure in given.figures or wanted:
             for source, part in rows.items():
-                store.measure(compressor, source, part, figure, wanted[figure], given.limit)
+                store.measure(Padded(compressor), source, part, figure, wanted[figure], given.limit)
 
 
 if __name__ == "__main__":

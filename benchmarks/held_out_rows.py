@@ -32,6 +32,7 @@ from ccm.training.rows import later
 from ccm.training.targets import NONE, RECALL, TEXT, Row, marked, scored_from
 from ccm.turns import render
 
+FILE = Path(__file__).parent / "held_out_rows.json.xz"
 VERSION = 1
 TALKS, DOCUMENTS, LONG = 24, 16, 12  # rows of a source
 TURNS, MANY = 10, 40

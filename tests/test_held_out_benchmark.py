@@ -11,6 +11,7 @@ import torch
 from tiny import random_rows, tiny_compressor, tiny_tokenizer
 
 from ccm.errors import DataError
+from ccm.training.engines import Lean, Padded
 from ccm.training.targets import NONE, TEXT, Row
 
 LENGTHS = [[7, 5, 6, 9, 4], [8, 6, 5, 7, 6]]
@@ -44,7 +45,9 @@ def test_nats_are_those_of_the_segments(held_out):
     compressor = tiny_compressor()
     rows = rows_of()
     out = compressor([row.segments for row in rows], sink=2)
-    for r, (row, (nats, count)) in enumerate(zip(rows, held_out.nats(compressor, rows, sink=2), strict=True)):
+    for r, (row, (nats, count)) in enumerate(
+        zip(rows, held_out.nats(Padded(compressor), rows, sink=2), strict=True)
+    ):
         each = [
             torch.nn.functional.cross_entropy(
                 out.segment_logits(r, i)[:-1], torch.tensor(ids[1:]), reduction="sum"
@@ -58,17 +61,27 @@ def test_nats_are_those_of_the_segments(held_out):
 
 def test_nats_do_not_depend_on_the_batch(held_out, monkeypatch):
     compressor, rows = tiny_compressor(), rows_of()
-    together = total(held_out.nats(compressor, rows))
+    together = total(held_out.nats(Padded(compressor), rows))
     monkeypatch.setattr(held_out, "PASS", 1)
     monkeypatch.setattr(held_out, "HEAD", 3)
-    torch.testing.assert_close(total(held_out.nats(compressor, rows)), together)
+    torch.testing.assert_close(total(held_out.nats(Padded(compressor), rows)), together)
+
+
+def test_both_engines_give_the_same(held_out):
+    compressor, rows = tiny_compressor(), rows_of()
+    with torch.no_grad():
+        lean = Lean(compressor)
+    for sizes in ({"slots": 2, "sink": 4}, {"slots": 1, "sink": 2, "window": 12}):
+        torch.testing.assert_close(
+            total(held_out.nats(lean, rows, **sizes)), total(held_out.nats(Padded(compressor), rows, **sizes))
+        )
 
 
 def test_another_rule_gives_other_nats(held_out):
     compressor, rows = tiny_compressor(), rows_of()
-    own = total(held_out.nats(compressor, rows))
-    assert (own - total(held_out.nats(compressor, rows, "mean"))).abs().min() > 1e-3
-    torch.testing.assert_close(total(held_out.nats(compressor, rows)), own)  # the rule is put back
+    own = total(held_out.nats(Padded(compressor), rows))
+    assert (own - total(held_out.nats(Padded(compressor), rows, "mean"))).abs().min() > 1e-3
+    torch.testing.assert_close(total(held_out.nats(Padded(compressor), rows)), own)  # the rule is put back
 
 
 def test_without_context_every_segment_is_alone(held_out):
@@ -76,10 +89,11 @@ def test_without_context_every_segment_is_alone(held_out):
     other = [replace(row, segments=(row.segments[1], row.segments[0], *row.segments[2:])) for row in rows]
     other = [Row(o.segments, (o.roles[1], o.roles[0], *o.roles[2:])) for o in other]
     torch.testing.assert_close(
-        total(held_out.without_context(compressor, rows)), total(held_out.without_context(compressor, other))
+        total(held_out.without_context(Padded(compressor), rows)),
+        total(held_out.without_context(Padded(compressor), other)),
     )
     assert (
-        total(held_out.full(compressor, rows)) - total(held_out.full(compressor, other))
+        total(held_out.full(Padded(compressor), rows)) - total(held_out.full(Padded(compressor), other))
     ).abs().min() > 1e-3
 
 
@@ -101,11 +115,14 @@ def test_a_window_holds_as_many_entries_as_the_memory(held_out):
 
 def test_a_window_of_the_whole_past_is_full_context(held_out):
     compressor, rows = tiny_compressor(), rows_of()
-    whole = total(held_out.full(compressor, rows))
+    whole = total(held_out.full(Padded(compressor), rows))
     torch.testing.assert_close(
-        total(held_out.window(compressor, rows, slots=2, sink=40, window=100)), whole, atol=1e-3, rtol=0
+        total(held_out.window(Padded(compressor), rows, slots=2, sink=40, window=100)),
+        whole,
+        atol=1e-3,
+        rtol=0,
     )
-    assert (total(held_out.window(compressor, rows, slots=1, sink=4)) - whole).abs().min() > 1e-2
+    assert (total(held_out.window(Padded(compressor), rows, slots=1, sink=4)) - whole).abs().min() > 1e-2
 
 
 # ---------------------------------------------------------------------- Attention Matching
@@ -116,7 +133,7 @@ def test_as_many_entries_as_tokens_are_full_context(held_out, way):
     compressor, rows = tiny_compressor(), rows_of()
     match = getattr(held_out.attention_matching, way)
     fit = held_out.attention_matching.Fit()
-    whole = total(held_out.full(compressor, rows))
+    whole = total(held_out.full(Padded(compressor), rows))
     torch.testing.assert_close(total(match(compressor, rows, 50, fit)), whole, atol=1e-3, rtol=0)
     assert (total(match(compressor, rows, 1, fit)) - whole).abs().min() > 1e-2
 
@@ -197,16 +214,16 @@ def test_what_is_measured_is_kept_and_goes_on(held_out, tmp_path):
     compressor, rows, path = tiny_compressor(), rows_of(), tmp_path / "x.json"
     asked = []
 
-    def measure(compressor, part):
+    def measure(engine, part):
         asked.append(len(part))
-        return held_out.nats(compressor, part)
+        return held_out.nats(engine, part)
 
     for limit in (1, 1, None, None):
         figures = held_out.Figures.open(path, "this")
-        figures.measure(compressor, "a", rows, "slots 4", held_out.Measure(measure), limit)
+        figures.measure(Padded(compressor), "a", rows, "slots 4", held_out.Measure(measure), limit)
     assert asked == [1, 1]
     stored = held_out.Figures.open(path).of(rows)["slots 4"]
-    assert stored == pytest.approx(total(held_out.nats(compressor, rows)).tolist(), abs=1e-2)
+    assert stored == pytest.approx(total(held_out.nats(Padded(compressor), rows)).tolist(), abs=1e-2)
     assert json.loads(path.read_text())["measured"] == "this"
     assert not held_out.Figures.open(path, "another").of(rows)
 
