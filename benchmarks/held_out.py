@@ -347,6 +347,8 @@ def table(rows: Rows, stores: Sequence[Figures], figures: Sequence[str]) -> str:
     lines = []
     for results, columns in parts:
         columns = [c for c in columns if c[1] in results[c[0]]["mean"]]
+        if not columns:
+            continue
         lines += ["", _line(["", *(f if key == "share" else f"{f}: {key}" for f, key in columns)])]
         lines.append(_line(["---", *["---:"] * len(columns)]))
         for name in rows:
