@@ -169,8 +169,8 @@ class Slice:
         if not script.exists() or not self.adapter.exists():
             say(f"evaluation: left out, {(self.adapter if script.exists() else script)} is not there")
             return
-        command = [str(script), "--adapter", str(self.adapter), "--pack", str(self.rows)]
-        self._run([*command, "--out", str(self.out / "eval.json")], seconds)
+        command = [str(script), "--adapter", str(self.adapter), "--out", str(self.out / "eval.json")]
+        self._run([*command, "--model", str(self.root / MODEL)], seconds)
 
     # ------------------------------------------------------------------ processes
 

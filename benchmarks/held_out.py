@@ -1,0 +1,430 @@
+"""Adapters and their rivals on the same held-out rows, in nats per scored token.
+
+    python benchmarks/held_out.py rows                       make the rows (held_out_rows.py says which)
+    python benchmarks/held_out.py baselines                  none, full, windows, Attention Matching
+    python benchmarks/held_out.py adapter ccm-chat           an adapter at every budget
+    python benchmarks/held_out.py table held_out_ccm-chat    how they compare
+
+Every figure is stored row by row in ``results/``, as soon as it is there, under a hash of the rows; what is there is
+not measured again.
+
+    share = (none - own) / (none - full)                      of what the whole context tells
+    told  = (foreign - own) / (full foreign - full)           of what only this context tells, in the last segment
+
+Windows and Attention Matching have the bytes that slots beside 4 sink tokens have at that moment, row by row.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import attention_matching
+import held_out_rows
+import numpy as np
+import torch
+from attention_matching import SINK, Score, added
+from common import RESULTS, environment, parser
+from held_out_rows import Rows, key_of
+
+import ccm
+from ccm.compressor import Compressor
+from ccm.data.packed import ArrayRow
+from ccm.errors import DataError
+from ccm.reader import base_name, model_fingerprint
+from ccm.rules import get_rule
+from ccm.segments import lay_out
+from ccm.storage.atomic import write_atomically
+from ccm.training.engines import Engine, Padded
+from ccm.training.targets import Row, only_last
+
+#: Tokens of a pass, on a processor and on an accelerator.
+PASS, PASS_THERE = 1024, 32_768
+#: Tokens of a pass through the head.
+HEAD = 2048
+#: Rows from one to the one whose memory is foreign to it.
+AWAY = 7
+DRAWS = 2000
+
+#: Sizes of a memory by the name of its figure. The first is the one that rivals are compared with.
+BUDGETS: dict[str, dict[str, Any]] = {
+    "slots 4": {"slots": 4, "sink": SINK},
+    "slots 2": {"slots": 2, "sink": SINK},
+    "slots 1": {"slots": 1, "sink": SINK},
+    "slots 4, window 64": {"slots": 4, "sink": SINK, "window": 64},
+}
+RULES = ("concat", "mean", "bounded")
+
+
+# ---------------------------------------------------------------------- nats
+
+
+@torch.no_grad()
+def nats(engine: Engine, rows: Sequence[Row], rule: str | None = None, **sizes: int) -> list[Score]:
+    """Summed nats and number of the scored tokens of each row, every earlier segment of it in the memory.
+
+    Rows of one segment are the base model's. This is where all passes but those of the rivals go through.
+    """
+    scores: list[Score] = [(0.0, 0)] * len(rows)
+    how = None if rule is None else get_rule(rule)
+    for part in batches(rows, PASS if engine.compressor.model.device.type == "cpu" else PASS_THERE):
+        found = engine.run(engine.prepare([as_arrays(rows[r]) for r in part], how, **sizes))
+        each = [
+            torch.nn.functional.cross_entropy(
+                engine.compressor.head(hidden).float(), ids.long(), reduction="none"
+            ).cpu()
+            for hidden, ids in zip(found.student.split(HEAD), found.ids.split(HEAD), strict=True)
+        ]
+        counts = [sum(map(bool, sum(rows[r].roles, ()))) for r in part]
+        for r, count, own in zip(part, counts, torch.cat(each).split(counts), strict=True):
+            scores[r] = float(own.double().sum()), count
+    return scores
+
+
+def as_arrays(row: Row) -> ArrayRow:
+    ids, roles = (sum(parts, ()) for parts in (row.segments, row.roles))
+    stops = list(accumulate(map(len, row.segments)))
+    return ArrayRow(np.array(ids, np.int32), np.array(roles, np.uint8), np.array(stops, np.int32))
+
+
+def batches(rows: Sequence[Row], most: int) -> Iterator[list[int]]:
+    """Rows of like length together, so many tokens with the padding, or one row."""
+    part: list[int] = []
+    for r in sorted(range(len(rows)), key=lambda r: -rows[r].tokens):
+        if part and (len(part) + 1) * rows[part[0]].tokens > most:
+            yield part
+            part = []
+        part.append(r)
+    if part:
+        yield part
+
+
+def without_context(engine: Engine, rows: Sequence[Row]) -> list[Score]:
+    """Each scored segment by itself."""
+    places = [(r, i) for r, row in enumerate(rows) for i, roles in enumerate(row.roles) if any(roles)]
+    scores: list[Score] = [(0.0, 0)] * len(rows)
+    for (r, _), score in zip(places, nats(engine, [rows[r].part(i, i + 1) for r, i in places]), strict=True):
+        scores[r] = added(scores[r], score)
+    return scores
+
+
+def full(engine: Engine, rows: Sequence[Row]) -> list[Score]:
+    return nats(engine, [row.flat() for row in rows])
+
+
+def foreign(rows: Sequence[Row]) -> list[Row]:
+    """The last segment of every row behind the earlier ones of another row; it alone is scored."""
+    away = AWAY % len(rows)
+    others = [*rows[away:], *rows[:away]]
+    return [
+        only_last(other.part(0, -1).unscored() + row.part(-1))
+        for row, other in zip(rows, others, strict=True)
+    ]
+
+
+def last(rows: Sequence[Row]) -> list[Row]:
+    """The rows with their last segments scored alone."""
+    return [row.part(0, -1).unscored() + row.part(-1) for row in rows]
+
+
+@torch.no_grad()
+def window(engine: Engine, rows: Sequence[Row], **sizes: int) -> list[Score]:
+    """The first tokens and the last ones, as many as a memory of these sizes has entries, segment by segment.
+
+    Tokens stay at their places, and what is known of them is what was read within the window of their time.
+    """
+    scores: list[Score] = [(0.0, 0)] * len(rows)
+    for part in batches(rows, PASS if engine.compressor.model.device.type == "cpu" else 8 * PASS):
+        ids = [sum(rows[r].segments, ()) for r in part]
+        seen = [in_window(rows[r], entries_before(rows[r], **sizes)) for r in part]
+        passed = attention_matching.run(engine.compressor, ids, [0] * len(part), visible=seen)
+        for r, text, one in zip(part, ids, passed, strict=True):
+            scores[r] = attention_matching.nats(engine.compressor, one.hidden, text, sum(rows[r].roles, ()))
+    return scores
+
+
+def entries_before(row: Row, **sizes: int) -> list[int]:
+    """Entries that each segment finds in a memory: the canonical position of its first token."""
+    layout = lay_out([row.segments], rule=get_rule("concat"), **sizes)
+    return [int(layout.position[0, start]) for start, _ in layout.spans[0]]
+
+
+def in_window(row: Row, entries: Sequence[int]) -> torch.Tensor:
+    """(T, T) what each token of a row sees if each segment finds so many entries."""
+    order = torch.arange(row.tokens)
+    visible = torch.zeros(row.tokens, row.tokens, dtype=torch.bool)
+    start = 0
+    for ids, count in zip(row.segments, entries, strict=True):
+        stop = start + len(ids)
+        recent = order >= start - max(0, count - SINK)
+        visible[start:stop] = (order < min(SINK, count)) | recent
+        start = stop
+    return visible & (order <= order.unsqueeze(1))
+
+
+# ---------------------------------------------------------------------- what is measured
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One figure: how rows are changed, and what is measured of some of the changed rows."""
+
+    of: Callable[[Engine, Sequence[Row]], list[Score]]
+    change: Callable[[Sequence[Row]], list[Row]] = list
+
+
+def matching(way: str, k: int) -> Measure:
+    fit = attention_matching.Fit()
+    return Measure(lambda engine, rows: getattr(attention_matching, way)(engine.compressor, rows, k, fit))
+
+
+def beside(budget: str) -> Measure:
+    return Measure(lambda engine, rows: window(engine, rows, **BUDGETS[budget]))
+
+
+#: What is measured without an adapter, in this order.
+BASELINES: dict[str, Measure] = {
+    "none": Measure(without_context),
+    "full": Measure(full),
+    "window as slots 4": beside("slots 4"),
+    "matching online, 4": matching("online", 4),
+    "matching again, 4": matching("again", 4),
+    "last, full": Measure(full, last),
+    "last, full foreign": Measure(full, foreign),
+    "window as slots 2": beside("slots 2"),
+    "matching online, 2": matching("online", 2),
+    "matching again, 2": matching("again", 2),
+    "window as slots 1": beside("slots 1"),
+    "window as slots 4, window 64": beside("slots 4, window 64"),
+}
+#: What shares are taken of.
+REFERENCES = ("none", "full", "last, full", "last, full foreign")
+#: What a budget is compared with, row by row.
+RIVALS = {
+    "slots 4": ("matching online, 4", "matching again, 4", "window as slots 4"),
+    "slots 2": ("matching online, 2", "window as slots 2"),
+    "slots 1": ("window as slots 1",),
+    "slots 4, window 64": ("window as slots 4, window 64",),
+}
+
+
+def budgets(rules: Sequence[str] = (), sizes: Sequence[str] = tuple(BUDGETS)) -> dict[str, Measure]:
+    """What is measured of an adapter: its own rule at all sizes, and other rules at the first of them."""
+
+    def at(rule: str | None, chosen: dict[str, Any]) -> Callable[[Engine, Sequence[Row]], list[Score]]:
+        return lambda engine, rows: nats(engine, rows, rule, **chosen)
+
+    first = at(None, BUDGETS[sizes[0]])
+    return {
+        **{name: Measure(at(None, BUDGETS[name])) for name in sizes},
+        "last, own": Measure(first, last),
+        "last, foreign": Measure(first, foreign),
+        **{f"{sizes[0]}, {rule}": Measure(at(rule, BUDGETS[sizes[0]])) for rule in rules},
+    }
+
+
+@dataclass
+class Figures:
+    """Nats of every row by the hash of the rows and the name of what was measured, in a file that grows.
+
+    Attributes:
+        path: of the file.
+        measured: fingerprint of what was measured.
+        sources: hash -> source, and figure -> nats of each of the first rows that were measured.
+    """
+
+    path: Path
+    measured: str
+    sources: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, path: Path, measured: str | None = None) -> Figures:
+        """What a file holds; nothing, if that was measured of something else."""
+        stored = json.loads(path.read_text()) if path.exists() else {"measured": "", "sources": {}}
+        if measured not in (None, stored["measured"]):
+            return cls(path, measured)
+        return cls(path, stored["measured"], stored["sources"])
+
+    def of(self, rows: Sequence[Row]) -> dict[str, list[float]]:
+        """Figures of some rows; none if they were never measured."""
+        return self.sources.get(key_of(rows), {}).get("nats", {})
+
+    def measure(
+        self,
+        engine: Engine,
+        name: str,
+        rows: Sequence[Row],
+        figure: str,
+        measure: Measure,
+        limit: int | None = None,
+    ) -> None:
+        """Measure and store what is not there yet of the first rows."""
+        known = self.of(rows).get(figure, [])
+        part = measure.change(rows)[len(known) : limit]
+        if part:
+            own = self.sources.setdefault(key_of(rows), {"source": name, "nats": {}})
+            own["nats"][figure] = [*known, *(round(total, 3) for total, _ in measure.of(engine, part))]
+            content = {"measured": self.measured, "sources": self.sources, "environment": environment()}
+            write_atomically(self.path, (json.dumps(content) + "\n").encode())
+
+
+# ---------------------------------------------------------------------- comparing
+
+
+def paired(found: dict[str, list[float]], seed: int, *figures: str) -> torch.Tensor | None:
+    """(a - b) / (c - d) of the rows of which all four are known: of all, then of rows drawn at random."""
+    if not set(figures) <= found.keys():
+        return None
+    size = min(len(found[figure]) for figure in figures)
+    a, b, c, d = (torch.tensor(found[figure][:size], dtype=torch.float64) for figure in figures)
+    picks = torch.randint(size, (DRAWS, size), generator=torch.Generator().manual_seed(seed))
+    picks = torch.cat([torch.arange(size).unsqueeze(0), picks])
+    return (a - b)[picks].sum(1) / (c - d)[picks].sum(1)
+
+
+def compare(rows: Rows, stores: Sequence[Figures], figure: str, rivals: Sequence[str] = ()) -> dict[str, Any]:
+    """A figure's share of each source with its 95 % interval over rows, and by how much it is ahead of others.
+
+    The mean and its interval are over sources, each with rows drawn anew.
+    """
+    sources: dict[str, Any] = {}
+    draws: dict[str, list[torch.Tensor]] = {}
+    for number, (name, part) in enumerate(rows.items()):
+        found = {k: v for store in stores for k, v in store.of(part).items()}
+        wanted = {"share": ("none", figure), **{f"ahead of {rival}": (rival, figure) for rival in rivals}}
+        values = {}
+        for key, (above, below) in wanted.items():
+            if (ratio := paired(found, number, above, below, "none", "full")) is not None:
+                values[key] = ratio
+        told = ("last, foreign", "last, own", "last, full foreign", "last, full")
+        if (ratio := paired(found, number, *told)) is not None:
+            values["told"] = ratio
+        if "share" in values:
+            sources[name] = {key: interval(value) for key, value in values.items()}
+            for key, value in values.items():
+                draws.setdefault(key, []).append(value)
+    if not sources:
+        raise DataError(
+            f"{figure!r} and its references were measured on none of these rows; measure them first"
+        )
+    worst = min(sources, key=lambda name: sources[name]["share"][0])
+    mean = {key: interval(torch.stack(values).mean(0)) for key, values in draws.items()}
+    return {"mean": mean, "worst": [worst, sources[worst]["share"][0]], "sources": sources}
+
+
+def interval(values: torch.Tensor) -> list[float]:
+    """The value of all rows, and the 95 % interval of the draws."""
+    spread = values[1:].sort().values
+    return [round(float(v), 3) for v in (values[0], spread[int(0.025 * DRAWS)], spread[int(0.975 * DRAWS)])]
+
+
+def size_of(rows: Sequence[Row], **sizes: int) -> tuple[float, float]:
+    """Entries of the memory before a scored segment, on average, and how many times more tokens of text there are."""
+    entries, tokens = 0, 0
+    places = [(row, i) for row in rows for i, roles in enumerate(row.roles) if any(roles)]
+    for row, i in places:
+        entries += entries_before(row, **sizes)[i]
+        tokens += sum(map(len, row.segments[:i]))
+    return entries / len(places), tokens / entries
+
+
+def table(rows: Rows, stores: Sequence[Figures], figures: Sequence[str]) -> str:
+    """Markdown: shares, a line a source and a column a figure; how far memories are ahead of rivals; sizes."""
+    found: dict[str, Any] = {}
+    for figure in figures:
+        with suppress(DataError):
+            found[figure] = compare(rows, stores, figure, RIVALS.get(figure, ()))
+    parts = [(found, [(figure, "share") for figure in found])]
+    own = {figure: result for figure, result in found.items() if figure in BUDGETS}
+    ahead = [(figure, f"ahead of {rival}") for figure in own for rival in RIVALS[figure]]
+    parts.append((own, [*ahead, *((figure, "told") for figure in list(own)[:1])]))
+    lines = []
+    for results, columns in parts:
+        columns = [c for c in columns if c[1] in results[c[0]]["mean"]]
+        if not columns:
+            continue
+        lines += ["", _line(["", *(f if key == "share" else f"{f}: {key}" for f, key in columns)])]
+        lines.append(_line(["---", *["---:"] * len(columns)]))
+        for name in rows:
+            lines.append(_line([name, *(_cell(results[f]["sources"].get(name), key) for f, key in columns)]))
+        lines.append(_line(["**mean**", *(_cell(results[f]["mean"], key) for f, key in columns)]))
+        if results is found:
+            lines.append(_line(["**worst**", *(f"{found[f]['worst'][1]:.3f}" for f, _ in columns)]))
+    lines += ["", _line(["entries, times less", *BUDGETS]), _line(["---", *["---:"] * len(BUDGETS)])]
+    for name, part in rows.items():
+        sizes = [size_of(part, **{"window": 0, **budget}) for budget in BUDGETS.values()]
+        lines.append(_line([name, *(f"{entries:.0f}, {times:.1f}" for entries, times in sizes)]))
+    return "\n".join(lines[1:])
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _cell(values: dict[str, list[float]] | None, key: str) -> str:
+    if values is None or key not in values:
+        return ""
+    value, low, high = values[key]
+    return f"{value:.3f} [{low:.2f}, {high:.2f}]"
+
+
+# ---------------------------------------------------------------------- commands
+
+
+def opened(model: str | None, device: str = "cpu") -> tuple[Any, Any]:
+    """A model in fp32 and its tokenizer; the embedded one by default."""
+    if model is None:
+        base, tokenizer = ccm.load_default_model()
+    else:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    return base.to(device).eval(), tokenizer
+
+
+def main() -> None:
+    options = parser(__doc__.splitlines()[0])
+    options.add_argument("what", choices=("rows", "baselines", "adapter", "table"))
+    options.add_argument("names", nargs="*", help="adapters, or stored results")
+    options.add_argument("--rows", type=Path, default=held_out_rows.FILE)
+    options.add_argument("--out", type=Path, default=held_out_rows.FILE)
+    options.add_argument("--model", help="a folder; the embedded model if it is not given")
+    options.add_argument("--figures", nargs="+", help="some of what can be measured")
+    given = options.parse_args()
+    torch.set_num_threads(given.threads)
+    if given.what == "rows":
+        model, tokenizer = opened(given.model)
+        held_out_rows.save(held_out_rows.build(tokenizer), given.out, base_name(model))
+        return
+    rows = held_out_rows.load(given.rows)
+    if given.what == "table":
+        stores = [
+            Figures.open(RESULTS / "held_out_baselines.json"),
+            *(Figures.open(RESULTS / f"{name}.json") for name in given.names),
+        ]
+        shown = [name for name in BASELINES if name not in REFERENCES]
+        shown += [name for name in budgets(RULES) if not name.startswith("last")]
+        sys.stdout.write(table(rows, stores, given.figures or shown) + "\n")
+        return
+    for name in given.names or (None,):
+        model, _ = opened(given.model)
+        if name is None:
+            compressor, wanted = Compressor(model), BASELINES
+            store = Figures.open(RESULTS / "held_out_baselines.json", model_fingerprint(model))
+        else:
+            compressor, wanted = Compressor.from_pretrained(model, name), budgets(RULES)
+            store = Figures.open(RESULTS / f"held_out_{Path(name).name}.json", compressor.fingerprint())
+        for figure in given.figures or wanted:
+            for source, part in rows.items():
+                store.measure(Padded(compressor), source, part, figure, wanted[figure], given.limit)
+
+
+if __name__ == "__main__":
+    main()
