@@ -33,6 +33,7 @@ from ccm.evaluation.share import parallel_nll, recovered_share, reference_nll
 from ccm.models import load_default_model
 from ccm.storage import base_stage
 from ccm.training import TrainConfig, Trainer, checkpoint
+from ccm.training.engines import make_engine
 from ccm.training.objectives import OBJECTIVES, summed_loss
 from ccm.training.signals import StopRequest
 from ccm.training.targets import (
@@ -262,13 +263,15 @@ def test_rules_are_drawn_and_reported_one_by_one(
     stage, seen = run.stage, set()
     # a rule that is drawn is the one that a user would load (of the best weights, rounded in the file)
     own, other = (
-        stage.held_out.evaluate(Compressor.from_pretrained(runs.model(), run.adapter, rule=rule))
+        stage.held_out.evaluate(make_engine(Compressor.from_pretrained(runs.model(), run.adapter, rule=rule)))
         for rule in ("mean", "concat")
     )
     assert own["recovered_share_rule_concat"] == other["recovered_share"] != own["recovered_share"]
-    hidden = stage.compressor.hidden
+    prepare = stage.engine.prepare
     monkeypatch.setattr(
-        stage.compressor, "hidden", lambda layout: (seen.add(stage.compressor.rule.name), hidden(layout))[1]
+        stage.engine,
+        "prepare",
+        lambda rows, rule, *a, **k: (seen.add(rule.name), prepare(rows, rule, *a, **k))[1],
     )
     for seed in range(8):
         stage.losses(stage.held_out.rows["jsonl"][:1], random.Random(seed))

@@ -1,4 +1,4 @@
-"""A short check of the lean pass on an accelerator, with random weights: right, then how fast, then where the time goes.
+"""A short check of the lean pass on an accelerator, with random weights: right, how fast, where the time goes.
 
     PYTHONPATH=src python3 benchmarks/gpu/check.py --out $OUT [--tokens 16384 65536] [--seconds 200]
 

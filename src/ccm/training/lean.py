@@ -260,22 +260,24 @@ class LeanPass:
         self.near = list(dict.fromkeys(layer.near for layer in self.layers))
         if len({(tuple(x.qkv.sizes), tuple(x.gate_up.sizes), x.kind is None) for x in self.layers}) > 1:
             raise Unfit("its layers have different sizes")
-        self.turn, self.gated = self._fused() if fuse else (_turn, _gated)
+        self.turn: Callable[..., Tensor] = _turn
+        self.gated: Callable[..., Tensor] = _gated
+        if fuse:
+            self._fuse()
 
-    def _fused(self) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-        """Both as one kernel each way, where Triton is there and the model has the common ones; else compiled."""
-        turn: Callable[..., Tensor] = torch.compile(_turn, dynamic=True)
-        gated: Callable[..., Tensor] = torch.compile(_gated, dynamic=True)
-        if self.device.type == "cuda":
-            from . import fused
+    def _fuse(self) -> None:
+        """One kernel each way for both: ours on a CUDA device, of the common kinds, else a compiled one."""
+        self.turn, self.gated = torch.compile(_turn, dynamic=True), torch.compile(_gated, dynamic=True)
+        if self.device.type != "cuda":
+            return
+        from . import fused
 
-            way = self.compressor.rotary.way
-            probe = self.compressor.rotary.tables(torch.zeros(1, 1, dtype=torch.long, device=self.device))
-            if way.pairs == "halves" and all(t.cos.shape[-1] == self.size for t in probe.values()):
-                turn = lambda x, cos, sin, _: fused.turned(x, cos, sin)  # noqa: E731
-            if all(isinstance(layer.act, nn.SiLU) for layer in self.layers):
-                gated = lambda _, x: fused.gated(x)  # noqa: E731
-        return turn, gated
+        at = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        tables = self.compressor.rotary.tables(at).values()
+        if all(table.cos.shape[-1] == self.size and not table.interleaved for table in tables):
+            self.turn = lambda x, cos, sin, interleaved: fused.turned(x, cos, sin)
+        if all(isinstance(layer.act, nn.SiLU) for layer in self.layers):
+            self.gated = lambda act, x: fused.gated(x)
 
     # ------------------------------------------------------------------ one pass
 
