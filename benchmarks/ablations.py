@@ -35,9 +35,10 @@ from ccm.data import load_chitchat
 from ccm.data.rows import ConversationRow, held_out_rows
 from ccm.errors import CCMError, ConfigError, UnknownNameError
 from ccm.evaluation.share import Nll, parallel_nll, recovered_share, reference_nll
+from ccm.rules import get_rule
 from ccm.storage.atomic import write_atomically
 from ccm.training import TrainConfig, Trainer
-from ccm.training.held_out import under_rule
+from ccm.training.engines import under
 from ccm.training.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -128,7 +129,7 @@ def run(config: TrainConfig, folder: Path, held_out: Sequence[ConversationRow]) 
     }
     by_rule: dict[str, list[float]] = {}
     for rule in config.rule_choices:
-        with under_rule(compressor, rule):
+        with under(compressor, get_rule(rule)):
             by_rule[rule] = per_row(parallel_nll(compressor, held_out, FIRST))
     if by_rule:
         result["nll_by_rule"] = by_rule

@@ -103,7 +103,7 @@ class Padded(Engine):
         self, rows: Sequence[ArrayRow], rule: Rule | None = None, teacher: bool = False, **sizes: int
     ) -> _Beside:
         compressor, rule = self.compressor, rule or self.compressor.rule
-        with _under(compressor, rule):
+        with under(compressor, rule):
             layout = compressor.lay_out([_segments(row) for row in rows], **sizes)
         whole = compressor.lay_out([[row.ids.tolist()] for row in rows]) if teacher else None
         at = [np.flatnonzero(row.roles != NONE) for row in rows]
@@ -125,7 +125,7 @@ class Padded(Engine):
 
     def run(self, prepared: _Beside) -> Scored:
         compressor = self.compressor
-        with _under(compressor, prepared.rule):
+        with under(compressor, prepared.rule):
             student = compressor.hidden(prepared.layout)
         row, column, text, ids = (
             torch.from_numpy(part.astype(np.int64)).to(student.device)
@@ -242,7 +242,7 @@ def _segments(row: ArrayRow) -> list[list[int]]:
 
 
 @contextmanager
-def _under(compressor: Compressor, rule: Rule) -> Iterator[None]:
+def under(compressor: Compressor, rule: Rule) -> Iterator[None]:
     """Passes go by a rule for a while."""
     own = compressor.rule
     compressor.rule = rule

@@ -379,8 +379,14 @@ class _Frames:
             weights[row.long(), column.long()] = value.float()
         keys = next(iter(rows.spans.values())).shape[1]
         queries = len(rows.position)
-        make = _block_mask if passes.device.type == "cuda" else _blocks
-        masks = {near: make(spans, queries, keys, passes.dtype) for near, spans in rows.spans.items()}
+        sizes = (passes.size, passes.size * (1 if rows.query_position is None else 2))
+        make: Callable[..., Any] = _blocks
+        if passes.device.type == "cuda":
+            from . import kernels
+
+            make = _plan if kernels.fits(passes.dtype, *sizes) else _block_mask
+        group = passes.heads // passes.shared
+        masks = {near: make(spans, queries, keys, passes.dtype, group) for near, spans in rows.spans.items()}
         return cls(
             rows,
             tables(rows.position),
@@ -402,8 +408,12 @@ class _Frames:
 
     def attend(self, layer: _Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """(N, H, D'), (M + N, Hkv, D'), (M + N, Hkv, D) -> (N, H D)."""
-        query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
         mask = self.masks[layer.near]
+        if not isinstance(mask, BlockMask | tuple):
+            from .kernels import interval_attention
+
+            return interval_attention(query, key, value, mask, layer.scale).flatten(1)
+        query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
         if isinstance(mask, BlockMask):
             shared = query.shape[1] != key.shape[1]
             out = _flex(query, key, value, block_mask=mask, scale=layer.scale, enable_gqa=shared)
@@ -434,12 +444,18 @@ def visible(spans: Tensor, queries: int) -> Tensor:
     return ((q >= spans[0]) & (q < spans[1])) | ((q >= spans[2]) & (q < spans[3]))
 
 
-def _blocks(spans: Tensor, queries: int, keys: int, dtype: torch.dtype) -> Any:
+def _blocks(spans: Tensor, queries: int, keys: int, dtype: torch.dtype, group: int) -> Any:
     full = additive(visible(spans, queries), dtype)[None, None]
     return full, cut(full)
 
 
-def _block_mask(spans: Tensor, queries: int, keys: int, dtype: torch.dtype) -> BlockMask:
+def _plan(spans: Tensor, queries: int, keys: int, dtype: torch.dtype, group: int) -> Any:
+    from .kernels import plan_of
+
+    return plan_of(spans, queries, group)
+
+
+def _block_mask(spans: Tensor, queries: int, keys: int, dtype: torch.dtype, group: int) -> BlockMask:
     a, b, c, d = (part.contiguous() for part in spans)
 
     def seen(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
