@@ -41,7 +41,7 @@ from ccm.reader import base_name, model_fingerprint
 from ccm.rules import get_rule
 from ccm.segments import lay_out
 from ccm.storage.atomic import write_atomically
-from ccm.training.engines import Engine, Padded
+from ccm.training.engines import Engine, make_engine
 from ccm.training.targets import Row, only_last
 
 #: Tokens of a pass, on a processor and on an accelerator.
@@ -423,7 +423,7 @@ def main() -> None:
             store = Figures.open(RESULTS / f"held_out_{Path(name).name}.json", compressor.fingerprint())
         for figure in given.figures or wanted:
             for source, part in rows.items():
-                store.measure(Padded(compressor), source, part, figure, wanted[figure], given.limit)
+                store.measure(make_engine(compressor), source, part, figure, wanted[figure], given.limit)
 
 
 if __name__ == "__main__":

@@ -753,7 +753,7 @@ def test_labels_weigh_more_in_a_first_stage(logs: Path, tmp_path: Path) -> None:
         losses[weight] = run.stage.losses(batch, random.Random(0))
     assert losses[1.0].recall == losses[3.0].recall > 0
     more = float((losses[3.0].loss - losses[1.0].loss).detach())
-    assert more == pytest.approx(2 * losses[1.0].recall, rel=1e-4)
+    assert more == pytest.approx(2 * float(losses[1.0].recall), rel=1e-4)
 
 
 def test_padding_changes_nothing_in_a_first_stage(logs: Path, tmp_path: Path) -> None:

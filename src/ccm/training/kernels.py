@@ -32,10 +32,10 @@ class Tiles:
 
 #: Worth timing on a new kind of accelerator; the first is the default.
 CONFIGURATIONS = {
+    "64x32": Tiles(64, 32, 4, 3),
     "64x64": Tiles(64, 64, 4, 3),
     "64x64 shallow": Tiles(64, 64, 4, 2),
     "128x64": Tiles(128, 64, 8, 3),
-    "64x32": Tiles(64, 32, 4, 3),
 }
 
 
