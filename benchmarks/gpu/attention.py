@@ -140,7 +140,7 @@ def main() -> None:
         passes[name] = (spans, queries, tensors, exact, grad)
         result[f"{name} plan_ms"] = timed(lambda s=spans, q=queries: plan_of(s, q, HEADS // SHARED))
         result[f"{name} block_mask_ms"] = timed(
-            lambda s=spans, q=queries: _block_mask(s, q, s.shape[1], torch.bfloat16)
+            lambda s=spans, q=queries: _block_mask(s, q, s.shape[1], torch.bfloat16, HEADS // SHARED)
         )
     work: list[tuple[str, str, Callable[[torch.Tensor, int], Attend]]] = [
         (where, name, lambda spans, queries, name=name: kernel(spans, queries, name))
@@ -158,7 +158,9 @@ def main() -> None:
                     where,
                     name,
                     lambda spans, queries, checked=checked, more=more: flex(
-                        _block_mask(spans, queries, spans.shape[1], torch.bfloat16), checked, **more
+                        _block_mask(spans, queries, spans.shape[1], torch.bfloat16, HEADS // SHARED),
+                        checked,
+                        **more,
                     ),
                 )
             )
