@@ -24,7 +24,10 @@ from ccm.training.lean import visible
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = Tiles(32, 16, 4, 2)
-TOLERANCE = {torch.float32: 1e-4 if DEVICE == "cpu" else 1e-2, torch.bfloat16: 2e-2}
+HALF = (
+    torch.bfloat16 if DEVICE == "cuda" else torch.float16
+)  # the interpreter multiplies the bits of bfloat16
+TOLERANCE = {torch.float32: 1e-4 if DEVICE == "cpu" else 1e-2, HALF: 2e-2 if DEVICE == "cuda" else 3e-3}
 
 
 def spans_of(rule: str, window: int = 0) -> tuple[torch.Tensor, int]:
@@ -77,7 +80,7 @@ def compare(spans, queries, given, tiles=SMALL, tamper=lambda spans: spans):
     ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
 @pytest.mark.parametrize(("rule", "window"), [("concat", 0), ("mean", 0), ("concat", 9)])
 def test_equals_a_dense_mask(rule, window, dtype):
     spans, queries = spans_of(rule, window)

@@ -8,6 +8,8 @@ round; a tile of scores is masked by four numbers a key (``ccm.training.interval
 Triton comes with PyTorch for CUDA, and is not there otherwise: import this module only where it is needed.
 """
 
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 import math
@@ -79,7 +81,7 @@ def fits(dtype: torch.dtype, *sizes: int) -> bool:
 def interval_attention(query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: float) -> Tensor:
     """(N, H, D'), (K, H / G, D'), (K, H / G, D) -> (N, H, D).
 
-    Anything may be strided but the last dimension. A query that no key is seen by gives 0.
+    Anything may be strided but the last dimension. A query that sees no key gives 0.
     """
     out: Tensor = _Attention.apply(query, key, value, plan, scale)
     return out
