@@ -1,4 +1,7 @@
-"""An adapter as a folder: PEFT's two files, the COMP embeddings (or a pooling), and ``ccm_config.json``."""
+"""An adapter as a folder: PEFT's two files, the COMP embeddings (or a pooling), and ``ccm_config.json``.
+
+A folder whose ``ccm_config.json`` names another adapter as its ``weights`` has settings of its own and nothing else.
+"""
 
 from __future__ import annotations
 
@@ -85,7 +88,8 @@ def read(name: str | os.PathLike[str], model: PreTrainedModel, changes: dict[str
     """
     folder = find(name)
     try:
-        config, base, two_stages = _settings(folder)
+        config, base, two_stages, weights = _settings(folder)
+        folder = find(weights) if weights else folder
         tuned = folder / base_stage.FOLDER if two_stages else None
         lora = load_file(folder / "adapter_model.safetensors")
         part = "pooling" if KINDS[config.kind].pooled else "comp_embeddings"
@@ -127,13 +131,14 @@ def read_config(name: str | os.PathLike[str]) -> CompressorConfig:
         raise ConfigError(f"adapter {name}: {folder} is incomplete or damaged ({error})") from error
 
 
-def _settings(folder: Path) -> tuple[CompressorConfig, dict[str, str], bool]:
-    """Settings, name and fingerprint of the base model, and whether there is a first stage."""
+def _settings(folder: Path) -> tuple[CompressorConfig, dict[str, str], bool, str | None]:
+    """Settings, name and fingerprint of the base model, whether there is a first stage, and whose weights it has."""
     settings = json.loads((folder / "ccm_config.json").read_text())
     base, two_stages = settings.pop("base_model"), settings.pop("base_adapter", False)
+    weights = settings.pop("weights", None)
     if isinstance(settings["target_modules"], list):
         settings["target_modules"] = tuple(settings["target_modules"])
-    return CompressorConfig(**{"sink": 0, **settings}), base, two_stages
+    return CompressorConfig(**{"sink": 0, **settings}), base, two_stages, weights
 
 
 def first_stage(name: str | os.PathLike[str]) -> Path:
