@@ -154,7 +154,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self._looks_ahead:
-            self._ahead = self._take(self.rows, self.step + 1)  # while the device works
+            self._ahead = self._take(iter(self.rows), self.step + 1)  # while the device works
         loss, recall = sums.tolist()  # the one question to the device
         spent = time.monotonic() - started
         # the clock is shared as well, or processes would disagree on when to stop
