@@ -274,8 +274,8 @@ def limited(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
 def test_a_step_without_memory_goes_on_in_halves_with_the_same_result(
     tmp_path: Path, logs: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    # one budget: a draw of it would come after draws for each row, of which a part has fewer
-    settings = {"rows": 5, "accumulate": 2, "steps": 3, "window_choices": [], "slot_choices": []}
+    # parts have the budgets of the whole
+    settings = {"rows": 5, "accumulate": 2, "steps": 3, "rule_choices": ["concat", "mean"]}
     whole = trainer(tmp_path / "whole", logs, **settings)
     whole.run()
     tried = limited(monkeypatch, 2)

@@ -31,7 +31,7 @@ from ccm.data.packed import (
 )
 from ccm.data.rows import ConversationRow
 from ccm.errors import CCMError, ConfigError, DataError
-from ccm.training import TrainConfig, packing
+from ccm.training import TrainConfig, Trainer, packing
 from ccm.training.packing import pack
 from ccm.training.rows import PackedRows, held_out_rows, open_sources
 from ccm.training.targets import Row, marked
@@ -475,6 +475,29 @@ def test_a_packed_run_resumes_wherever_the_file_lies(
     other = pack(config(logs, seed=8), TOKENIZER, 5000, tmp_path / "other.rows")
     with pytest.raises(ConfigError, match=f"packed: it has {file.fingerprint}, got {other.fingerprint}"):
         trainer(tmp_path / "parts", logs, packed=str(other.path), rows=3)
+
+
+def test_rows_taken_early_are_not_lost(
+    file: PackedFile, logs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"packed": str(file.path), "rows": 3, "resegment": 0.5, "save_every": 3, "accumulate": 2}
+    trainer(tmp_path / "plain", logs, **settings).run()
+    monkeypatch.setattr(Trainer, "_looks_ahead", True)
+
+    def stop(report: dict[str, Any]) -> None:
+        if report["step"] == 4:  # the last checkpoint is of step 3
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        trainer(tmp_path / "early", logs, **settings).run(stop)
+    run = trainer(tmp_path / "early", logs, **settings)
+    assert run.step == 3 and run.rows.served == 6, "those of the fourth step were taken, and are not counted"
+    served = []
+    run.run(lambda report: served.append(run.rows.served))
+    assert served == [10, 12, 14], "two batches ahead of steps 4, 5 and 6"
+    assert log_of(tmp_path / "plain") == log_of(tmp_path / "early")
+    for a, b in zip(weights_of(tmp_path / "plain"), weights_of(tmp_path / "early"), strict=True):
+        assert a.equal(b)
 
 
 def test_the_command_packs(logs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -35,12 +35,15 @@ class Blocks(NamedTuple):
     mask: Tensor
 
 
-def cut(mask: Tensor) -> list[Blocks]:
-    """Blocks for an additive mask (B, 1, Q, K), 0 where a key is seen; none where there are few queries."""
+def cut(mask: Tensor, together: int = TOGETHER) -> list[Blocks]:
+    """Blocks for an additive mask (B, 1, Q, K), 0 where a key is seen; none where there are few queries.
+
+    Where neighbours see very different numbers of keys, fewer ``together`` are less work.
+    """
     if mask.shape[2] <= BLOCK:
         return []
     found = []
-    for part in mask.split(BLOCK * TOGETHER, dim=2):
+    for part in mask.split(BLOCK * together, dim=2):
         queries = part.shape[2]
         part = pad(part, (0, 0, 0, -queries % BLOCK), value=torch.finfo(mask.dtype).min)
         part = part.unflatten(2, (-1, BLOCK))

@@ -446,7 +446,7 @@ def visible(spans: Tensor, queries: int) -> Tensor:
 
 def _blocks(spans: Tensor, queries: int, keys: int, dtype: torch.dtype, group: int) -> Any:
     full = additive(visible(spans, queries), dtype)[None, None]
-    return full, cut(full)
+    return full, cut(full, together=1)  # rows of all lengths are next to each other
 
 
 def _plan(spans: Tensor, queries: int, keys: int, dtype: torch.dtype, group: int) -> Any:

@@ -130,9 +130,9 @@ class MemoryStage(Stage):
 
     def prepare(self, rows: Sequence[Row | ArrayRow], draw: random.Random) -> Any:
         config = self.config
-        varied = [_later(row) for row in self._varied(rows, draw)]
-        sizes = self._sizes(draw)
+        sizes = self._sizes(draw)  # before what rows draw: halves of a batch have the budget of the whole
         rule = get_rule(draw.choice(config.rule_choices)) if config.rule_choices else None
+        varied = [_later(row) for row in self._varied(rows, draw)]
         return self.engine.prepare(varied, rule, config.objective == "distill", **sizes)
 
     def run(self, prepared: Any) -> Losses:

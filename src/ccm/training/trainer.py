@@ -153,8 +153,8 @@ class Trainer:
             group["lr"] = config.lr * self._schedule()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if processes.device.type != "cpu" and isinstance(self.rows, PackedRows):
-            self._ahead = self._take(self.rows, self.step + 1)  # while the device works
+        if self._looks_ahead:
+            self._ahead = self._take(iter(self.rows), self.step + 1)  # while the device works
         loss, recall = sums.tolist()  # the one question to the device
         spent = time.monotonic() - started
         # the clock is shared as well, or processes would disagree on when to stop
@@ -170,6 +170,11 @@ class Trainer:
         if all_known:
             self.recall += (recall / all_known - self.recall) * (0.05 if self.recall else 1.0)
         return loss / max(1, all_count)
+
+    @property
+    def _looks_ahead(self) -> bool:
+        """Whether the next step's rows are taken while the device is at this one's; taking them must not wait."""
+        return self.processes.device.type != "cpu" and isinstance(self.rows, PackedRows)
 
     def _take(self, batches: Iterator[Sequence[Drawn]], step: int | None = None) -> Taken:
         """The next batches, and what of their passes the host does."""
