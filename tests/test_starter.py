@@ -85,7 +85,7 @@ def test_sizes_grow_with_memory(device: str) -> None:
 @pytest.mark.parametrize(
     ("machine", "config", "says"),
     [
-        (GPU, small, Fit(16384, 1, False, True, None, None, 0)),
+        (GPU, small, Fit(65536, 1, False, True, None, None, 0)),
         (CPU, small, Fit(2048, 1, False, False, None, None, 0)),
     ],
 )
