@@ -46,7 +46,7 @@ def assert_same(ours: Path, expected: Path) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
     for line, other in zip(log_of(ours), log_of(expected), strict=True):
         assert line["tokens"] == other["tokens"]
-        assert line == pytest.approx(other, abs=2e-3)
+        assert line == pytest.approx(other, abs=2e-3, rel=1e-5)
 
 
 def test_two_processes_equal_one(tmp_path: Path, logs: Path, expected: Path) -> None:

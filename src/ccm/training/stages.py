@@ -29,7 +29,7 @@ from ..storage import base_stage
 from ..storage.adapter_folder import CHANGEABLE, read_config
 from ..twin import text_config
 from .config import TrainConfig
-from .engines import make_engine
+from .engines import Padded, make_engine
 from .held_out import HeldOut, mean_nll
 from .objectives import OBJECTIVES, cross_entropy, summed_loss
 from .targets import ECHO, NONE, RECALL, TEXT, Row, find_targets, only_last, recut, resegmented, with_echo
@@ -116,14 +116,19 @@ class MemoryStage(Stage):
             self.compressor.to(model.device)
         self.parameters = self.compressor.trainable_parameters()
         self.objective = OBJECTIVES[config.objective]
-        on_device = self.compressor.model.device.type != "cpu"
-        if on_device:
+        cuda = self.compressor.model.device.type == "cuda"
+        if cuda:
             self.objective = torch.compile(self.objective, dynamic=True)
-        self.engine = make_engine(
-            self.compressor,
-            config.tokens_per_batch if on_device else 0,
-            on_device,
-            config.gradient_checkpointing,
+        # sharded layers must run themselves, to be gathered
+        self.engine = (
+            Padded(self.compressor)
+            if config.parallel == "fsdp2"
+            else make_engine(
+                self.compressor,
+                config.tokens_per_batch if cuda else 0,
+                cuda or config.compile,
+                config.gradient_checkpointing,
+            )
         )
         self.held_out = HeldOut(held_out, config)
         self.figures = self.held_out.figures
