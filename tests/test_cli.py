@@ -95,7 +95,7 @@ def test_no_arguments_show_help_and_version_shows_the_version(capsys: pytest.Cap
         (["demo", "--conversations", "9"], "9"),
         (["demo", "--methods", "h2o"], "unknown method 'h2o'"),
         (["demo", "--model", "no-such-folder/model"], "no-such-folder"),
-        (["train"], "RECIPE"),
+        (["train"], "expected a recipe"),
         (["train", "missing.yaml"], "missing.yaml"),
         (["memory", "inspect", "missing.ccm"], "no memory file"),
         (["chat", "--load", "missing.ccm", "--slots", "1"], "--load"),
