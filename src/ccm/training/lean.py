@@ -7,7 +7,8 @@ The same numbers as ``Compressor.hidden``, from the same weights, but written ou
 COMP tokens are the last columns of a pass, so the adapter is two small products on a slice. Products that read the
 same input (q, k, v; gate, up) are one, of the model as of the adapter. Frozen weights need no gradient: of a token
 a layer keeps its two inputs, q, k, v, the output of the attention, and gate and up. Who sees whom comes as intervals
-(``ccm.training.intervals``): on a CUDA device flex attention skips what nobody sees, elsewhere blocks of queries do.
+(``ccm.training.intervals``). On a CUDA device our kernels take them (``ccm.training.kernels``), or flex attention
+where heads are of other sizes; elsewhere blocks of queries meet the keys that one of them sees.
 
 A model of another shape is told by the numbers themselves: a trial pass must give what the model gives.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -41,6 +43,11 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
 class Unfit(Exception):
     """The model has another shape."""
+
+
+def compiles(device: torch.device) -> bool:
+    """Whether kernels can be compiled for a device: a CUDA device, and Triton."""
+    return device.type == "cuda" and find_spec("triton") is not None
 
 
 class _Conditional(torch.autograd.Function):
@@ -266,9 +273,9 @@ class LeanPass:
             self._fuse()
 
     def _fuse(self) -> None:
-        """One kernel each way for both: ours on a CUDA device, of the common kinds, else a compiled one."""
+        """One kernel each way for both: ours on a CUDA device, of the common kinds, else what is compiled."""
         self.turn, self.gated = torch.compile(_turn, dynamic=True), torch.compile(_gated, dynamic=True)
-        if self.device.type != "cuda":
+        if not compiles(self.device):
             return
         from . import fused
 
@@ -381,7 +388,7 @@ class _Frames:
         queries = len(rows.position)
         sizes = (passes.size, passes.size * (1 if rows.query_position is None else 2))
         make: Callable[..., Any] = _blocks
-        if passes.device.type == "cuda":
+        if compiles(passes.device):
             from . import kernels
 
             make = _plan if kernels.fits(passes.dtype, *sizes) else _block_mask

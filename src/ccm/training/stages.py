@@ -31,6 +31,7 @@ from ..twin import text_config
 from .config import TrainConfig
 from .engines import Padded, make_engine
 from .held_out import HeldOut, mean_nll
+from .lean import compiles
 from .objectives import OBJECTIVES, cross_entropy, summed_loss
 from .targets import ECHO, NONE, RECALL, TEXT, Row, find_targets, only_last, recut, resegmented, with_echo
 
@@ -116,8 +117,8 @@ class MemoryStage(Stage):
             self.compressor.to(model.device)
         self.parameters = self.compressor.trainable_parameters()
         self.objective = OBJECTIVES[config.objective]
-        cuda = self.compressor.model.device.type == "cuda"
-        if cuda:
+        fuse = compiles(self.compressor.model.device)
+        if fuse:
             self.objective = torch.compile(self.objective, dynamic=True)
         # sharded layers must run themselves, to be gathered
         self.engine = (
@@ -125,8 +126,8 @@ class MemoryStage(Stage):
             if config.parallel == "fsdp2"
             else make_engine(
                 self.compressor,
-                config.tokens_per_batch if cuda else 0,
-                cuda or config.compile,
+                config.tokens_per_batch if fuse else 0,
+                fuse or config.compile,
                 config.gradient_checkpointing,
             )
         )
