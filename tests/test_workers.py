@@ -145,7 +145,8 @@ def _records(made: Evaluation, folder: Path) -> dict[tuple[str, str, str], dict[
 
 
 PARENT = """
-import os, sys
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 sys.path[:0] = [{tests!r}]
 from pathlib import Path
 from test_workers import Workers, toys, wait_for
