@@ -215,9 +215,9 @@ def make_engine(
 ) -> Engine:
     """The lean engine, if a trial pass shows that it gives the model's own numbers; else the other."""
     padded = Padded(compressor)
-    if is_spread(compressor.model) or getattr(compressor.model, "is_quantized", False):
-        return padded
     try:
+        if is_spread(compressor.model) or getattr(compressor.model, "is_quantized", False):
+            raise Unfit("its weights are spread or quantized")
         lean = Lean(compressor, width, fuse, save_memory)
         rows = [_trial(compressor, seed) for seed in range(2)]
         with torch.no_grad():

@@ -15,7 +15,6 @@ A model of another shape is told by the numbers themselves: a trial pass must gi
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -34,8 +33,6 @@ from ..compressor import Compressor
 from ..rotary import Tables, rotate
 from ..twin import text_config
 from .intervals import BLOCK, Packed
-
-log = logging.getLogger(__name__)
 
 #: By how much of its size a trial pass may miss the model's, in fp32 and in bfloat16.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
