@@ -34,8 +34,8 @@ from ..rotary import Tables, rotate
 from ..twin import text_config
 from .intervals import BLOCK, Packed
 
-#: By how much of its size a trial pass may miss the model's, in fp32 and in bfloat16.
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+#: By how much of its size a trial pass may miss the model's; of half precision, as bfloat16.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 
 
 class Unfit(Exception):
