@@ -31,8 +31,8 @@ import ccm
 from ccm.data import load_chitchat
 from ccm.data.facts import Fact, draw_facts
 from ccm.data.rows import render_turns
-from ccm.methods import Run
-from ccm.methods.compressed import CompressedRun, shared_compressor
+from ccm.methods import Run, as_method
+from ccm.methods.compressed import shared_compressor
 from ccm.session import CHAT
 from ccm.turns import render
 
@@ -78,8 +78,8 @@ def remember(
             memory = compressor.compress(ids, memory, mask, **sizes)
         runs[name] = []
         for k in range(len(histories)):
-            run = CompressedRun(compressor, **sizes)
-            run.memory = memory[k]
+            run = Run(as_method(compressor, **sizes))
+            run.held = memory[k]
             runs[name].append(run)
     return runs
 

@@ -31,8 +31,9 @@ from ccm.data import load_chitchat
 from ccm.data.facts import Fact, draw_facts
 from ccm.evaluation.share import Nll, bootstrap_share, recovered_share, turn_nll
 from ccm.memory import Memory
-from ccm.methods.compressed import CompressedRun, shared_compressor
-from ccm.session import CHAT, Budget
+from ccm.methods import Method, Run, as_method
+from ccm.methods.compressed import shared_compressor
+from ccm.session import CHAT
 from ccm.turns import RenderedTurn, render
 
 TOKENS = 3200
@@ -108,27 +109,25 @@ def batch(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, mask
 
 
-def live(
-    compressor: ccm.Compressor, talks: list[Talk], budget: Budget, name: str
-) -> tuple[list[list[float]], Memory]:
+def live(method: Method, talks: list[Talk], name: str) -> tuple[list[list[float]], Memory]:
     """All conversations message by message: the NLL of each one's targets, and the memories at the end."""
-    memories = [compressor.empty() for _ in talks]
+    memories = [method.empty() for _ in talks]
     nll: list[list[float]] = [[] for _ in talks]
     for i in track(range(max(len(talk.messages) for talk in talks)), name):
         scored = [k for k, talk in enumerate(talks) if i in talk.targets()]
         if scored:
             turns = [talks[k].messages[i] for k in scored]
             ids, mask = batch([turn.ids for turn in turns])
-            logits = compressor.logits(ids, Memory.stack([memories[k] for k in scored]), mask)
+            logits = method.reader.logits(ids, Memory.stack([memories[k] for k in scored]), mask)
             for k, turn, row in zip(scored, turns, logits, strict=True):
                 nll[k].append(turn_nll(row[: len(turn.ids)], turn.ids, turn.content)[0])
-        for start in range(0, 400, budget.segment):
+        for start in range(0, 400, method.longest):
             rows = [k for k, talk in enumerate(talks) if i < len(talk.messages)]
             rows = [k for k in rows if start < len(talks[k].messages[i].ids)]
             if not rows:
                 break
-            ids, mask = batch([talks[k].messages[i].ids[start : start + budget.segment] for k in rows])
-            new = compressor.compress(ids, Memory.stack([memories[k] for k in rows]), mask, **budget.sizes())
+            ids, mask = batch([talks[k].messages[i].ids[start : start + method.longest] for k in rows])
+            new = method.fold(Memory.stack([memories[k] for k in rows]), ids, mask)
             for place, k in enumerate(rows):
                 memories[k] = new[place]
     return nll, Memory.stack(memories)
@@ -192,12 +191,12 @@ def main() -> None:
     nll["full"] = Nll(tuple(full_nll(reader, talk) for talk in track(talks, "full context")), counts)
     for name, (segment, slots, blocks) in MEMORIES.items():
         compressor = shared_compressor(model, "ccm-chat", rule_options={"blocks": blocks})
-        budget = Budget(slots, CHAT["sink"], CHAT["window"], segment)
-        scored, memory = live(compressor, talks, budget, name)
+        method = as_method(compressor, slots=slots, segment=segment, **CHAT)
+        scored, memory = live(method, talks, name)
         nll[name] = Nll(tuple(map(sum, scored)), counts)
         for k in range(len(talks)):
-            run = CompressedRun(compressor, **budget.sizes(answered=True))
-            run.memory = memory[k]
+            run = Run(method)
+            run.held = memory[k]
             ask(name, run, k)
         held[name] = {
             "segment": segment,

@@ -30,6 +30,7 @@ from common import RESULTS, parser, store
 
 import ccm
 from ccm.data import load_chitchat
+from ccm.methods import Method, as_method
 from ccm.models import DEFAULT_MODEL
 from ccm.serving.engine import Job, Result, Sampling, segments_of
 from ccm.serving.engine.base import Event
@@ -37,7 +38,6 @@ from ccm.serving.store import Limits, Snapshot, codec, open_store
 from ccm.serving.vllm.client import Call, VllmServer
 from ccm.serving.vllm.engine import VllmEngine
 from ccm.serving.vllm.reference import Reference
-from ccm.session import Budget
 from ccm.turns import render, turns_of
 
 sys.path.append(str(Path(__file__).parent.parent / "tests" / "vllm"))
@@ -137,26 +137,26 @@ class Bench:
 
         return turn
 
-    def memories(self) -> tuple[ccm.Compressor, Budget, list[ccm.Memory]]:
-        """The compressor, the budget of a server, and every history folded, which is done once for all arms."""
+    def memories(self) -> tuple[Method, list[ccm.Memory]]:
+        """The method of a server, and every history folded, which is done once for all arms."""
         compressor = ccm.Compressor.from_pretrained(self.model, "ccm-merge")
-        budget = ccm.Session(compressor, self.tokenizer, sink=4, window=64).budget
+        method = as_method(compressor, self.tokenizer, sink=4, window=64)
         if not FOLDED.exists():
-            rows = self.fold(compressor, budget, range(CONVERSATIONS))
+            rows = self.fold(method, range(CONVERSATIONS))
             rows.save(FOLDED)
         memory, _ = ccm.Memory.load(FOLDED)
-        return compressor, budget, [memory[i] for i in range(len(memory))]
+        return method, [memory[i] for i in range(len(memory))]
 
-    def fold(self, compressor: ccm.Compressor, budget: Budget, rows: range) -> ccm.Memory:
-        memory = None
-        for start in range(0, HISTORY, budget.segment):
-            ids = torch.tensor([self.histories[i][start : start + budget.segment] for i in rows])
-            memory = compressor.compress(ids, memory, sink=budget.sink, window=budget.window)
+    def fold(self, method: Method, rows: range) -> ccm.Memory:
+        memory = method.empty(len(rows))
+        for start in range(0, HISTORY, method.longest):
+            ids = torch.tensor([self.histories[i][start : start + method.longest] for i in rows])
+            memory = method.fold(memory, ids)
             print(f"folded {start + ids.shape[1]} tokens of each history", file=sys.stderr, flush=True)
         return memory
 
     def generation(self, server: VllmServer, url: str) -> Turn:
-        _, _, memories = self.memories()
+        _, memories = self.memories()
         shared = open_store(url)
         references: list[list[Reference]] = []
         for i, memory in enumerate(memories):
@@ -173,9 +173,9 @@ class Bench:
         return turn
 
     def memory(self, server: VllmServer, url: str) -> Turn:
-        compressor, budget, memories = self.memories()
+        method, memories = self.memories()
         engine = VllmEngine(
-            compressor, self.tokenizer, server, open_store(url, Limits(ttl=3600)), rows=len(memories)
+            method, self.tokenizer, server, open_store(url, Limits(ttl=3600)), rows=len(memories)
         )
         engine._ends = frozenset()  # every answer has its full length, as in the other arms
 
@@ -190,8 +190,8 @@ class Bench:
                     results.append(event)
                     done.set()
 
-            segments = segments_of(tuple(self.question(i)), budget)
-            job = Job(memories[i], budget, segments, tuple(self.head), SAMPLING, tuple(self.tail))
+            segments = segments_of(tuple(self.question(i)), method.longest)
+            job = Job(memories[i], segments, tuple(self.head), SAMPLING, tuple(self.tail))
             engine.submit(job, listener)
             done.wait()
             (result,) = results

@@ -15,11 +15,10 @@ from tiny import tiny_compressor, tiny_tokenizer
 from ccm import Session
 from ccm.errors import ConfigError, MismatchError
 from ccm.serving.engine import Engine, EngineError, Job, Kept, OverloadedError, Result, Sampling, segments_of
-from ccm.session import Budget
 from ccm.template import answer_ends
 from ccm.turns import render, turns_of
 
-BUDGET = Budget(slots=2, sink=2, window=16, segment=8)
+SIZES = {"slots": 2, "sink": 2, "window": 16, "segment": 8}
 GREEDY = Sampling(max_tokens=12, temperature=0)
 TEXTS = ["hi", "a much longer thing to say than that", "x y z", "what is it?", "no", "yes, and more of it"]
 CONTEXT = 256
@@ -48,14 +47,13 @@ class Heard:
         return event
 
 
-def turn(tokenizer, memory, text, sampling=GREEDY, budget=BUDGET):
+def turn(tokenizer, memory, text, sampling=GREEDY, longest=SIZES["segment"]):
     return Job(
         memory=memory,
-        budget=budget,
-        segments=segments_of(render(tokenizer, "user", text).ids, budget),
+        segments=segments_of(render(tokenizer, "user", text).ids, longest),
         prompt=tuple(turns_of(tokenizer).head),
         sampling=sampling,
-        remember=lambda text: Kept(segments_of(answered(tokenizer, text), budget)),
+        remember=lambda text: Kept(segments_of(answered(tokenizer, text), longest)),
     )
 
 
@@ -79,14 +77,13 @@ def close(a, b):
     )
 
 
-def check_many_at_a_time(engine, compressor, tokenizer, budget=BUDGET):
+def check_many_at_a_time(engine, compressor, tokenizer):
     """Two turns of six conversations: texts and memories are those of sessions alone."""
-    sizes = {name: getattr(budget, name) for name in ("slots", "sink", "window", "segment")}
-    sessions = [Session(compressor, tokenizer, **sizes) for _ in TEXTS]
+    sessions = [Session(compressor, tokenizer, **SIZES) for _ in TEXTS]
     memories = [compressor.empty()] * len(TEXTS)
     for shift in range(2):
         said = TEXTS[shift:] + TEXTS[:shift]
-        jobs = [turn(tokenizer, m, t, budget=budget) for m, t in zip(memories, said, strict=True)]
+        jobs = [turn(tokenizer, m, t) for m, t in zip(memories, said, strict=True)]
         results, heard = run(engine, jobs)
         for session, text, result, listener in zip(sessions, said, results, heard, strict=True):
             alone = session.generate(text, max_new_tokens=12, do_sample=False)
@@ -99,7 +96,10 @@ def check_many_at_a_time(engine, compressor, tokenizer, budget=BUDGET):
 
 
 class EngineContract:
-    """Subclasses have fixtures ``compressor``, ``tokenizer`` and ``make``, which gives engines of 4 + 16 jobs."""
+    """Subclasses have fixtures ``compressor``, ``tokenizer`` and ``make``, which gives engines of 4 + 16 jobs.
+
+    ``make`` takes sizes of the method, other than :data:`SIZES`, too.
+    """
 
     @pytest.fixture
     def engine(self, make: Callable[..., Engine]) -> Iterator[Engine]:
@@ -128,10 +128,10 @@ class EngineContract:
             held.clear()
             before = memory.tokens
             ((result,), _) = run(engine, [turn(tokenizer, memory, text)])
-            question = len(segments_of(render(tokenizer, "user", text).ids, BUDGET))
+            question = len(segments_of(render(tokenizer, "user", text).ids, SIZES["segment"]))
             assert held[question - 1] == (held[question - 2] if question > 1 else before)
             memory = result.memory
-            assert memory.rows[0].window.length <= BUDGET.window and memory.tokens > before
+            assert memory.rows[0].window.length <= SIZES["window"] and memory.tokens > before
 
     def test_rows_join_and_leave_at_any_time(self, compressor, tokenizer, engine):
         """Answers of different lengths, more jobs than rows: each as if it were alone."""
@@ -149,7 +149,7 @@ class EngineContract:
     def test_a_long_prompt_without_a_memory(self, compressor, tokenizer, engine):
         """Read while others write, it equals transformers' own generate."""
         ids = tokenizer.encode("tell me of whales and of ships at sea, " * 3)
-        job = Job(compressor.empty(), BUDGET, prompt=tuple(ids), sampling=GREEDY)
+        job = Job(compressor.empty(), prompt=tuple(ids), sampling=GREEDY)
         others = [turn(tokenizer, compressor.empty(), text) for text in TEXTS]
         (result, *_), _ = run(engine, [job, *others])
         stops = {"eos_token_id": sorted(answer_ends(tokenizer)[0]), "pad_token_id": tokenizer.pad_token_id}
@@ -158,8 +158,8 @@ class EngineContract:
         assert result.text and result.memory.length == 0
 
     def test_append_without_an_answer(self, compressor, tokenizer, engine):
-        segments = segments_of(render(tokenizer, "user", "my cat is Miso").ids, BUDGET)
-        (result,), (heard,) = run(engine, [Job(compressor.empty(), BUDGET, segments)])
+        segments = segments_of(render(tokenizer, "user", "my cat is Miso").ids, SIZES["segment"])
+        (result,), (heard,) = run(engine, [Job(compressor.empty(), segments)])
         session = Session(compressor, tokenizer, slots=2, sink=2, window=16, segment=8)
         session.append("my cat is Miso")
         assert close(result.memory, session.memory) and result.text == "" and not heard.pieces
@@ -245,7 +245,7 @@ class EngineContract:
             return real(self, ids, *args, **kwargs)
 
         monkeypatch.setattr(type(compressor), "compress", compress)
-        bad = Job(compressor.empty(), BUDGET, ((50, 50),))
+        bad = Job(compressor.empty(), ((50, 50),))
         heard = Heard()
         engine.submit(bad, heard)
         with pytest.raises(EngineError, match="RuntimeError"):
@@ -268,9 +268,9 @@ class EngineContract:
 
     def test_what_cannot_run_is_refused(self, compressor, tokenizer, engine, make):
         with pytest.raises(ConfigError, match=f"context is {CONTEXT}"):
-            engine.submit(Job(compressor.empty(), BUDGET, prompt=(5,) * 300), Heard())
+            engine.submit(Job(compressor.empty(), prompt=(5,) * 300), Heard())
         with pytest.raises(ConfigError, match="vocabulary"):
-            engine.submit(Job(compressor.empty(), BUDGET, prompt=(10**6,)), Heard())
+            engine.submit(Job(compressor.empty(), prompt=(10**6,)), Heard())
         other = compressor_of(rule="mean")
         with pytest.raises(MismatchError):
             engine.submit(turn(tokenizer, other.empty(), "a"), Heard())
@@ -283,7 +283,7 @@ class EngineContract:
         for _ in range(CONTEXT // 2 - 1):
             memory = compressor.compress([[5]], memory, slots=2, sink=0, window=0)
         heard = Heard()
-        engine.submit(Job(memory, BUDGET, prompt=(5, 6), sampling=GREEDY), heard)
+        engine.submit(Job(memory, prompt=(5, 6), sampling=GREEDY), heard)
         with pytest.raises(ConfigError, match="memory and prompt fill"):
             heard.result()
         assert not heard.pieces
@@ -294,37 +294,37 @@ class EngineContract:
         for _ in range(CONTEXT // 2 - 4):
             memory = compressor.compress([[5]], memory, slots=2, sink=0, window=0)
         heard, others = Heard(), [Heard() for _ in range(3)]
-        engine.submit(Job(memory, BUDGET, ((5,) * 8,)), heard)
+        engine.submit(Job(memory, ((5,) * 8,)), heard)
         for other in others:
             engine.submit(turn(tokenizer, compressor.empty(), "hi"), other)
         with pytest.raises(ConfigError, match="begin a new one, or serve an adapter that merges"):
             heard.result()
         assert len({other.result().text for other in others}) == 1
 
-    def test_a_nearly_full_memory_and_a_long_segment_take_turns(self, compressor, engine):
+    def test_a_nearly_full_memory_and_a_long_segment_take_turns(self, compressor, make):
         """Each fits alone, both in one padded pass would not."""
         memory = None
         for _ in range(CONTEXT // 2 - 6):
             memory = compressor.compress([[5]], memory, slots=2, sink=0, window=0)
-        budget = Budget(slots=2, sink=0, window=0, segment=64)
-        (near, long), _ = run(
-            engine, [Job(memory, budget, ((5, 6),)), Job(compressor.empty(), budget, ((5,) * 64,))]
-        )
+        engine = make(sink=0, window=0, segment=64)
+        (near, long), _ = run(engine, [Job(memory, ((5, 6),)), Job(compressor.empty(), ((5,) * 64,))])
+        engine.close()
         assert near.memory.length == memory.length + 2 and long.memory.length == 2
 
     def test_answers_end_with_the_context(self, compressor, tokenizer, engine):
-        job = Job(compressor.empty(), BUDGET, prompt=(5,) * 250, sampling=GREEDY)
+        job = Job(compressor.empty(), prompt=(5,) * 250, sampling=GREEDY)
         (result,), _ = run(engine, [job])
         assert result.tokens == 6 and result.finish_reason == "length"
 
-    def test_an_answer_that_fills_the_context_is_remembered(self, compressor, tokenizer, engine):
+    def test_an_answer_that_fills_the_context_is_remembered(self, compressor, tokenizer, make):
         """As many tokens as leave room for the fold behind them; the turn is not lost when it is taken in."""
         memory = None
         for _ in range(105):
             memory = compressor.compress([[5]], memory, slots=2, sink=0, window=0)
-        budget = Budget(slots=2, sink=0, window=0, segment=64)  # the answer is one segment
-        job = turn(tokenizer, memory, "hi", Sampling(max_tokens=5000, temperature=0), budget)
+        engine = make(sink=0, window=0, segment=64)  # the answer is one segment
+        job = turn(tokenizer, memory, "hi", Sampling(max_tokens=5000, temperature=0), 64)
         (result,), _ = run(engine, [job])
+        engine.close()
         assert result.finish_reason == "length" and 0 < result.tokens < CONTEXT - memory.length
         assert result.memory.steps == 107
 

@@ -12,15 +12,15 @@ from typing import Any
 import uvicorn
 from tiny import tiny_compressor, tiny_tokenizer
 
+from ccm.methods import as_method
 from ccm.serving.api import HttpLimits, create_app
 from ccm.serving.engine import PaddedEngine
 from ccm.serving.keys import Keys
 from ccm.serving.metrics import Metrics
 from ccm.serving.service import Service, Settings
 from ccm.serving.store import Limits, open_store
-from ccm.session import Budget
 
-BUDGET = Budget(slots=2, sink=2, window=16, segment=8)
+SIZES = {"slots": 2, "sink": 2, "window": 16, "segment": 8}
 #: Name of the model that is served.
 MODEL = "LlamaForCausalLM+tiny"
 
@@ -32,8 +32,9 @@ def tiny_service(
     compressor = tiny_compressor(model={"vocab_size": len(tokenizer), "max_position_embeddings": 512})
     opened = open_store(store or f"sqlite://{folder}/memories.db", limits)
     metrics = Metrics()
-    engine = PaddedEngine(compressor, tokenizer, rows=4, waiting=waiting, metrics=metrics)
-    return Service(compressor, tokenizer, opened, Settings("tiny", BUDGET, **settings), engine, metrics)
+    method = as_method(compressor, tokenizer, **SIZES)
+    engine = PaddedEngine(method, tokenizer, rows=4, waiting=waiting, metrics=metrics)
+    return Service(method, tokenizer, opened, Settings("tiny", **settings), engine, metrics)
 
 
 class Running:

@@ -12,7 +12,7 @@ from contextlib import suppress
 import httpx
 import openai
 import pytest
-from serving import BUDGET, MODEL, serving, tiny_service
+from serving import MODEL, SIZES, serving, tiny_service
 from tiny import tiny_compressor, tiny_tokenizer
 
 from ccm import Session
@@ -50,10 +50,7 @@ def alone():
     return Session(
         compressor,
         tokenizer,
-        slots=BUDGET.slots,
-        sink=BUDGET.sink,
-        window=BUDGET.window,
-        segment=BUDGET.segment,
+        **SIZES,
     )
 
 

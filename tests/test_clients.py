@@ -20,12 +20,13 @@ import pytest
 import torch
 from engine_contract import Heard
 from pydantic import BaseModel
-from serving import BUDGET, MODEL, serving, tiny_service
+from serving import MODEL, serving, tiny_service
 from tiny import tiny_tokenizer
 
 from ccm import Compressor
 from ccm.errors import ConfigError
 from ccm.messages import Message, Thought, ToolCall
+from ccm.methods import as_method
 from ccm.serving.engine import Job, PaddedEngine
 from ccm.serving.service import Outcome, Sampling, Settings
 
@@ -659,9 +660,7 @@ def test_a_call_can_be_required(server, client, scripted, llguidance):
         for seed in range(6):
             heard = Heard()
             drawn = replace(sampling, temperature=2.0, seed=seed, max_tokens=400)
-            job = Job(
-                server.service.compressor.empty(), BUDGET, prompt=(5, 6), sampling=drawn, remember=False
-            )
+            job = Job(server.service.method.empty(), prompt=(5, 6), sampling=drawn, remember=False)
             server.service.engine.submit(job, heard)
             call = json.loads(heard.result().text)
             assert set(call) == {"name", "arguments"}
@@ -768,7 +767,7 @@ def test_the_form_waits_for_the_end_of_thoughts(server, llguidance, monkeypatch)
 def test_the_embedded_model_writes_json(embedded, llguidance):
     model, tokenizer = embedded
     compressor = Compressor.from_pretrained(model, "ccm-chat")
-    engine = PaddedEngine(compressor, tokenizer)
+    engine = PaddedEngine(as_method(compressor, tokenizer), tokenizer)
     schema = {
         "type": "object",
         "properties": {
@@ -790,7 +789,7 @@ def test_the_embedded_model_writes_json(embedded, llguidance):
             sampling = Sampling(max_tokens=200, temperature=temperature, seed=seed, schema=json.dumps(schema))
             heard = Heard()
             engine.submit(
-                Job(compressor.empty(), BUDGET, prompt=tuple(prompt), sampling=sampling, remember=False),
+                Job(compressor.empty(), prompt=tuple(prompt), sampling=sampling, remember=False),
                 heard,
             )
             result = heard.result()
@@ -926,7 +925,7 @@ def test_the_server_may_choose_and_a_stop_hurries(tmp_path, monkeypatch):
 
 def test_choices_that_are_none(http):
     with pytest.raises(ConfigError, match="disconnect"):
-        Settings("tiny", None, disconnect="maybe")
+        Settings("tiny", disconnect="maybe")
     answer = http.post(
         "/v1/chat/completions",
         json={"model": MODEL, "messages": user("hi")},

@@ -21,13 +21,14 @@ from ccm import cli, doctor, placement
 from ccm.compressor import Compressor, CompressorConfig
 from ccm.errors import CCMError, ConfigError, MissingPackageError, UnsupportedModelError
 from ccm.memory import Memory
+from ccm.methods import as_method
 from ccm.placement import Loading, place
 from ccm.planning.plan import Load, plan
 from ccm.serving.engine import PaddedEngine
 from ccm.serving.engine.batch import Batch
 from ccm.serving.service import Service, Settings
 from ccm.serving.store import open_store
-from ccm.session import Budget, Session
+from ccm.session import Session
 
 CPU = torch.device("cpu")
 HERE = torch.accelerator.is_available()
@@ -379,13 +380,12 @@ def test_a_session_goes_on_in_another_type(pair, tmp_path):
 
 
 def test_the_server_takes_memories_of_another_type(pair, tmp_path):
-    tokenizer, budget = tiny_tokenizer(), Budget(slots=2, sink=2, window=16, segment=8)
+    tokenizer = tiny_tokenizer()
 
     def serve(compressor: Compressor) -> Service:
         store = open_store(f"sqlite://{tmp_path}/memories.db")
-        return Service(
-            compressor, tokenizer, store, Settings("tiny", budget), PaddedEngine(compressor, tokenizer)
-        )
+        method = as_method(compressor, tokenizer, slots=2, sink=2, window=16, segment=8)
+        return Service(method, tokenizer, store, Settings("tiny"), PaddedEngine(method, tokenizer))
 
     async def run() -> None:
         from ccm.serving.service import Message, Sampling

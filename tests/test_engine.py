@@ -6,10 +6,11 @@ import threading
 
 import pytest
 import torch
-from engine_contract import BUDGET, EngineContract, check_many_at_a_time, compressor_of
+from engine_contract import SIZES, EngineContract, check_many_at_a_time, compressor_of
 from tiny import tiny_tokenizer
 
 from ccm.errors import ConfigError
+from ccm.methods import as_method
 from ccm.serving.engine import Job, PaddedEngine, Result, Sampling
 from ccm.serving.engine.sampling import Sampler
 from ccm.template import template_of
@@ -29,7 +30,11 @@ def compressor():
 class TestPadded(EngineContract):
     @pytest.fixture
     def make(self, compressor, tokenizer):
-        return lambda rows=4, waiting=16: PaddedEngine(compressor, tokenizer, rows=rows, waiting=waiting)
+        def make(rows=4, waiting=16, **sizes):
+            method = as_method(compressor, tokenizer, **SIZES | sizes)
+            return PaddedEngine(method, tokenizer, rows=rows, waiting=waiting)
+
+        return make
 
     def test_a_long_prompt_is_read_in_chunks(self, compressor, tokenizer, engine, monkeypatch):
         monkeypatch.setattr("ccm.serving.engine.padded.CHUNK", 16)
@@ -39,7 +44,7 @@ class TestPadded(EngineContract):
 @pytest.mark.parametrize("family", ["gemma3_text", "gpt_neox"])
 def test_other_families(family, tokenizer):
     compressor = compressor_of(family)
-    engine = PaddedEngine(compressor, tokenizer, rows=4)
+    engine = PaddedEngine(as_method(compressor, tokenizer, **SIZES), tokenizer, rows=4)
     check_many_at_a_time(engine, compressor, tokenizer)
     engine.close()
 
@@ -53,7 +58,7 @@ def test_the_engine_keeps_its_threads_to_itself(compressor, tokenizer):
 
     try:
         torch.set_num_threads(3)
-        engine = PaddedEngine(compressor, tokenizer)
+        engine = PaddedEngine(as_method(compressor, tokenizer), tokenizer)
         torch.set_num_threads(1)
         done = threading.Event()
 
@@ -62,7 +67,7 @@ def test_the_engine_keeps_its_threads_to_itself(compressor, tokenizer):
             if isinstance(event, Result):
                 done.set()
 
-        engine.submit(Job(compressor.empty(), BUDGET, ((5, 6, 7),)), listener)
+        engine.submit(Job(compressor.empty(), ((5, 6, 7),)), listener)
         assert done.wait(60)
         other = threading.Thread(target=note, args=["other"])
         other.start()

@@ -172,7 +172,7 @@ def test_adapters_on_one_model_do_not_meet(adapters: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("none", {"sink": 1}),
+        ("none", {"tokens": 1}),
         ("streaming-llm", {"sink": -1}),
         ("streaming-llm", {"window": -1}),
         ("ccm-merge", {"slots": 0}),

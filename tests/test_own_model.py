@@ -19,10 +19,10 @@ from ccm.compressor import Compressor, CompressorConfig
 from ccm.data.sources import get_source
 from ccm.evaluation.own_data import OwnChats, OwnItems
 from ccm.messages import Message
+from ccm.methods import as_method
 from ccm.serving.engine import PaddedEngine, Sampling
 from ccm.serving.service import Service, Settings
 from ccm.serving.store import open_store
-from ccm.session import Budget
 
 #: A model's shape, and the name of its template in the archive.
 MODELS = {
@@ -79,7 +79,7 @@ def test_chat(loaded):
 def test_serve(loaded, tmp_path):
     """What the engine gets, from the first request on, is the whole dialogue; with two clients' ways to send it."""
     compressor, tokenizer = loaded
-    budget = Budget(slots=2, sink=4, window=512, segment=64)
+    method = as_method(compressor, tokenizer, slots=2, sink=4, window=512, segment=64)
     taken: list[int] = []
     seen: list[list[int]] = []
 
@@ -99,11 +99,11 @@ def test_serve(loaded, tmp_path):
             return super().submit(replace(job, remember=kept), listener)
 
     service = Service(
-        compressor,
+        method,
         tokenizer,
         open_store(f"sqlite://{tmp_path}/m.db"),
-        Settings("tiny", budget),
-        Watched(compressor, tokenizer, rows=2),
+        Settings("tiny"),
+        Watched(method, tokenizer, rows=2),
     )
 
     async def run() -> None:

@@ -19,10 +19,10 @@ import ccm
 from ccm import cli
 from ccm.compressor import Compressor
 from ccm.errors import ConfigError
+from ccm.methods import as_method
 from ccm.serving.keys import Keys
 from ccm.serving.service import Message, Sampling, Service, Settings
 from ccm.serving.store import open_store
-from ccm.session import Session
 
 pytestmark = pytest.mark.timeout(1200)  # replicas start slowly on a machine that is busy
 EXAMPLE = Path(__file__).parent.parent / "examples" / "ray-serve.yaml"
@@ -52,8 +52,13 @@ def alone(folder: Path, path: Path, questions: list[str], max_tokens: int) -> li
     """The answers of one process that has the conversation to itself."""
     model, tokenizer = ccm.load_model(str(folder / "model"))
     compressor = Compressor.from_pretrained(model, str(folder / "tiny"))
-    settings = Settings("tiny", Session(compressor, tokenizer, **SIZES).budget)
-    service = Service(compressor, tokenizer, open_store(f"sqlite://{path}/alone.db"), settings)
+    settings = Settings("tiny")
+    service = Service(
+        as_method(compressor, tokenizer, **SIZES),
+        tokenizer,
+        open_store(f"sqlite://{path}/alone.db"),
+        settings,
+    )
 
     async def play() -> list[str]:
         answers = []

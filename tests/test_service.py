@@ -13,13 +13,13 @@ from ccm import Session
 from ccm.errors import ConfigError, MemoryFileError, MismatchError, StorageError
 from ccm.memory import KV
 from ccm.messages import Message
+from ccm.methods import as_method
 from ccm.serving.engine import EngineError, OverloadedError, PaddedEngine
 from ccm.serving.service import BusyError, Sampling, Service, Settings
 from ccm.serving.store import ConflictError, Limits, NotFoundError, QuotaError, open_store
-from ccm.session import Budget
 from ccm.storage import memory_file
 
-BUDGET = Budget(slots=2, sink=2, window=16, segment=8)
+SIZES = {"slots": 2, "sink": 2, "window": 16, "segment": 8}
 GREEDY = Sampling(max_tokens=10, temperature=0)
 WORDS = ["red", "green", "blue", "seven", "eight", "nine", "cats", "dogs", "birds", "sun", "moon", "rain"]
 
@@ -41,8 +41,9 @@ def make(compressor, tokenizer, tmp_path):
 
     def service(limits=None, compressor=compressor, rows=4, **settings):
         store = open_store(f"sqlite://{tmp_path}/memories.db", limits)
-        engine = PaddedEngine(compressor, tokenizer, rows=rows)
-        made.append(Service(compressor, tokenizer, store, Settings("tiny", BUDGET, **settings), engine))
+        method = as_method(compressor, tokenizer, **SIZES)
+        engine = PaddedEngine(method, tokenizer, rows=rows)
+        made.append(Service(method, tokenizer, store, Settings("tiny", **settings), engine))
         return made[-1]
 
     yield service
@@ -141,7 +142,7 @@ def test_the_reach_and_its_end_are_told(make, tokenizer, caplog):
         stats = outcome.stats
         assert stats["tokens_seen"] > 750 and stats["tokens_merged"] > 0
         assert stats["reach"] == stats["tokens_seen"] - stats["tokens_merged"]
-        assert abs(stats["reach"] - stats["reach_when_full"]) < 2 * BUDGET.window
+        assert abs(stats["reach"] - stats["reach_when_full"]) < 2 * SIZES["window"]
     assert view.stats == answers[-1].stats
     said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(said) == 1 and "is merged from here on" in said[0]

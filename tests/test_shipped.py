@@ -103,9 +103,9 @@ def test_a_chat_recalls_what_was_folded(embedded) -> None:
     assert session.stats()["tokens_folded"] > 0
     answer = render(tokenizer, "assistant", "Biscuit loves the lake, he is such a good dog.")
     with_memory, n = turn_nll(
-        session.compressor.logits([list(answer.ids)], session.memory)[0], answer.ids, answer.content
+        session.method.reader.logits([list(answer.ids)], session.memory)[0], answer.ids, answer.content
     )
-    without, _ = turn_nll(session.compressor.logits([list(answer.ids)])[0], answer.ids, answer.content)
+    without, _ = turn_nll(session.method.reader.logits([list(answer.ids)])[0], answer.ids, answer.content)
     assert with_memory / n < without / n - 0.3
 
 

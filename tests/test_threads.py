@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from engine_contract import SIZES as TURN_SIZES
 from engine_contract import TEXTS, run, turn
 from tiny import history, random_rows, tiny_compressor, tiny_tokenizer
 from torch import nn
@@ -22,6 +23,7 @@ from ccm import gate
 from ccm.attention import PLAN
 from ccm.compressor import Compressor
 from ccm.memory import Memory
+from ccm.methods import as_method
 from ccm.serving.engine import PaddedEngine
 from ccm.session import Session
 from ccm.threads import PerThread
@@ -313,7 +315,7 @@ def test_the_pool_sees_a_gate_for_all_threads(monkeypatch):
 def test_sessions_beside_a_running_engine():
     """The server's thread, and others that use its compressor for themselves."""
     compressor = compressor_of("mistral")
-    engine = PaddedEngine(compressor, TOKENIZER, rows=4)
+    engine = PaddedEngine(as_method(compressor, TOKENIZER, **TURN_SIZES), TOKENIZER, rows=4)
     jobs = [turn(TOKENIZER, compressor.empty(), text) for text in TEXTS[:4]]
     try:
         alone = [run(engine, [job])[0][0] for job in jobs]

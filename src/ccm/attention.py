@@ -54,11 +54,13 @@ class Plan(ABC):
         adapter: name of the conditional adapter that is open.
         gate: where the tokens with the adapter are (COMP tokens, in general), or None when the pass has none.
         stop_at: layer after whose keys and values the pass ends; -1 runs it to its end.
+        queries: filled with the rotated queries (B, Hq, Q, D) of each layer, for who asks for them.
     """
 
     adapter: str
     gate: Places | None
     stop_at: int = field(default=-1, kw_only=True)
+    queries: dict[int, Tensor] | None = field(default=None, kw_only=True)
     _elsewhere: dict[torch.device, Any] = field(default_factory=dict, kw_only=True)
 
     @property
@@ -308,6 +310,8 @@ def _wrap(
         run = backend(module)
         if ccm_plan is None:
             return run(module, query, key, value, attention_mask, **kwargs)
+        if ccm_plan.queries is not None:
+            ccm_plan.queries[int(module.layer_idx)] = query
         if module.layer_idx == ccm_plan.stop_at:
             raise StatesDone
         ccm_plan = ccm_plan.on(query.device)

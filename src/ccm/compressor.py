@@ -34,11 +34,12 @@ from .head import run_head
 from .kinds import KINDS
 from .memory import KV, Memory, Row
 from .pooling import Pooling
-from .reader import Ids, Reader, model_fingerprint
+from .reader import Ids, Reader, mismatch, model_fingerprint
 from .rules import get_rule
 from .segments import Layout, lay_out
 from .storage import adapter_folder, base_stage
 from .twin import text_config
+from .window import joined, overflow
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +121,7 @@ class Compressor(Reader):
             comp = 0 if self.kind.pooled else self.config.slots
             noise = torch.randn(comp, table.shape[1]).to(table.device)
             self.comp_embeddings = nn.Parameter(table.mean(0) + table.std(0) * noise)
-        self.pooling = Pooling(*self._kv_shape()[:2]).to(model.device) if self.kind.pooled else None
+        self.pooling = Pooling(*self.kv_shape()[:2]).to(model.device) if self.kind.pooled else None
         self._print: tuple[Any, str] | None = None
         ends = model.generation_config.eos_token_id
         known = (text_config(model.config).bos_token_id, *(ends if isinstance(ends, list) else [ends]))
@@ -166,8 +167,8 @@ class Compressor(Reader):
         layout = lay_out(
             segments, rule=self.rule, comp_positions=self.config.comp_positions, kind=self.kind, **chosen
         )
-        self._check_length(int(layout.rope_position.max()) + 1)
-        self._check_ids(layout.input_ids)
+        self.check_length(int(layout.rope_position.max()) + 1)
+        self.check_ids(layout.input_ids)
         return layout.to(self.model.device)
 
     def hidden(self, layout: Layout) -> Tensor:
@@ -243,12 +244,11 @@ class Compressor(Reader):
         # what is folded at once needs no raw keys, but for those that stay as the sink
         new = self._run(memory, ids, mask, n if at_once else 0, keep=sink if at_once else None)
         rows = [
-            replace(row, window=KV.cat((row.window, raw)), segments=(*row.segments, length))
-            for row, (raw, _), length in zip(memory.rows, new, lengths, strict=True)
+            joined(row, raw, length) for row, (raw, _), length in zip(memory.rows, new, lengths, strict=True)
         ]
         if at_once:
             rows = [self._fold(row, block, sink) for row, (_, block) in zip(rows, new, strict=True)]
-        while full := [r for r, row in enumerate(rows) if row.window.length > window]:
+        while full := [r for r, row in enumerate(rows) if overflow(row.segments, window)]:
             oldest = [replace(rows[r], window=rows[r].window.slice(0, rows[r].segments[0])) for r in full]
             none = ids.new_empty(len(full), 0)
             new = self._run(replace(memory, rows=tuple(oldest)), none, none.bool(), n)
@@ -343,6 +343,12 @@ class Compressor(Reader):
                 sha.update(parameter.detach().float().cpu().numpy().tobytes())
             self._print = (version, f"{model_fingerprint(self.model)}-{sha.hexdigest()[:16]}")
         return self._print[1]
+
+    def check(self, memory: Memory, batch: int | None = None) -> None:
+        """Raises MismatchError unless this model and adapter made the memory, ConfigError on a wrong batch size."""
+        if memory.fingerprint != self.fingerprint():
+            raise mismatch(memory.fingerprint, self.fingerprint())
+        super().check(memory, batch)
 
     def save_pretrained(self, folder: str | os.PathLike[str], dtype: torch.dtype = torch.bfloat16) -> None:
         """Write a PEFT adapter folder with ``comp_embeddings.safetensors`` and ``ccm_config.json`` beside it.

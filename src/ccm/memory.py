@@ -32,6 +32,11 @@ class KV(NamedTuple):
     def slice(self, start: int, stop: int | None = None) -> KV:
         return KV(self.keys[:, :, start:stop].clone(), self.values[:, :, start:stop].clone())
 
+    def take(self, index: Tensor) -> KV:
+        """Entries by index (L, H, n): every layer and head has its own choice."""
+        keys, values = (part.take_along_dim(index.unsqueeze(-1), dim=2) for part in self)
+        return KV(keys, values)
+
     def to(self, *args: Any) -> KV:
         keys, values = self.keys.to(*args), self.values.to(*args)
         return self if keys is self.keys and values is self.values else KV(keys, values)
@@ -58,6 +63,7 @@ class Row:
         merged_segments: these segments.
         recent: token counts of the segments that have slots of their own, oldest first; empty with a rule that gives
             every segment its own.
+        notes: what a method remembers beside keys and values: token ids, or numbers of blocks.
     """
 
     sink: KV
@@ -70,6 +76,7 @@ class Row:
     merged: int = 0
     merged_segments: int = 0
     recent: tuple[int, ...] = ()
+    notes: tuple[int, ...] = ()
 
     @property
     def reach(self) -> int:

@@ -110,6 +110,36 @@ class Reader(nn.Module):
         ids, mask, _, memory = self._prepare(input_ids, memory, attention_mask)
         return [raw for raw, _ in self._step(memory, ids, mask, None)]
 
+    @torch.no_grad()
+    def watch(
+        self,
+        input_ids: Ids,
+        memory: Memory | None = None,
+        attention_mask: Tensor | None = None,
+        newest: int = -1,
+    ) -> list[tuple[KV, Tensor]]:
+        """As :meth:`read`, with the queries of the newest tokens; -1: of all.
+
+        Returns:
+            per row position-free keys and values (L, H, T, D), and position-free queries (L, Hq, w, D) in fp32.
+        """
+        ids, mask, _, memory = self._prepare(input_ids, memory, attention_mask)
+        seen: dict[int, Tensor] = {}
+        texts = self._step(memory, ids, mask, None, queries=seen)
+        start = torch.tensor([row.length for row in memory.rows], device=ids.device)
+        result = []
+        for r, (text, _) in enumerate(texts):
+            first = 0 if newest < 0 else max(0, text.length - newest)
+            queries = torch.stack(
+                [
+                    seen[i][r, :, seen[i].shape[2] - text.length + first :].to(ids.device)
+                    for i in range(len(seen))
+                ]
+            )
+            at = start[r] + torch.arange(first, text.length, device=ids.device)
+            result.append((text, unrotate(queries, *self.rotary.stacked(at))))
+        return result
+
     @contextmanager
     def reading_ahead(self) -> Iterator[None]:
         """Within it, tokens whose logits were the last to be asked for do not run again when they are then read.
@@ -152,14 +182,14 @@ class Reader(nn.Module):
 
     def empty(self, batch: int = 1) -> Memory:
         """The memory of ``batch`` conversations before anything was said."""
-        layers, heads, size = self._kv_shape()
+        layers, heads, size = self.kv_shape()
         none = torch.empty(layers, heads, 0, size, device=self.model.device)
         raw = KV(none, none).to(self.model.dtype)
         return Memory((Row(sink=raw, slots=KV(none, none), window=raw),) * batch, self.fingerprint())
 
     def kv_bytes_per_token(self) -> int:
         """Bytes of keys and values that one token of full context takes in this model."""
-        return 2 * math.prod(self._kv_shape()) * self.model.dtype.itemsize
+        return 2 * math.prod(self.kv_shape()) * self.model.dtype.itemsize
 
     @property
     def body(self) -> nn.Module:
@@ -171,7 +201,7 @@ class Reader(nn.Module):
         """Most positions of the model."""
         return self.family.context
 
-    def _kv_shape(self) -> tuple[int, int, int]:
+    def kv_shape(self) -> tuple[int, int, int]:
         """Layers, KV heads and their size."""
         return kv_shape(self.model.config)
 
@@ -180,12 +210,12 @@ class Reader(nn.Module):
         return f"{model_fingerprint(self.model)}-none"
 
     def check(self, memory: Memory, batch: int | None = None) -> None:
-        """Raises MismatchError unless this model and adapter made the memory, ConfigError on a wrong batch size."""
-        if memory.fingerprint != self.fingerprint():
-            raise MismatchError(
-                f"the memory was made by model-adapter {memory.fingerprint}, this is {self.fingerprint()}; "
-                "load the model and the adapter that made it, or start a new memory"
-            )
+        """Raises MismatchError if another model made the memory, ConfigError on a wrong batch size.
+
+        What made it on this model, an adapter or a method, is of no importance to who reads it.
+        """
+        if memory.fingerprint.partition("-")[0] != model_fingerprint(self.model):
+            raise mismatch(memory.fingerprint, self.fingerprint())
         if batch is not None and len(memory) != batch:
             raise ConfigError(f"got {batch} rows of tokens for a memory of {len(memory)} conversations")
 
@@ -200,20 +230,21 @@ class Reader(nn.Module):
         at: Tensor | None = None,
         keep: int | None = None,
         gate: slice | None = None,
+        queries: dict[int, Tensor] | None = None,
     ) -> list[tuple[KV, KV]]:
         """Run left-padded text (B, T), then embeddings (n, d) or (B, n, d), over the memory; the adapter acts on the
-        columns of ``gate``.
+        columns of ``gate``; ``queries`` is filled as :class:`ccm.attention.Plan` says.
 
         Returns:
             per row the position-free KV of its text (of the first ``keep`` tokens), in the model's dtype, and of
             its COMP tokens, in fp32.
         """
         n = 0 if comp is None else comp.shape[-2]
-        plain, last = comp is None and gate is None, self._ahead.last
+        plain, last = comp is None and gate is None and queries is None, self._ahead.last
         if plain and last is not None and last.is_of(memory, ids, mask):
             cache, positions = last.cache, last.positions
         else:
-            cache, positions = self._pass(memory, ids, mask, comp, at, gate)
+            cache, positions = self._pass(memory, ids, mask, comp, at, gate, queries)
         result = []
         for r in range(len(ids)):
             text = mask[r].nonzero().squeeze(1)[:keep]
@@ -238,12 +269,14 @@ class Reader(nn.Module):
         comp: Tensor | None,
         at: Tensor | None,
         gate: slice | None,
+        queries: dict[int, Tensor] | None,
     ) -> tuple[DynamicCache, Tensor]:
         """One forward pass for its keys and values: the cache, and the positions (B, T + n) of what ran."""
         cache, call = self._over(memory, ids, mask, 0 if comp is None else comp.shape[-2], at, gate)
         embeds = self.model.get_input_embeddings()(ids)
         if comp is not None:
             embeds = torch.cat([embeds, comp.to(embeds.dtype).expand(len(ids), -1, -1)], dim=1)
+        call[attention.PLAN].queries = queries
         if not torch.is_grad_enabled():  # what the last layer puts out is of no use here
             call[attention.PLAN].stop_at = len(self.family.attention) - 1
         with suppress(attention.StatesDone):
@@ -301,7 +334,7 @@ class Reader(nn.Module):
             raise ConfigError(
                 f"input_ids: got shape {tuple(ids.shape)} of {ids.dtype}, expected (B, T) integers, T at least 1"
             )
-        self._check_ids(ids)
+        self.check_ids(ids)
         mask = torch.ones_like(ids) if attention_mask is None else attention_mask.to(ids.device)
         if mask.shape != ids.shape or not bool(mask.any(1).all()):
             raise ConfigError(
@@ -314,7 +347,7 @@ class Reader(nn.Module):
         order = mask.bool().long().argsort(dim=1, stable=True)
         return ids.gather(1, order), mask.bool().gather(1, order), order, memory
 
-    def _check_ids(self, ids: Tensor) -> None:
+    def check_ids(self, ids: Tensor) -> None:
         words = self.model.get_input_embeddings().weight.shape[0]
         if int(ids.min()) < 0 or int(ids.max()) >= words:
             raise ConfigError(
@@ -322,7 +355,7 @@ class Reader(nn.Module):
                 "use the tokenizer of this model"
             )
 
-    def _check_length(
+    def check_length(
         self, length: int, advice: str = "split the text into shorter segments and fold them one by one"
     ) -> None:
         if length > self.context:
@@ -337,12 +370,20 @@ class Reader(nn.Module):
         """
         held, length = memory.length, memory.length + text + new
         if fewer and held + text < self.context:
-            self._check_length(length, f"{fewer}: {self.context - held - text} fit")
+            self.check_length(length, f"{fewer}: {self.context - held - text} fit")
         elif held:
             full = f"the memory has {held} of them: give shorter segments, begin a new memory, or let a rule merge"
-            self._check_length(length, f"{full} (mean, bounded)")
+            self.check_length(length, f"{full} (mean, bounded)")
         else:
-            self._check_length(length)
+            self.check_length(length)
+
+
+def mismatch(got: str, expected: str) -> MismatchError:
+    """Of a memory's fingerprint."""
+    return MismatchError(
+        f"the memory was made by model-adapter {got}, this is {expected}; "
+        "load the model and the adapter or method that made it, or start a new memory"
+    )
 
 
 def kv_shape(config: Any) -> tuple[int, int, int]:

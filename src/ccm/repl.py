@@ -124,7 +124,7 @@ class Repl:
 
     def _load(self, file: str) -> None:
         old = self.session
-        self.sessions[self.current] = Session.load(_wanted(file, "/load FILE"), old.compressor, old.tokenizer)
+        self.sessions[self.current] = Session.load(_wanted(file, "/load FILE"), old.method, old.tokenizer)
         self._say(f"loaded {file}, {self.session.turns} turns")
 
     def _fork(self, name: str) -> None:

@@ -28,6 +28,7 @@ from .errors import ConfigError
 from .kinds import KINDS, Kind
 from .pooling import bounds
 from .rules import Rule
+from .window import overflow
 
 
 @dataclass(frozen=True)
@@ -90,13 +91,9 @@ def folded_before(lengths: Sequence[int], window: int) -> list[int]:
 
     The recent window keeps the newest whole segments whose tokens sum to at most ``window``.
     """
-    folded, start, raw = [], 0, 0
-    for index, length in enumerate(lengths):
-        folded.append(start)
-        raw += length
-        while start <= index and raw > window:
-            raw -= lengths[start]
-            start += 1
+    folded = [0]
+    for index in range(1, len(lengths)):
+        folded.append(folded[-1] + overflow(lengths[folded[-1] : index], window))
     return folded
 
 

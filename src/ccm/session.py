@@ -12,7 +12,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from .dialogue import Dialogue, Dialogues, Step
 from .errors import ConfigError, MemoryFileError
 from .memory import Memory
 from .messages import Message
+from .methods import Method, as_method
 from .template import answer_ends, template_of
 from .writer import Writer
 
@@ -30,55 +31,21 @@ log = logging.getLogger(__name__)
 
 #: The budget for chats: the newest turns raw, the first tokens as attention sink, slots for all the rest.
 CHAT = {"sink": 4, "window": 64}
-#: Longest segment folded at once, in tokens.
-LONGEST = 128
 #: Positions left free behind an answer that fills the context: for what the template ends it with.
 BEHIND = 16
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What one conversation may keep.
-
-    Attributes:
-        slots: slots per segment (the first k of the adapter's n).
-        sink: first raw tokens that stay.
-        window: newest raw tokens that stay.
-        segment: longest segment folded at once; longer turns are cut into several.
-    """
-
-    slots: int
-    sink: int
-    window: int
-    segment: int
-
-    def __post_init__(self) -> None:
-        for name, least in (("slots", 1), ("sink", 0), ("window", 0), ("segment", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"budget {name}: got {getattr(self, name)}, expected at least {least}")
-
-    def sizes(self, answered: bool = False) -> dict[str, int]:
-        """For :meth:`ccm.Compressor.compress`. A segment that is answered next stays raw beside the window: what it
-        pushes out is folded behind the answer, so that nobody waits for that."""
-        room = self.segment if answered else 0
-        return {"slots": self.slots, "sink": self.sink, "window": self.window + room}
-
-
-def segment_for(window: int) -> int:
-    """Longest segment by default: a long turn must not push the whole window out at once."""
-    return min(LONGEST, max(16, window // 2)) if window else LONGEST
 
 
 class Session:
     """One conversation with a compressed memory.
 
     Args:
-        compressor: holds the model and the adapter; shared by any number of sessions, on any number of threads.
+        memory: how the conversation is kept: a compressor, or a method that is bound to a model. Any number of
+            sessions share it, on any number of threads.
         tokenizer: of the model.
-        slots, sink, window: the budget; by default the adapter's own. :data:`CHAT` is a good one for chats.
-        segment: longest segment folded at once; by default half the window, or 128 tokens without one.
         tools: that the model may call, in the form of chat templates:
             ``{"type": "function", "function": {"name": …, "parameters": …}}``.
+        options: of the method, in place of its own: a compressor has slots, sink, window and segment (the longest
+            text folded at once). :data:`CHAT` is a good budget for chats.
 
     Attributes:
         last: the newest answer, with its thoughts and the calls of tools that it asks for.
@@ -91,29 +58,15 @@ class Session:
 
     def __init__(
         self,
-        compressor: Compressor,
+        memory: Method | Compressor,
         tokenizer: Any,
         *,
-        slots: int | None = None,
-        sink: int | None = None,
-        window: int | None = None,
-        segment: int | None = None,
         tools: Sequence[dict[str, Any]] = (),
+        **options: int | None,
     ):
-        config = compressor.config
-        window = config.window if window is None else window
-        segment = segment_for(window) if segment is None else segment
-        self.compressor, self.tokenizer = compressor, tokenizer
-        self.budget = Budget(
-            config.slots if slots is None else slots,
-            config.sink if sink is None else sink,
-            window,
-            segment,
-        )
-        if self.budget.slots > config.slots:
-            raise ConfigError(f"budget slots: got {self.budget.slots}, the adapter has {config.slots}")
-        compressor.know(tokenizer)
-        self.memory: Memory = compressor.empty()
+        chosen = {name: value for name, value in options.items() if value is not None}
+        self.method, self.tokenizer = as_method(memory, tokenizer, **chosen), tokenizer
+        self.memory: Memory = self.method.empty()
         self.turns = 0
         self.last: Answer | None = None
         self.template = template_of(tokenizer)
@@ -182,7 +135,7 @@ class Session:
 
     def _written(self, head: list[int], streamer: Any, generate_kwargs: dict[str, Any]) -> Answer:
         """An answer behind its head."""
-        ends, texts = answer_ends(self.tokenizer, self.compressor.model)
+        ends, texts = answer_ends(self.tokenizer, self.method.reader.model)
         reader = AnswerReader(self.template, tuple(head), bool(self.dialogue.tools))
         written = _Written(Writer(self.template.decode, texts), reader, ends, streamer)
         options: dict[str, Any] = {
@@ -196,9 +149,8 @@ class Session:
             options["stopping_criteria"] = [*options.get("stopping_criteria", ()), written.stops]
         options["return_dict_in_generate"] = False
         beams = options.get("num_beams") or 1  # a streamer cannot follow several
-        out = self.compressor.generate(
-            [head], self.memory, streamer=None if beams > 1 else written, **options
-        )
+        memory = self.method.recall(self.memory)
+        out = self.method.reader.generate([head], memory, streamer=None if beams > 1 else written, **options)
         if beams > 1:
             for token in out[0, len(head) :].tolist():
                 written.add(token)
@@ -217,7 +169,7 @@ class Session:
             memory = self._folded(memory, step.final)
         before: Memory | None = memory if step.final is not None else self._before
         memory = self._folded(memory, step.ids, answered)
-        say_losses(self.memory, memory, self.compressor)
+        say_losses(self.memory, memory, self.method)
         self.memory, self.dialogue = memory, step.dialogue
         # a second memory is kept only where the template may still change what stands behind it
         if not step.dialogue.open:
@@ -228,17 +180,17 @@ class Session:
 
     def _folded(self, memory: Memory, ids: tuple[int, ...], answered: bool = False) -> Memory:
         """The memory with these tokens, a segment at a time."""
-        budget = self.budget
-        for start in range(0, len(ids), budget.segment):
-            last = start + budget.segment >= len(ids)
-            part = torch.tensor([ids[start : start + budget.segment]])
-            memory = self.compressor.compress(part, memory, **budget.sizes(answered and last))
+        longest = self.method.longest
+        for start in range(0, len(ids), longest):
+            last = start + longest >= len(ids)
+            part = [ids[start : start + longest]]
+            memory = self.method.fold(memory, part, answered=answered and last)
         return memory
 
     def _fitting(self, wanted: int, head: int) -> int:
         """So many new tokens, or those for which there is room beside the memory and the head of the answer."""
-        held, context = self.memory.length, self.compressor.context
-        room = context - held - head - BEHIND - self.budget.slots
+        held, context = self.method.recall(self.memory).length, self.method.reader.context
+        room = context - held - head - BEHIND - self.method.behind
         if room < 1:
             raise ConfigError(
                 f"the memory of {held} positions leaves no room for an answer in the model's context of {context}: "
@@ -257,20 +209,20 @@ class Session:
 
     def stats(self) -> dict[str, int]:
         """What is held, what it stands for, and what full context would hold. Bytes are measured."""
-        return {"turns": self.turns, **counters(self.memory, self.compressor, self.budget)}
+        return {"turns": self.turns, **counters(self.memory, self.method)}
 
     # ------------------------------------------------------------------ copies and files
 
     def fork(self) -> Session:
         """An independent copy: what one is told, the other does not know."""
-        twin = Session(self.compressor, self.tokenizer, **asdict(self.budget))
+        twin = Session(self.method, self.tokenizer)
         twin.memory, twin.turns, twin.last = self.memory, self.turns, self.last
         twin.dialogue, twin._before = self.dialogue, self._before
         return twin
 
     def reset(self) -> None:
         """Forget everything."""
-        self.memory, self.turns, self.last = self.compressor.empty(), 0, None
+        self.memory, self.turns, self.last = self.method.empty(), 0, None
         self.dialogue, self._before = self.dialogues.begin(self.dialogue.tools), self.memory
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -279,45 +231,42 @@ class Session:
         Raises:
             StorageError: it cannot be written; an older file is intact.
         """
-        state = {"budget": asdict(self.budget), "turns": self.turns, "dialogue": self.dialogue.as_dict()}
+        state = {"budget": self.method.sizes(), "turns": self.turns, "dialogue": self.dialogue.as_dict()}
         self.memory.save(path, {"session": json.dumps(state)})
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], compressor: Compressor, tokenizer: Any) -> Session:
+    def load(cls, path: str | os.PathLike[str], method: Method | Compressor, tokenizer: Any) -> Session:
         """Continue a saved session where it was. An exchange that was open stays as it was taken in, also where the
         template would write it anew (docs/templates.md).
 
         Raises:
             MemoryFileError: missing, damaged, or a memory without a session.
-            MismatchError: made by another model or adapter.
+            MismatchError: made by another model, adapter or method.
         """
         memory, metadata = Memory.load(path)
-        compressor.check(memory, 1)
+        method.check(memory, 1)
         try:
             state = json.loads(metadata["session"])
-            session = cls(compressor, tokenizer, **state["budget"])
+            session = cls(method, tokenizer, **state["budget"])
             session.turns = state["turns"]
             session.dialogue = resumed(session.dialogues, state, memory)
         except (KeyError, TypeError, ValueError) as error:
             raise MemoryFileError(f"{path} holds a memory but no session ({error})") from error
-        session.memory = memory.to(compressor.model.device, compressor.model.dtype)
+        model = session.method.reader.model
+        session.memory = memory.to(model.device, model.dtype)
         session._before = None
         return session
 
 
-def counters(memory: Memory, compressor: Compressor, budget: Budget) -> dict[str, int]:
+def counters(memory: Memory, method: Method) -> dict[str, int]:
     """What the memory of one conversation holds and stands for, and what full context would hold.
 
     ``reach`` is how many of the newest tokens are still told apart. ``reach_when_full`` is what it comes to once old
     segments are merged or dropped, or the model's context is full: with segments as long as those so far, or, before
     the first one, as long as they may be.
     """
-    row = compressor.counted(memory.rows[0])
+    row = method.counted(memory.rows[0])
     seen = row.tokens + row.window.length
-    room = max(0, (compressor.context - budget.sink - budget.window - budget.segment) // budget.slots)
-    blocks = compressor.rule.blocks
-    apart = room if blocks is None else min(room, compressor.rule.apart(blocks + 1))
-    each = row.tokens / row.steps if row.steps else budget.segment
     return {
         "sink": row.sink.length,
         "slots": row.slots.length,
@@ -328,9 +277,9 @@ def counters(memory: Memory, compressor: Compressor, budget: Budget) -> dict[str
         "tokens_merged": row.merged,
         "segments_merged": row.merged_segments,
         "reach": row.reach,
-        "reach_when_full": round(apart * each) + budget.window,
+        "reach_when_full": method.apart(row),
         "nbytes": memory.nbytes,
-        "full_context_nbytes": seen * compressor.kv_bytes_per_token(),
+        "full_context_nbytes": seen * method.reader.kv_bytes_per_token(),
     }
 
 
@@ -348,23 +297,10 @@ def _about(count: int) -> str:
     return f"~{round(count, -digits):,}"
 
 
-def say_losses(before: Memory, after: Memory, compressor: Compressor) -> None:
-    """Warn of what one turn has dropped, and once of a bounded memory that begins to merge."""
-    old, row = (compressor.counted(memory.rows[0]) for memory in (before, after))
-    if row.dropped > old.dropped:
-        log.warning(
-            "the memory is full: %d tokens of the oldest text were dropped, not folded (%d in all); "
-            "use rule 'mean', or 'bounded' with overflow='merge', to keep a trace of them",
-            row.dropped - old.dropped,
-            row.dropped,
-        )
-    # a rule that merges all there is, by design, says nothing
-    if row.merged and not old.merged and (compressor.rule.blocks or 0) > 1:
-        log.warning(
-            "the memory is full: what is older than the newest %d tokens is merged from here on, and facts in it "
-            "blur; a rule with more blocks reaches further (rule_options)",
-            row.reach,
-        )
+def say_losses(before: Memory, after: Memory, method: Method) -> None:
+    """Warn of what one turn has lost, if the method has a word for it."""
+    if lost := method.losses(before.rows[0], after.rows[0]):
+        log.warning("%s", lost)
 
 
 def resumed(dialogues: Dialogues, state: Mapping[str, Any], memory: Memory) -> Dialogue:

@@ -17,6 +17,7 @@ from servers import redis_server
 from vllm_servers import PYTHON, kv_transfer, serving
 
 from ccm.errors import ConfigError
+from ccm.methods import as_method
 from ccm.serving.engine import EngineError
 from ccm.serving.store import Limits, Snapshot, codec, open_store
 from ccm.serving.vllm.client import Call, VllmServer
@@ -232,16 +233,16 @@ def test_vllm_without_the_connector_is_found_out(compressor, tokenizer, folder, 
         serving(folder, tmp_path / "log", "--max-model-len", str(CONTEXT)) as vllm,
         pytest.raises(ConfigError, match="answers without the memory"),
     ):
-        VllmEngine(compressor, tokenizer, VllmServer(vllm.url), open_store(url))
+        VllmEngine(as_method(compressor), tokenizer, VllmServer(vllm.url), open_store(url))
 
 
 def test_another_store_or_model_is_found_out(compressor, tokenizer, vllm, url, tmp_path):
     elsewhere = open_store(f"sqlite://{tmp_path}/other.db", Limits(ttl=60))
     with pytest.raises(ConfigError, match="cannot load a memory of this server"):
-        VllmEngine(compressor, tokenizer, VllmServer(vllm.url), elsewhere)
+        VllmEngine(as_method(compressor), tokenizer, VllmServer(vllm.url), elsewhere)
     other = compressor_of(model={"head_dim": 32, "hidden_size": 64})
     with pytest.raises(ConfigError, match="cannot load a memory of this server"):
-        VllmEngine(other, tokenizer, VllmServer(vllm.url), open_store(url))
+        VllmEngine(as_method(other), tokenizer, VllmServer(vllm.url), open_store(url))
 
 
 def test_settings_that_it_cannot_work_with():

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from engine_contract import BUDGET, CONTEXT, Heard, run, turn
+from engine_contract import CONTEXT, SIZES, Heard, run, turn
 from vllm_servers import free_port, kv_transfer, start
 
 from ccm import Session
+from ccm.methods import as_method
 from ccm.serving.engine import EngineError, PaddedEngine, Sampling
 from ccm.serving.store import open_store
 from ccm.serving.vllm.client import VllmServer
@@ -21,15 +22,16 @@ def session(compressor, tokenizer):
 
 
 def say(engine, tokenizer, memory, text):
-    (result,), _ = run(engine, [turn(tokenizer, memory, text, budget=BUDGET)])
+    (result,), _ = run(engine, [turn(tokenizer, memory, text)])
     return result
 
 
 def test_between_engines_in_mid_course(compressor, tokenizer, session, vllm, url):
     """Turn by turn on another engine: every answer is the one of a session that never moved."""
+    method = as_method(compressor, tokenizer, **SIZES)
     engines = [
-        PaddedEngine(compressor, tokenizer),
-        VllmEngine(compressor, tokenizer, VllmServer(vllm.url), open_store(url)),
+        PaddedEngine(method, tokenizer),
+        VllmEngine(method, tokenizer, VllmServer(vllm.url), open_store(url)),
     ]
     memory = compressor.empty()
     for i, text in enumerate(SAID):
@@ -47,7 +49,8 @@ def test_vllm_killed_and_started_again(compressor, tokenizer, session, folder, u
     vllm = start(folder, tmp_path / "first", *options, port=port, kv=kv_transfer(url))
     try:
         vllm.wait()
-        engine = VllmEngine(compressor, tokenizer, VllmServer(vllm.url), open_store(url))
+        method = as_method(compressor, tokenizer, **SIZES)
+        engine = VllmEngine(method, tokenizer, VllmServer(vllm.url), open_store(url))
         memory = compressor.empty()
         for text in SAID[:3]:
             memory = say(engine, tokenizer, memory, text).memory

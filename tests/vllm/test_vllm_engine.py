@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from engine_contract import EngineContract
+from engine_contract import SIZES, EngineContract
 
+from ccm.methods import as_method
 from ccm.serving.store import Limits, open_store
 from ccm.serving.vllm.client import VllmServer
 from ccm.serving.vllm.engine import VllmEngine
@@ -12,9 +13,10 @@ from ccm.serving.vllm.engine import VllmEngine
 
 @pytest.fixture
 def make(compressor, tokenizer, vllm, url):
-    def make(rows=4, waiting=16):
+    def make(rows=4, waiting=16, **sizes):
         store = open_store(url, Limits(ttl=3600))
-        return VllmEngine(compressor, tokenizer, VllmServer(vllm.url), store, rows=rows, waiting=waiting)
+        method = as_method(compressor, tokenizer, **SIZES | sizes)
+        return VllmEngine(method, tokenizer, VllmServer(vllm.url), store, rows=rows, waiting=waiting)
 
     return make
 

@@ -28,7 +28,6 @@ from ..data.rows import ConversationRow, held_out_rows
 from ..errors import ConfigError
 from ..methods import Method, get_method
 from ..methods.compressed import Compressed
-from ..methods.streaming import StreamingRun
 from ..reader import Reader, base_name
 from .share import Nll, bootstrap_share, recovered_share, turn_nll
 from .suites import MethodSpec
@@ -132,7 +131,7 @@ def play(
                 run = runs[player.name]
                 started = time.perf_counter()
                 if turn:
-                    if player.same_bytes_as and isinstance(run, StreamingRun):
+                    if player.same_bytes_as:
                         run.resize(runs[player.same_bytes_as].kv_bytes // per_token)
                     run.append(row.segments[turn - 1])
                 nll, tokens = turn_nll(run.logits(ids), ids, content)

@@ -89,11 +89,8 @@ def run_item(
         raise ConfigError(
             f"item {item.name} asks after {last} segments and has {len(item.segments)}; ask earlier"
         )
-    if entries and (len(entries) < last or not hasattr(run, "resize")):
-        raise ConfigError(
-            f"{type(run).__name__} cannot be given the sizes of another method: expected a method with a window "
-            f"that can be resized, such as streaming-llm, and {last} sizes (got {len(entries)})"
-        )
+    if entries and len(entries) < last:
+        raise ConfigError(f"item {item.name}: got {len(entries)} sizes of another method, expected {last}")
     bare, run, begin, measured = run, run.fork(), 0, _nothing(item)
     if resume is not None:
         run, begin, measured = resume.run.fork(), resume.step + 1, dict(resume.measured)
@@ -104,7 +101,7 @@ def run_item(
             step: dict[str, Any] = {"step": t, "fold_seconds": 0.0}
             if t:
                 if entries:
-                    run.resize(entries[t - 1])  # type: ignore[attr-defined]  # checked above
+                    run.resize(entries[t - 1])
                 with _CacheWatch(run.reader.model) as watch:
                     run.append(item.segments[t - 1])
                     held = run.kv_bytes
@@ -258,7 +255,7 @@ def option_scores(run: Run, prompt: Sequence[int], options: Sequence[Sequence[in
         logits = run.logits(prompt)[-1]
         seconds = _now(run) - started
         return logits.float().log_softmax(-1)[[option[0] for option in options]].cpu(), seconds
-    reader, memory = run.reader, run.memory
+    reader, memory = run.reader, run.recall([list(prompt)])
     if len(prompt) > 1:
         (read,) = reader.read([list(prompt[:-1])], memory)
         row = memory.rows[0]
@@ -295,7 +292,7 @@ def _generation(run: Run, query: Generation, tokenizer: Any) -> tuple[dict[str, 
     stop = _EndOfAnswer(tokenizer, len(query.prompt), ends)
     ids = run.reader.generate(
         [list(query.prompt)],
-        run.memory,
+        run.recall([list(query.prompt)]),
         max_new_tokens=query.max_tokens,
         do_sample=False,
         stopping_criteria=[stop],

@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from torch import Tensor, nn
 
 from ..errors import ConfigError, DataError, StorageError
 from ..memory import KV, Memory, Row
@@ -63,7 +62,7 @@ class Records:
         self.folder = folder
         self._done: dict[Key, dict[str, Any]] = {}
         self._read_bytes = self._read_lines = 0
-        self._in_hand: tuple[Key, State, Run] | None = None
+        self._in_hand: tuple[Key, State] | None = None
         self._saved = time.monotonic()
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -157,15 +156,14 @@ class Records:
 
     # ------------------------------------------------------------------ the item in hand
 
-    def hold(self, key: Key, state: State, opened: Run) -> None:
+    def hold(self, key: Key, state: State) -> None:
         """Take note of the item in hand, and save it once a minute.
 
         Args:
             key: the item.
             state: where it is.
-            opened: the run as it was at the beginning.
         """
-        self._in_hand = key, state, opened
+        self._in_hand = key, state
         if time.monotonic() - self._saved >= SAVE_EVERY:
             self.save()
 
@@ -178,17 +176,10 @@ class Records:
         self._saved = time.monotonic()
         if self._in_hand is None:
             return
-        key, state, opened = self._in_hand
-        run = _state_of(state.run, opened)
-        if run is None:
-            log.warning(
-                "%s holds what cannot be saved: an interrupted item starts anew", type(opened).__name__
-            )
-            return
+        key, state = self._in_hand
         buffer = io.BytesIO()
-        torch.save(
-            {"key": list(key), "step": state.step, "measured": json.dumps(state.measured), "run": run}, buffer
-        )
+        saved = {"key": list(key), "step": state.step, "measured": json.dumps(state.measured)}
+        torch.save({**saved, "held": state.run.held}, buffer)
         write_atomically(self._in_hand_file(key), buffer.getvalue())
 
     def _in_hand_file(self, key: Key) -> Path:
@@ -210,7 +201,7 @@ class Records:
             if tuple(saved["key"]) != key:
                 return None
             run = opened.fork()
-            run.__dict__.update(saved["run"])
+            run.held = saved["held"]
             return State(saved["step"], run, json.loads(saved["measured"]))
         except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
             log.warning("%s cannot be read (%s): the item starts anew", path, type(error).__name__)
@@ -288,24 +279,3 @@ def _differences(known: Any, wanted: Any, name: str = "") -> Iterator[str]:
         if (key in known and key in wanted) or name not in _GROWING:
             label = f"{name} {key}".strip()
             yield from _differences(known.get(key, "nothing"), wanted.get(key, "nothing"), label)
-
-
-def _state_of(run: Run, opened: Run) -> dict[str, Any] | None:
-    """What a run holds beyond what opening it gives, for the disk; None if some of it cannot be saved."""
-    state = {}
-    for name, value in vars(run).items():
-        if _plain(value):
-            state[name] = value
-        elif value is not vars(opened).get(name) and not isinstance(value, nn.Module):
-            return None
-    return state
-
-
-def _plain(value: Any) -> bool:
-    if isinstance(value, (Memory, Row)):
-        return True
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return all(map(_plain, value))
-    if isinstance(value, dict):
-        return all(map(_plain, value)) and all(map(_plain, value.values()))
-    return value is None or isinstance(value, (Tensor, str, int, float))

@@ -126,11 +126,8 @@ class Evaluation:
             missing = str(error).startswith("no adapter")
             self.skipped[spec.text] = "adapter not found" if missing else str(error)
             return
-        if spec.same_as and not hasattr(run, "resize"):
-            raise ConfigError(
-                f"method {spec.text}: {spec.name} cannot be given the size of another method: expected one with a "
-                "window, such as streaming-llm"
-            )
+        if spec.same_as:
+            run.method.of_entries(0)  # says so if it has no size that could be set
         self.methods[spec.text] = method
         self.prints[spec.text] = run.reader.fingerprint()
 
@@ -249,7 +246,7 @@ class Evaluation:
         opened = self.methods[job.spec.text].open(self.model, self.tokenizer)
 
         def on_step(state: State) -> None:
-            records.hold(job.key, state, opened)
+            records.hold(job.key, state)
             on_work(_cost(job.item, state.step))
 
         try:

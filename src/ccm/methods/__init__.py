@@ -9,10 +9,12 @@ from typing import Any
 from ..errors import ConfigError, UnknownNameError
 from .base import METHODS, Method, Run, register
 
-__all__ = ["Method", "Run", "get_method", "list_methods", "register"]
+__all__ = ["Method", "Run", "as_method", "get_method", "list_methods", "register"]
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f".{_module.name}", __name__)
+
+from .compressed import as_method  # noqa: E402  # every file of the folder is imported by now
 
 
 def list_methods() -> list[str]:

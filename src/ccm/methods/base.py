@@ -1,61 +1,330 @@
 """What every context memory has in common, and the registry.
 
-A *method* is a small dataclass of options. Opened on a model it gives a *run*, the life of one conversation::
+A *method* says how a conversation is kept. It is a small dataclass of options, bound to a model, without a state::
 
-    run = get_method("streaming-llm", sink=4, window=60).open(model)
-    run.append(segment)              # a finished segment goes into whatever the method keeps
-    logits = run.logits(segment)     # live tokens read what is kept; nothing changes
-    run.kv_bytes                     # the keys and values that they attend to, measured
+    method = get_method("snapkv", tokens=64).bind(model, tokenizer)
+    memory = method.empty()
+    memory = method.fold(memory, [segment])       # write: Mem(t) from Mem(t-1) and a segment
+    method.recall(memory)                         # read: what a prompt attends to
 
-To add a method, put one file into this folder: a run that says what :meth:`Run.append` keeps, and a dataclass
-with :func:`register`. It then has a name on the command line, in the demo and in the tests.
+The memory of one conversation is a row [sink | slots | window]. New text is read behind it and joins the window raw.
+What no longer fits the window leaves it, and :meth:`Method.keep` says what it becomes. Sink, window, counters,
+batches and files are the same for all.
+
+To add a method, write one file with a dataclass under :func:`register` that has :meth:`Method.keep`. In this folder
+it has a name in ``ccm chat``, ``ccm serve``, ``ccm eval`` and the tests; elsewhere see docs/extending.md.
 """
 
 from __future__ import annotations
 
 import copy
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..memory import Memory
-from ..reader import Reader
+from ..errors import ConfigError
+from ..memory import KV, Memory, Row
+from ..reader import Ids, Reader, mismatch, model_fingerprint
+from ..window import joined, without
+
+#: Longest segment folded at once, in tokens.
+LONGEST = 128
 
 METHODS: dict[str, type[Method]] = {}
 _M = TypeVar("_M", bound="type[Method]")
+_Self = TypeVar("_Self", bound="Method")
 
 
-class Run(ABC):
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A way to keep conversations. Options are the fields of the subclass.
+
+    Attributes:
+        sink: first raw tokens that stay for ever.
+        window: newest raw tokens that stay.
+        segment: longest segment folded at once; None is half the window, or :data:`LONGEST` tokens without one.
+        reader: the model, once the method is bound.
+        tokenizer: of the model, for methods that look at text.
+    """
+
+    name: ClassVar[str] = ""
+    #: Newest queries of the text read last that :meth:`keep` wants; -1: of all of it.
+    queries: ClassVar[int] = 0
+    #: Whether whole segments leave the window; else just the tokens that no longer fit.
+    whole: ClassVar[bool] = False
+    #: Whether engines can serve it that know nothing but keys and values in front of a prompt.
+    plain: ClassVar[bool] = True
+
+    sink: int = 0
+    window: int = 0
+    segment: int | None = None
+    reader: Reader = field(init=False, repr=False, compare=False)
+    tokenizer: Any = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self._at_least(sink=0, window=0, segment=1)
+
+    def _at_least(self, **least: int) -> None:
+        """Raises ConfigError for an option that is too small or no whole number; None is the default."""
+        for option, smallest in least.items():
+            value = getattr(self, option)
+            if value is not None and (type(value) is not int or value < smallest):
+                raise ConfigError(
+                    f"method {self.name}: {option} is {value!r}, expected a whole number of at least {smallest}"
+                )
+
+    # ------------------------------------------------------------------ on a model
+
+    def bind(self: _Self, model: PreTrainedModel | Reader, tokenizer: Any = None) -> _Self:
+        """The method on a model, for any number of conversations and threads.
+
+        Args:
+            model: of a supported family, or a reader that has it already.
+            tokenizer: of the model, for methods that look at text.
+
+        Raises:
+            UnsupportedModelError: the model's family cannot carry a memory.
+            ConfigError: an option that does not fit the model.
+        """
+        return self._on(model if isinstance(model, Reader) else Reader(model), tokenizer)
+
+    def _on(self: _Self, reader: Reader, tokenizer: Any) -> _Self:
+        bound = copy.copy(self)
+        object.__setattr__(bound, "reader", reader)
+        object.__setattr__(bound, "tokenizer", tokenizer)
+        return bound
+
+    def resized(self: _Self, **options: Any) -> _Self:
+        """The same method, on the same model, with some options changed."""
+        return replace(self, **options).bind(self.reader, self.tokenizer)
+
+    def open(self, model: PreTrainedModel, tokenizer: Any = None) -> Run:
+        """Begin one conversation; raises as :meth:`bind`."""
+        return Run(self.bind(model, tokenizer))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest segment folded at once: a long turn must not push the whole window out."""
+        if self.segment is not None:
+            return self.segment
+        return min(LONGEST, max(16, self.window // 2)) if self.window else LONGEST
+
+    @property
+    def behind(self) -> int:
+        """Positions that a fold takes behind its text."""
+        return 0
+
+    def fingerprint(self) -> str:
+        """What a memory carries so that no other model, adapter or method reads it."""
+        return f"{model_fingerprint(self.reader.model)}-{self.name}"
+
+    def check(self, memory: Memory, batch: int | None = None) -> None:
+        """Raises MismatchError unless this model and method made the memory, ConfigError on a wrong batch size."""
+        if memory.fingerprint != self.fingerprint():
+            raise mismatch(memory.fingerprint, self.fingerprint())
+        self.reader.check(memory, batch)
+
+    def check_plain(self, engine: str) -> None:
+        """Raises ConfigError if an engine that knows nothing but keys and values cannot serve the method."""
+        if not self.plain:
+            raise ConfigError(
+                f"{engine} cannot serve method {self.name}: it reads more than keys and values in front of a prompt; "
+                "leave the engine out, or take another method"
+            )
+
+    def of_entries(self: _Self, entries: int) -> _Self:
+        """The same method with at most so many entries, for a comparison at equal bytes.
+
+        Raises:
+            ConfigError: it has no window of tokens that could be resized.
+        """
+        raise ConfigError(
+            f"method {self.name} cannot be given the size of another method: expected one with a window, such as "
+            "streaming-llm"
+        )
+
+    def sizes(self) -> dict[str, int]:
+        """What one conversation may keep, by option."""
+        return {"sink": self.sink, "window": self.window, "segment": self.longest}
+
+    # ------------------------------------------------------------------ write
+
+    def empty(self, batch: int = 1) -> Memory:
+        """The memory of ``batch`` conversations before anything was said."""
+        return replace(self.reader.empty(batch), fingerprint=self.fingerprint())
+
+    @torch.no_grad()
+    def fold(self, memory: Memory, ids: Ids, mask: Tensor | None = None, *, answered: bool = False) -> Memory:
+        """Take in one segment per row: Mem(t) from Mem(t-1) and c(t).
+
+        Args:
+            memory: of B conversations.
+            ids: (B, T) token ids.
+            mask: (B, T), 0 on padding at either side.
+            answered: the segment is answered next. It stays raw beside the window, and what it pushes out is folded
+                behind the answer, so that nobody waits for that.
+
+        Raises:
+            ConfigError: an empty segment, or one that does not fit the model's context beside the memory.
+            MismatchError: the memory was made by another model or method.
+        """
+        self.check(memory)
+        held = self.recall(memory)
+        read = (
+            self.reader.watch(ids, held, mask, self.queries)
+            if self.queries
+            else [(text, None) for text in self.reader.read(ids, held, mask)]
+        )
+        rows = [joined(row, text, text.length) for row, (text, _) in zip(memory.rows, read, strict=True)]
+        room = self.longest if answered else 0
+        return replace(memory, rows=self.settled(rows, [asked for _, asked in read], room))
+
+    def settled(
+        self, rows: Sequence[Row], queries: Sequence[Tensor | None], room: int = 0
+    ) -> tuple[Row, ...]:
+        """The rows when all that does not fit the window, and so many tokens more, has left it."""
+        rows = list(rows)
+        window = self.window + room
+        while full := [r for r, row in enumerate(rows) if row.window.length > window]:
+            counts = [self._leaving(rows[r], window) for r in full]
+            leaving = [rows[r].window.slice(0, count) for r, count in zip(full, counts, strict=True)]
+            # the first tokens of all are the sink; the method gets what stands behind them
+            sinks = [self._sinking(rows[r], kv) for r, kv in zip(full, leaving, strict=True)]
+            behind = [kv.slice(sink) for kv, sink in zip(leaving, sinks, strict=True)]
+            left = [self._left(rows[r], kv, sink) for r, kv, sink in zip(full, leaving, sinks, strict=True)]
+            kept = self.kept(left, behind, [queries[r] for r in full])
+            for r, row, slots in zip(full, left, kept, strict=True):
+                rows[r] = replace(row, slots=slots.to(torch.float32))
+        return tuple(rows)
+
+    def _leaving(self, row: Row, window: int) -> int:
+        """Tokens of a full window that leave it next."""
+        return row.segments[0] if self.whole else row.window.length - window
+
+    def _sinking(self, row: Row, leaving: KV) -> int:
+        """Tokens of what leaves that the sink still takes."""
+        return min(max(0, self.sink - row.sink.length), leaving.length)
+
+    @staticmethod
+    def _left(row: Row, leaving: KV, sink: int) -> Row:
+        """The row without what leaves its window, but for the first tokens, which join the sink."""
+        segments = without(row.segments, leaving.length)
+        folded = len(row.segments) - len(segments)
+        return replace(
+            row,
+            sink=KV.cat((row.sink, leaving.slice(0, sink))) if sink else row.sink,
+            window=row.window.slice(leaving.length),
+            segments=segments,
+            steps=row.steps + folded,
+            tokens=row.tokens + leaving.length,
+            merged=row.merged + leaving.length,
+            merged_segments=row.merged_segments + folded,
+        )
+
+    def kept(self, rows: Sequence[Row], leaving: Sequence[KV], queries: Sequence[Tensor | None]) -> list[KV]:
+        """The new slots of every row; a method that works on a batch at once overrides this."""
+        return [
+            self.keep(row, kv, asked) if kv.length else row.slots
+            for row, kv, asked in zip(rows, leaving, queries, strict=True)
+        ]
+
+    def keep(self, row: Row, leaving: KV, queries: Tensor | None) -> KV:
+        """All new slots of a conversation, (L, H, n, D), from the old ones and from what leaves the window.
+
+        Args:
+            row: without what leaves; its sink and window stand beside the slots.
+            leaving: (L, H, T, D), position-free, without tokens of the sink.
+            queries: (L, Hq, w, D), position-free, of the newest text; None unless :attr:`queries` asks for them.
+        """
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------ read
+
+    def recall(self, memory: Memory, ids: Ids | None = None) -> Memory:
+        """What a prompt reads of the memory: all of it, unless a method chooses.
+
+        Args:
+            memory: of B conversations.
+            ids: (B, T) of the prompt, if it is known.
+        """
+        return memory
+
+    def counted(self, row: Row) -> Row:
+        """The row with all of its counters, also if a file from before they were kept has brought it."""
+        return row
+
+    def apart(self, row: Row) -> int:
+        """Tokens that are still told apart once the memory is full: raw ones."""
+        return self.window
+
+    def losses(self, before: Row, after: Row) -> str:
+        """What a turn has lost that people should know; empty if there is nothing."""
+        return ""
+
+
+def register(*names: str) -> Callable[[_M], _M]:
+    """Class decorator: make a method known under its name, and further names for the same thing."""
+
+    def put(method: _M) -> _M:
+        method.name = names[0]
+        METHODS.update(dict.fromkeys(names, method))
+        return method
+
+    return put
+
+
+class Run:
     """One conversation under one method. What is kept is a :class:`~ccm.Memory`, so copies are free.
 
     Attributes:
-        reader: the model that reads.
-        memory: what live tokens attend to.
+        method: bound to a model.
+        held: what is kept.
     """
 
-    def __init__(self, reader: Reader):
-        self.reader = reader
-        self.memory: Memory = reader.empty()
+    def __init__(self, method: Method):
+        self.method, self.held = method, method.empty()
 
-    @abstractmethod
+    @property
+    def reader(self) -> Reader:
+        """The model that reads."""
+        return self.method.reader
+
+    @property
+    def memory(self) -> Memory:
+        """What live tokens attend to."""
+        return self.recall()
+
+    def recall(self, ids: Ids | None = None) -> Memory:
+        """What a prompt attends to."""
+        return self.method.recall(self.held, ids)
+
     def append(self, ids: Sequence[int]) -> None:
         """Take in one finished segment of token ids.
 
         Raises:
             ConfigError: an empty segment, or one that does not fit the model's context beside what is kept.
         """
+        if len(ids) == 0:
+            raise ConfigError("got an empty segment; give at least one token")
+        self.held = self.method.fold(self.held, [list(ids)])
 
     def logits(self, ids: Sequence[int]) -> Tensor:
         """Logits (T, V) of live tokens that read what the run holds; the run does not change."""
-        return self.reader.logits([list(ids)], self.memory)[0]
+        return self.reader.logits([list(ids)], self.recall([list(ids)]))[0]
 
-    def keep(self, **parts: Any) -> None:
-        """Change parts of the memory's only row."""
-        self.memory = replace(self.memory, rows=(replace(self.memory.rows[0], **parts),))
+    def resize(self, entries: int) -> None:
+        """Keep at most so many entries from now on.
+
+        Raises:
+            ConfigError: the method has no window of tokens that could be resized.
+        """
+        self.method = self.method.of_entries(entries)
+        rows = self.method.settled(self.held.rows, [None] * len(self.held))
+        self.held = replace(self.held, rows=rows)
 
     @property
     def kv_bytes(self) -> int:
@@ -72,31 +341,8 @@ class Run(ABC):
         return copy.copy(self)
 
 
-class Method(ABC):
-    """Options of a context memory; subclasses are frozen dataclasses."""
-
-    name = ""
-
-    @abstractmethod
-    def open(self, model: PreTrainedModel, tokenizer: Any = None) -> Run:
-        """Begin a conversation.
-
-        Args:
-            model: of a supported family; shared by any number of runs.
-            tokenizer: of the model, for methods that look at text.
-
-        Raises:
-            UnsupportedModelError: the model's family cannot carry a memory.
-            ConfigError: an option that does not fit the model.
-        """
-
-
-def register(*names: str) -> Callable[[_M], _M]:
-    """Class decorator: make a method known under its name, and further names for the same thing."""
-
-    def put(method: _M) -> _M:
-        method.name = names[0]
-        METHODS.update(dict.fromkeys(names, method))
-        return method
-
-    return put
+def texts(ids: Ids, mask: Tensor | None = None) -> list[list[int]]:
+    """The token ids of every row, without padding."""
+    rows = torch.as_tensor(ids)
+    kept = torch.ones_like(rows, dtype=torch.bool) if mask is None else mask.bool()
+    return [row[real].tolist() for row, real in zip(rows, kept, strict=True)]

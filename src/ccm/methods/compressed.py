@@ -3,33 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, TypeVar
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..compressor import Compressor
 from ..errors import ConfigError
-from .base import Method, Run, register
+from ..memory import Memory, Row
+from ..reader import Ids, Reader
+from .base import Method, register
+
+_T = TypeVar("_T", bound="Trained")
 
 
-class CompressedRun(Run):
-    """Sink, slots and recent window, folded by a compressor."""
-
-    reader: Compressor
-
-    def __init__(self, compressor: Compressor, **sizes: int | None):
-        super().__init__(compressor)
-        self.sizes = sizes
-
-    def append(self, ids: Sequence[int]) -> None:
-        self.memory = self.reader.compress([list(ids)], self.memory, **self.sizes)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Trained(Method):
-    """An adapter of one kind behind the protocol.
+    """An adapter of one kind behind the protocol. An option that is None is the adapter's own.
 
     Attributes:
         kind: what the adapter makes slots from (``ccm.kinds``); others are refused.
@@ -38,74 +29,133 @@ class Trained(Method):
     """
 
     kind: ClassVar[str] = "ccm"
+    whole: ClassVar[bool] = True
     adapter: str = ""
     slots: int | None = None
+    sink: int = None  # type: ignore[assignment]  # a number once it is bound
+    window: int = None  # type: ignore[assignment]
+    reader: Compressor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        self._check(("slots", 1))
+        super().__post_init__()
+        self._at_least(slots=1)
+        if self.kind != "ccm" and (self.sink or self.window):
+            raise ConfigError(
+                f"method {self.name}: got sink={self.sink}, window={self.window}, expected 0: it has slots only"
+            )
 
-    def _check(self, *options: tuple[str, int]) -> None:
-        for name, least in options:
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"method {self.name}: {name} is {value}, expected at least {least}")
-
-    def open(self, model: PreTrainedModel, tokenizer: Any = None) -> CompressedRun:
-        return CompressedRun(self.compressor(model), slots=self.slots)
-
-    def compressor(self, model: PreTrainedModel, **changes: Any) -> Compressor:
-        """The adapter on the model, with some settings changed; loaded once.
+    def bind(self: _T, model: PreTrainedModel | Reader, tokenizer: Any = None) -> _T:
+        """The adapter on a model, loaded once; or a compressor that has it already.
 
         Raises:
             ConfigError: there is no such adapter, it is of another kind, or it has fewer slots.
             MismatchError: it was trained for another model.
         """
-        name = self.adapter or self.name
-        compressor = shared_compressor(model, name, **changes)
-        if (kind := compressor.config.kind) != self.kind:
+        compressor = model if isinstance(model, Compressor) else self._load(model)
+        config = compressor.config
+        if config.kind != self.kind:
+            name = self.adapter or self.name
             raise ConfigError(
-                f"method {self.name}: adapter {name} is of kind {kind!r}, expected {self.kind!r}; give one that was "
-                f"trained with compressor.kind={self.kind}"
+                f"method {self.name}: adapter {name} is of kind {config.kind!r}, expected {self.kind!r}; give one "
+                f"that was trained with compressor.kind={self.kind}"
             )
-        if self.slots is not None and self.slots > compressor.config.slots:
+        if self.slots is not None and self.slots > config.slots:
             raise ConfigError(
-                f"method {self.name}: slots is {self.slots}, the adapter has {compressor.config.slots} per segment"
+                f"method {self.name}: slots is {self.slots}, the adapter has {config.slots} per segment"
             )
-        return compressor
+        own = {n: getattr(config, n) for n in ("slots", "sink", "window") if getattr(self, n) is None}
+        if tokenizer is not None:
+            compressor.know(tokenizer)
+        return replace(self, **own)._on(compressor, tokenizer)
+
+    def _load(self, model: PreTrainedModel | Reader) -> Compressor:
+        base = model.model if isinstance(model, Reader) else model
+        return shared_compressor(base, self.adapter or self.name, **self._changes())
+
+    def _changes(self) -> dict[str, Any]:
+        """Settings of the adapter that are other than its own."""
+        return {}
+
+    @property
+    def behind(self) -> int:
+        return self.slots or 0  # COMP tokens
+
+    def fingerprint(self) -> str:
+        return self.reader.fingerprint()
+
+    def check_plain(self, engine: str) -> None:
+        super().check_plain(engine)
+        if self.reader.base_parameters:
+            raise ConfigError(
+                f"the adapter tunes the base model itself: merge it, and serve that model in {engine}"
+            )
+
+    def sizes(self) -> dict[str, int]:
+        return {"slots": self.slots or 0, **super().sizes()}
+
+    def fold(self, memory: Memory, ids: Ids, mask: Tensor | None = None, *, answered: bool = False) -> Memory:
+        window = self.window + (self.longest if answered else 0)
+        return self.reader.compress(ids, memory, mask, slots=self.slots, sink=self.sink, window=window)
+
+    def counted(self, row: Row) -> Row:
+        return self.reader.counted(row)
+
+    def apart(self, row: Row) -> int:
+        """Raw tokens, and those of the segments that have slots of their own in a full memory."""
+        rule, slots = self.reader.rule, self.slots or 1
+        room = max(0, (self.reader.context - self.sink - self.window - self.longest) // slots)
+        segments = room if rule.blocks is None else min(room, rule.apart(rule.blocks + 1))
+        each = row.tokens / row.steps if row.steps else self.longest
+        return round(segments * each) + self.window
+
+    def losses(self, before: Row, after: Row) -> str:
+        old, new = self.counted(before), self.counted(after)
+        if new.dropped > old.dropped:
+            return (
+                f"the memory is full: {new.dropped - old.dropped} tokens of the oldest text were dropped, not "
+                f"folded ({new.dropped} in all); use rule 'mean', or 'bounded' with overflow='merge', to keep a "
+                "trace of them"
+            )
+        # a rule that merges all there is, by design, says nothing
+        if new.merged and not old.merged and (self.reader.rule.blocks or 0) > 1:
+            return (
+                f"the memory is full: what is older than the newest {new.reach} tokens is merged from here on, and "
+                "facts in it blur; a rule with more blocks reaches further (rule_options)"
+            )
+        return ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Compressed(Trained):
-    """CCM's compressor. An option that is None is the adapter's own.
+    """CCM's compressor.
 
     Attributes:
         sink, window: raw tokens that stay, first and newest.
         rule: how blocks enter the memory, and its options.
     """
 
-    sink: int | None = None
-    window: int | None = None
     rule: str | None = None
     rule_options: dict[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self._check(("slots", 1), ("sink", 0), ("window", 0))
+    def _changes(self) -> dict[str, Any]:
+        return {"rule": self.rule, "rule_options": self.rule_options} if self.rule else {}
 
-    def open(self, model: PreTrainedModel, tokenizer: Any = None) -> CompressedRun:
-        changes = {"rule": self.rule, "rule_options": self.rule_options} if self.rule else {}
-        return CompressedRun(
-            self.compressor(model, **changes), slots=self.slots, sink=self.sink, window=self.window
-        )
+
+@dataclass(frozen=True, kw_only=True)
+class CCM(Compressed):
+    """CCM with an adapter that is loaded already."""
+
+    name: ClassVar[str] = "ccm"
 
 
 @register("ccm-concat")
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CCMConcat(Compressed):
     """CCM-concat: n slots for every segment."""
 
 
 @register("ccm-merge")
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CCMMerge(Compressed):
     """CCM-merge: n slots in all."""
 
@@ -117,3 +167,10 @@ def shared_compressor(model: PreTrainedModel, adapter: str, **changes: Any) -> C
     if key not in known:
         known[key] = Compressor.from_pretrained(model, adapter, **changes)
     return known[key]
+
+
+def as_method(memory: Method | Compressor, tokenizer: Any = None, **options: Any) -> Method:
+    """A bound method with some options changed; a compressor is one of CCM."""
+    if isinstance(memory, Compressor):
+        return CCM(**options).bind(memory, tokenizer)
+    return memory.resized(**options) if options else memory

@@ -8,40 +8,31 @@ every prefix of a row in one parallel pass.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
-from transformers import PreTrainedModel
+from torch import Tensor
 
 from ..errors import ConfigError
-from .base import register
-from .compressed import CompressedRun, Trained
-
-
-class GistingRun(CompressedRun):
-    """The tokens of the history, and its gist.
-
-    Attributes:
-        history: ids of all that was said; not part of the keys and values that are read.
-    """
-
-    history: tuple[int, ...] = ()
-
-    def append(self, ids: Sequence[int]) -> None:
-        if len(ids) == 0:
-            raise ConfigError("got an empty segment; give at least one token")
-        history = (*self.history, *ids)
-        self.memory = self.reader.compress([history], **self.sizes)
-        self.history = history
+from ..memory import Memory
+from ..reader import Ids
+from .base import register, texts
+from .compressed import Trained
 
 
 @register("gisting")
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Gisting(Trained):
-    """n slots in all, made anew from the whole history at every step."""
+    """n slots in all, made anew from the whole history at every step. The history is in the row's notes."""
 
     kind: ClassVar[str] = "gisting"
 
-    def open(self, model: PreTrainedModel, tokenizer: Any = None) -> GistingRun:
-        return GistingRun(self.compressor(model), slots=self.slots)
+    def fold(self, memory: Memory, ids: Ids, mask: Tensor | None = None, *, answered: bool = False) -> Memory:
+        rows = []
+        for row, text in zip(memory.rows, texts(ids, mask), strict=True):
+            if not text:
+                raise ConfigError("got an empty segment; give at least one token")
+            history = (*row.notes, *text)
+            (made,) = self.reader.compress([history], slots=self.slots).rows
+            rows.append(replace(made, notes=history))
+        return replace(memory, rows=tuple(rows))

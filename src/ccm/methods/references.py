@@ -2,47 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
 from dataclasses import dataclass
-from typing import Any
 
-from transformers import PreTrainedModel
+from torch import Tensor
 
-from ..errors import ConfigError
-from ..memory import KV
-from ..reader import Reader
-from .base import Method, Run, register
-
-
-class NoContextRun(Run):
-    """Every segment is read on its own."""
-
-    def append(self, ids: Sequence[int]) -> None:
-        if len(ids) == 0:
-            raise ConfigError("got an empty segment; give at least one token")
-
-
-class FullContextRun(Run):
-    """One cache that grows with every token; nothing is computed twice."""
-
-    def append(self, ids: Sequence[int]) -> None:
-        (new,) = self.reader.read([list(ids)], self.memory)
-        self.keep(window=KV.cat((self.memory.rows[0].window, new)))
+from ..memory import KV, Row
+from .base import Method, register
 
 
 @register("none")
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class NoContext(Method):
-    """No memory: recovered share 0."""
+    """No memory: recovered share 0. What is answered is read, and nothing else."""
 
-    def open(self, model: PreTrainedModel, tokenizer: Any = None) -> Run:
-        return NoContextRun(Reader(model))
+    def keep(self, row: Row, leaving: KV, queries: Tensor | None) -> KV:
+        return row.slots
 
 
 @register("full")
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FullContext(Method):
-    """The raw keys and values of everything said: recovered share 1."""
+    """The raw keys and values of everything said: recovered share 1. One cache that grows with every token."""
 
-    def open(self, model: PreTrainedModel, tokenizer: Any = None) -> Run:
-        return FullContextRun(Reader(model))
+    window: int = sys.maxsize

@@ -5,51 +5,17 @@ Keys and values stay as they were computed; keys are placed by their rank in the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
 
-from transformers import PreTrainedModel
+from torch import Tensor
 
-from ..errors import ConfigError
-from ..memory import KV
-from ..reader import Reader
-from .base import Method, Run, register
-
-
-class StreamingRun(Run):
-    """A rolling cache: a segment reads what is kept, joins it, and pushes the oldest tokens out."""
-
-    def __init__(self, reader: Reader, sink: int, window: int):
-        super().__init__(reader)
-        self.most_sink = sink
-        self.sink, self.window = sink, window
-        self.held = self.memory.rows[0].window  # first tokens that may be a sink, then the newest
-
-    def append(self, ids: Sequence[int]) -> None:
-        (new,) = self.reader.read([list(ids)], self.memory)
-        self.held = KV.cat((self.held, new))
-        self._trim()
-
-    def resize(self, entries: int) -> None:
-        """Keep at most so many tokens from now on, sink included; a budget below 8 has one sink token."""
-        sink = min(entries, self.most_sink, self.most_sink if entries >= 8 else 1)
-        if (sink, entries - sink) != (self.sink, self.window):
-            self.sink, self.window = sink, entries - sink
-            self._trim()
-
-    def _trim(self) -> None:
-        held, length = self.held, self.held.length
-        self.keep(
-            sink=held.slice(0, self.sink),
-            window=held.slice(max(min(self.sink, length), length - self.window)),
-        )
-        first = held.slice(0, self.most_sink)  # the sink grows again with the budget
-        self.held = KV.cat((first, held.slice(max(first.length, length - self.window))))
+from ..memory import KV, Memory, Row
+from ..reader import Ids
+from .base import Method, register
 
 
 @register("streaming-llm", "window")
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StreamingLLM(Method):
     """Sink and recent tokens.
 
@@ -60,11 +26,23 @@ class StreamingLLM(Method):
 
     sink: int = 4
     window: int = 252
+    read_sink: int | None = field(default=None, init=False)  # of the sink, what is read
 
-    def __post_init__(self) -> None:
-        for name in ("sink", "window"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"method {self.name}: {name} is {getattr(self, name)}, expected at least 0")
+    def keep(self, row: Row, leaving: KV, queries: Tensor | None) -> KV:
+        return row.slots
 
-    def open(self, model: PreTrainedModel, tokenizer: Any = None) -> StreamingRun:
-        return StreamingRun(Reader(model), self.sink, self.window)
+    def recall(self, memory: Memory, ids: Ids | None = None) -> Memory:
+        if self.read_sink is None:
+            return memory
+        rows = [replace(row, sink=row.sink.slice(0, self.read_sink)) for row in memory.rows]
+        return replace(memory, rows=tuple(rows))
+
+    def of_entries(self, entries: int) -> StreamingLLM:
+        """The same method with at most so many tokens, sink included; with fewer than 8 it reads one sink token.
+
+        The sink stays whole, so that it grows again with the budget.
+        """
+        sink = min(entries, self.sink if entries >= 8 else 1)
+        method = self.resized(window=entries - sink)
+        object.__setattr__(method, "read_sink", sink)
+        return method

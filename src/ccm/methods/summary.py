@@ -7,18 +7,20 @@ summary, as a turn at the start, and the newest segments as they are. Nothing is
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import ConfigError
-from ..memory import KV
+from ..memory import Memory, Row
 from ..messages import Message
-from ..reader import Reader
+from ..reader import Ids, Reader
 from ..template import template_of
 from ..turns import render
-from .base import Method, Run, register
+from ..window import joined
+from .base import Method, register, texts
 
 #: Who says the summary, and how it begins.
 ROLE, OPENING = "system", "Summary of the conversation so far: "
@@ -29,57 +31,13 @@ REQUEST = (
 )
 
 
-class SummaryRun(Run):
-    """Raw keys and values of [summary | newest segments].
-
-    Attributes:
-        summary: what was written last; empty at the start.
-        recent: ids of the segments that are not in the summary yet.
-    """
-
-    def __init__(self, reader: Reader, tokenizer: Any, max_tokens: int, every: int):
-        super().__init__(reader)
-        self.tokenizer = tokenizer
-        self.max_tokens, self.every = max_tokens, every
-        self.summary = ""
-        self.recent: tuple[tuple[int, ...], ...] = ()
-
-    def append(self, ids: Sequence[int]) -> None:
-        if len(ids) == 0:
-            raise ConfigError("got an empty segment; give at least one token")
-        if len(self.recent) < self.every:
-            (new,) = self.reader.read([list(ids)], self.memory)
-            self.keep(window=KV.cat((self.memory.rows[0].window, new)))
-            self.recent = (*self.recent, tuple(ids))
-            return
-        summary = self._write() or self.summary
-        turn = render(self.tokenizer, ROLE, OPENING + summary, "").ids if summary else ()
-        (read,) = self.reader.read([[*turn, *ids]])
-        row = self.memory.rows[0]
-        gone = sum(map(len, self.recent))
-        self.keep(window=read, steps=row.steps + len(self.recent), tokens=row.tokens + gone)
-        self.summary, self.recent = summary, (tuple(ids),)
-
-    def _write(self) -> str:
-        """A summary of the one before and of the segments since."""
-        said = [self.tokenizer.decode(list(ids), skip_special_tokens=True).strip() for ids in self.recent]
-        text = "\n".join([OPENING + self.summary, *said] if self.summary else said)
-        asked = [Message("user", REQUEST.format(text=text))]
-        prompt = template_of(self.tokenizer).ids(asked, generation=True)
-        pad = self.tokenizer.pad_token_id
-        ids = self.reader.generate(
-            [prompt],
-            max_new_tokens=self.max_tokens,
-            do_sample=False,
-            pad_token_id=self.tokenizer.eos_token_id if pad is None else pad,
-        )
-        return str(self.tokenizer.decode(ids[0, len(prompt) :].tolist(), skip_special_tokens=True)).strip()
-
-
 @register("summary")
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Summary(Method):
     """A written summary and the newest segments.
+
+    A row's window is [summary, as a turn | newest segments]; its notes are the token ids of the same,
+    (length of the summary, *summary, *newest segments).
 
     Attributes:
         max_tokens: longest summary, in tokens.
@@ -90,15 +48,64 @@ class Summary(Method):
     every: int = 4
 
     def __post_init__(self) -> None:
-        for name in ("max_tokens", "every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"method {self.name}: {name} is {getattr(self, name)}, expected at least 1")
+        super().__post_init__()
+        self._at_least(max_tokens=1, every=1)
 
-    def open(self, model: PreTrainedModel, tokenizer: Any = None) -> SummaryRun:
+    def bind(self, model: PreTrainedModel | Reader, tokenizer: Any = None) -> Summary:
         if not getattr(tokenizer, "chat_template", None):
             what = "no tokenizer" if tokenizer is None else "a tokenizer without a chat template"
             raise ConfigError(
                 f"method {self.name}: got {what}, expected that of a chat model: the model is asked for a summary"
             )
         render(tokenizer, ROLE, OPENING)  # says so if the template has no such role
-        return SummaryRun(Reader(model), tokenizer, self.max_tokens, self.every)
+        return super().bind(model, tokenizer)
+
+    def fold(self, memory: Memory, ids: Ids, mask: Tensor | None = None, *, answered: bool = False) -> Memory:
+        self.check(memory)
+        rows = [self._told(row, text) for row, text in zip(memory.rows, texts(ids, mask), strict=True)]
+        return replace(memory, rows=tuple(rows))
+
+    def _told(self, row: Row, text: list[int]) -> Row:
+        if not text:
+            raise ConfigError("got an empty segment; give at least one token")
+        length, notes = (row.notes[0], row.notes[1:]) if row.notes else (0, ())
+        summary, recent = notes[:length], notes[length:]
+        segments = row.segments[1:] if length else row.segments
+        if len(segments) < self.every:
+            (new,) = self.reader.read([text], Memory((row,), self.fingerprint()))
+            return replace(joined(row, new, new.length), notes=(length, *summary, *recent, *text))
+        said = self._decode(summary)
+        written = self._write(said, recent, segments) or said
+        turn = render(self.tokenizer, ROLE, OPENING + written, "").ids if written else ()
+        summary = tuple(self.tokenizer.encode(written, add_special_tokens=False))
+        (read,) = self.reader.read([[*turn, *text]])
+        return replace(
+            row,
+            window=read,
+            segments=(len(turn), len(text)) if turn else (len(text),),
+            steps=row.steps + len(segments),
+            tokens=row.tokens + len(recent),
+            merged=row.merged + len(recent),
+            merged_segments=row.merged_segments + len(segments),
+            notes=(len(summary), *summary, *text),
+        )
+
+    def _write(self, summary: str, recent: Sequence[int], lengths: Sequence[int]) -> str:
+        """A summary of the one before and of the segments since."""
+        starts = [sum(lengths[:i]) for i in range(len(lengths))]
+        parts = [recent[start : start + n] for start, n in zip(starts, lengths, strict=True)]
+        said = [self._decode(part) for part in parts]
+        text = "\n".join([OPENING + summary, *said] if summary else said)
+        asked = [Message("user", REQUEST.format(text=text))]
+        prompt = template_of(self.tokenizer).ids(asked, generation=True)
+        pad = self.tokenizer.pad_token_id
+        ids = self.reader.generate(
+            [prompt],
+            max_new_tokens=self.max_tokens,
+            do_sample=False,
+            pad_token_id=self.tokenizer.eos_token_id if pad is None else pad,
+        )
+        return self._decode(ids[0, len(prompt) :].tolist())
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()

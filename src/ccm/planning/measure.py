@@ -22,8 +22,7 @@ from ..memory import KV, Memory, Row
 from ..models import random_model
 from ..serving.store import Snapshot, open_store
 from ..serving.store.paths import url_of
-from ..session import Budget
-from .sizes import Held, Shape
+from .sizes import Budget, Held, Shape
 
 #: Tokens that are prefilled at once.
 PREFILL = 256

@@ -11,14 +11,15 @@ import torch
 
 from ..errors import ConfigError
 from ..kinds import KINDS
+from ..methods.compressed import CCM
 from ..models import load_config
 from ..placement import AUTO, Placement, place
 from ..serving import history
 from ..serving.store import Limits
-from ..session import CHAT, Budget, segment_for
+from ..session import CHAT
 from ..storage.adapter_folder import read_config
 from . import measure
-from .sizes import Held, Shape, after, check_fits
+from .sizes import Budget, Held, Shape, after, check_fits
 
 #: Share of a GPU's memory that stays free for activations and fragmentation.
 RESERVE = 0.1
@@ -137,7 +138,7 @@ def plan(
             f"adapter {adapter}: kind {config.kind!r} compresses a whole history at once and serves no conversations"
         )
     config = config if slots is None else replace(config, slots=slots)
-    budget = Budget(config.slots, sink, window, segment_for(window))
+    budget = Budget(config.slots, sink, window, CCM(window=window).longest)
     where = place(model, dtype, device, load_in)
     model_config = load_config(model)
     model_config.dtype = where.dtype or model_config.dtype

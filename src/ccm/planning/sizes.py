@@ -13,11 +13,20 @@ from ..families import get_family
 from ..models import random_model
 from ..reader import kv_shape
 from ..rules import get_rule
-from ..session import Budget
 from ..twin import text_config
 
 #: Bits of a quantized weight: 4-bit ones share a float32 among 64, 8-bit ones one among a row.
 BITS = {"4bit": 4.5, "8bit": 8}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What one conversation may keep: slots a segment, raw tokens first and newest, and the longest segment."""
+
+    slots: int
+    sink: int
+    window: int
+    segment: int
 
 
 @dataclass(frozen=True)

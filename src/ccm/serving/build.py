@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..placement import AUTO, Loading
 
 if TYPE_CHECKING:
-    from ..compressor import Compressor
+    from ..methods import Method
     from .engine import Engine
     from .metrics import Metrics
     from .service import Service
@@ -87,7 +87,7 @@ def build_service(options: Options) -> Service:
     import torch
 
     from ..compressor import Compressor
-    from ..session import Session
+    from ..methods import as_method
     from .metrics import Metrics
     from .service import Service, Settings
     from .store import Limits, open_store
@@ -106,10 +106,9 @@ def build_service(options: Options) -> Service:
     model, tokenizer = options.loading.load()
     compressor = Compressor.from_pretrained(model, options.adapter)
     sizes = {name: getattr(options, name) for name in ("slots", "sink", "window")}
-    budget = Session(compressor, tokenizer, **sizes).budget
+    method = as_method(compressor, tokenizer, **{k: v for k, v in sizes.items() if v is not None})
     settings = Settings(
         Path(options.adapter).name,
-        budget,
         texts=options.texts,
         resend=options.resend,
         precision=options.precision,
@@ -119,21 +118,21 @@ def build_service(options: Options) -> Service:
     metrics = Metrics()
     # The engine's thread alone gets helpers: with more of them than cores, OpenMP lets all sleep between operations
     torch.set_num_threads(threads)
-    engine = _engine(options, compressor, tokenizer, metrics)
+    engine = _engine(options, method, tokenizer, metrics)
     torch.set_num_threads(1)
-    return Service(compressor, tokenizer, store, settings, engine, metrics)
+    return Service(method, tokenizer, store, settings, engine, metrics)
 
 
-def _engine(options: Options, compressor: Compressor, tokenizer: Any, metrics: Metrics) -> Engine:
+def _engine(options: Options, method: Method, tokenizer: Any, metrics: Metrics) -> Engine:
     sizes = {"rows": options.batch, "waiting": options.queue}
     if options.vllm is None:
         from .engine import PaddedEngine
 
-        return PaddedEngine(compressor, tokenizer, metrics=metrics, **sizes)
+        return PaddedEngine(method, tokenizer, metrics=metrics, **sizes)
     from .store import Limits, open_store
     from .vllm.client import VllmServer
     from .vllm.engine import VllmEngine
 
     server = VllmServer(options.vllm, key=os.environ.get(VLLM_KEY))
     shared = open_store(options.vllm_store or options.store, Limits(ttl=TURN))
-    return VllmEngine(compressor, tokenizer, server, shared, metrics=metrics, **sizes)
+    return VllmEngine(method, tokenizer, server, shared, metrics=metrics, **sizes)

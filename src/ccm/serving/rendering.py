@@ -12,7 +12,6 @@ from ..answers import Answer, read_answer
 from ..dialogue import Dialogue, Dialogues, Step
 from ..memory import Memory
 from ..messages import Message
-from ..session import Budget
 from ..template import tools_as_text
 from .engine import Kept, segments_of
 
@@ -26,7 +25,7 @@ class Rendering:
         dialogues: of the model's template.
         dialogue: how far it has come in ``memory``.
         memory: of the conversation before them.
-        budget: of the conversation.
+        longest: segment, in tokens.
         messages: in order.
         answer: whether an answer is asked for behind the last one.
         tools: that may be called; the dialogue's own stay where there are none.
@@ -45,12 +44,12 @@ class Rendering:
         dialogues: Dialogues,
         dialogue: Dialogue,
         memory: Memory,
-        budget: Budget,
+        longest: int,
         messages: Sequence[Message],
         answer: bool = False,
         tools: Sequence[dict[str, Any]] = (),
     ):
-        self.dialogues, self.memory, self.budget = dialogues, memory, budget
+        self.dialogues, self.memory, self.longest = dialogues, memory, longest
         self._ids: list[str] = []  # of calls
         self.head: Ids = ()
         self.lengths: list[int] = []
@@ -130,7 +129,7 @@ class Rendering:
         self.lengths.append(sum(map(len, [*self._settled, *self._open])) - before)
 
     def _segments(self, pieces: Sequence[Ids]) -> tuple[Ids, ...]:
-        return tuple(segment for ids in pieces for segment in segments_of(ids, self.budget))
+        return tuple(segment for ids in pieces for segment in segments_of(ids, self.longest))
 
 
 def _name(tool: dict[str, Any]) -> str:

@@ -16,17 +16,17 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..answers import AnswerReader
-from ..compressor import Compressor
 from ..dialogue import Dialogue, Dialogues
 from ..errors import CCMError, ConfigError, MemoryFileError, MismatchError, UnknownNameError
 from ..memory import Memory
 from ..messages import Message, ToolCall
+from ..methods import Method
 from ..reader import base_name
-from ..session import Budget, counters, resumed, say_losses
+from ..session import counters, resumed, say_losses
 from ..storage import memory_file
 from ..template import template_of
 from . import history
@@ -76,7 +76,6 @@ class Settings:
 
     Attributes:
         adapter: name of the adapter, as clients see it.
-        budget: what one conversation may keep.
         texts: keep what was said beside the memory, so that it can be shown, and memories be rebuilt by another
             adapter; otherwise digests alone.
         resend: what to do with a history that differs from the known one: "match" what is known of it, giving up
@@ -89,7 +88,6 @@ class Settings:
     """
 
     adapter: str
-    budget: Budget
     texts: bool = True
     resend: str = "match"
     precision: str = "float32"
@@ -332,7 +330,8 @@ class Service:
     MemoryFileError; MismatchError for a memory of another model or adapter.
 
     Args:
-        compressor, tokenizer: the model; the service's engine has them for itself.
+        method: how conversations are kept, bound to a model; the service's engine has it for itself.
+        tokenizer: of the model.
         store: where memories live.
         settings: how.
         engine: who runs the model; by default a :class:`~ccm.serving.engine.PaddedEngine`.
@@ -341,17 +340,17 @@ class Service:
 
     def __init__(
         self,
-        compressor: Compressor,
+        method: Method,
         tokenizer: Any,
         store: Store,
         settings: Settings,
         engine: Engine | None = None,
         metrics: Metrics | None = None,
     ):
-        self.compressor, self.tokenizer, self.store, self.settings = compressor, tokenizer, store, settings
+        self.method, self.tokenizer, self.store, self.settings = method, tokenizer, store, settings
         self.metrics = metrics or Metrics()
-        self.engine = engine or PaddedEngine(compressor, tokenizer, metrics=self.metrics)
-        self.name = f"{base_name(compressor.model)}+{settings.adapter}"
+        self.engine = engine or PaddedEngine(method, tokenizer, metrics=self.metrics)
+        self.name = f"{base_name(method.reader.model)}+{settings.adapter}"
         self.created = int(time.time())
         self._busy: set[tuple[str, str]] = set()
         self._turns = 0
@@ -375,7 +374,7 @@ class Service:
         messages: Sequence[Message] = (),
     ) -> View:
         """Begin a conversation, with messages that are taken in if there are any."""
-        new = await self._make(tenant, session, metadata or {}, self.compressor.empty(), 0, (), Dialogue())
+        new = await self._make(tenant, session, metadata or {}, self.method.empty(), 0, (), Dialogue())
         return await self.append(tenant, new, messages) if messages else await self.view(tenant, new)
 
     async def view(self, tenant: str, session: str) -> View:
@@ -393,11 +392,11 @@ class Service:
             expires=info.expires,
             stored_nbytes=info.nbytes,
             metadata=dict(kept.get("user", {})),
-            stats=dict(kept.get("stats") or self._stats(self.compressor.empty(), 0)),
+            stats=dict(kept.get("stats") or self._stats(self.method.empty(), 0)),
             precision=kept.get("dtype", self.settings.precision),
             error=dict(kept.get("error") or {"keys": 0.0, "values": 0.0}),
             adapter=kept.get("adapter", self.settings.adapter),
-            fingerprint=kept.get("fingerprint", self.compressor.fingerprint()),
+            fingerprint=kept.get("fingerprint", self.method.fingerprint()),
         )
 
     async def timeline(self, tenant: str, session: str) -> list[Entry]:
@@ -448,7 +447,7 @@ class Service:
         """The conversation as a session file (``Session.load``)."""
         held = await self._load(tenant, session)
         state = {
-            "budget": asdict(self.settings.budget),
+            "budget": self.method.sizes(),
             "turns": held.turns,
             "dialogue": held.dialogue.as_dict(),
         }
@@ -598,7 +597,7 @@ class Service:
         async def outcome(result: Result) -> Outcome:
             return self._outcome(result, rendering, len(prompt), 0)
 
-        job = Job(self.compressor.empty(), self.settings.budget, prompt=prompt, sampling=sampling)
+        job = Job(self.method.empty(), prompt=prompt, sampling=sampling)
         return Turn(self.engine, job, outcome, self._count(), reader=self._reader(rendering))
 
     async def _turn(
@@ -635,7 +634,6 @@ class Service:
 
         job = Job(
             held.memory,
-            self.settings.budget,
             segments=rendering.segments,
             prompt=rendering.head,
             sampling=sampling,
@@ -695,7 +693,7 @@ class Service:
             taken = Taken(0 if plan is None else plan.matched, ephemeral=True)
             return held, messages if plan is None else plan.append, taken
         if plan is None and resend == "rebuild":
-            nothing = self.compressor.empty()
+            nothing = self.method.empty()
             empty = replace(held, memory=nothing, dialogue=Dialogue(), turns=0, entries=(history.RESET,))
             return empty, messages, Taken(rewound=len(known), rebuilt=len(messages))
         if plan is None:
@@ -744,7 +742,7 @@ class Service:
             if len(then) <= keep and then == places[: len(then)]
         ]
         first, version = max(found, default=(0, 0))
-        memory, dialogue, turns = self.compressor.empty(), Dialogue(), 0
+        memory, dialogue, turns = self.method.empty(), Dialogue(), 0
         if found:
             try:
                 base = await self._load(tenant, held.session, version=version)
@@ -868,7 +866,7 @@ class Service:
             held = await self._load(tenant, session, version=version)
         except NotFoundError:
             if create and version is None:
-                return _Held(session, 0, self.compressor.empty())
+                return _Held(session, 0, self.method.empty())
             raise
         if version is None:
             return held
@@ -879,7 +877,7 @@ class Service:
         return replace(held, session=new_id("mem"), version=0, entries=tuple(entries))
 
     def _new(self) -> _Held:
-        return _Held(new_id("mem"), 0, self.compressor.empty())
+        return _Held(new_id("mem"), 0, self.method.empty())
 
     async def _load(self, tenant: str, session: str, version: int | None = None, anew: bool = False) -> _Held:
         """A conversation as it is stored; ``anew`` with an empty memory in place of its own."""
@@ -888,11 +886,11 @@ class Service:
         else:
             snapshot = await asyncio.to_thread(self.store.get, tenant, session, version)
         if snapshot is None:
-            return _Held(session, 0, self.compressor.empty())
+            return _Held(session, 0, self.method.empty())
         kept = snapshot.metadata
         user = dict(kept.get("user", {}))
         if anew:
-            return _Held(session, snapshot.version, self.compressor.empty(), metadata=user)
+            return _Held(session, snapshot.version, self.method.empty(), metadata=user)
         memory, _ = await asyncio.to_thread(codec.decode, snapshot.payload)
         memory = self._checked(memory)
         dialogue = resumed(self.dialogues, kept, memory)
@@ -901,20 +899,21 @@ class Service:
     def _checked(self, memory: Memory) -> Memory:
         """The memory as this model takes it, if this model and adapter made it and it can be what it says."""
         try:
-            self.compressor.check(memory, 1)
+            self.method.check(memory, 1)
         except MismatchError as error:
             raise MismatchError(
                 f"{error}; or rebuild it from its texts (POST /v1/memories/ID/rebuild)"
             ) from error
         (row,) = memory.rows
-        layers, heads, size = self.compressor._kv_shape()
+        layers, heads, size = self.method.reader.kv_shape()
         for name in ("sink", "slots", "window"):
             keys = getattr(row, name).keys
             shape = keys.shape[0], keys.shape[1], keys.shape[3]
             if shape != (layers, heads, size):
                 raise MemoryFileError(f"the memory's {name} is {shape}, expected {(layers, heads, size)}")
-        self.compressor._check_length(memory.length + 1)
-        return memory.to(self.compressor.model.device, self.compressor.model.dtype)
+        self.method.reader.check_length(memory.length + 1)
+        model = self.method.reader.model
+        return memory.to(model.device, model.dtype)
 
     def _rendered(
         self,
@@ -925,8 +924,8 @@ class Service:
     ) -> Rendering:
         """The messages as the model's template writes them behind what the conversation holds."""
         self._check_characters(messages)
-        budget = self.settings.budget
-        rendering = Rendering(self.dialogues, held.dialogue, held.memory, budget, messages, answer, tools)
+        longest = self.method.longest
+        rendering = Rendering(self.dialogues, held.dialogue, held.memory, longest, messages, answer, tools)
         self._check_tokens(rendering.tokens + len(rendering.head))
         return rendering
 
@@ -956,7 +955,7 @@ class Service:
             made.append(session)
             return Outcome("", "stop", 0, 0, 0)
 
-        job = Job(held.memory, self.settings.budget, rendering.segments)
+        job = Job(held.memory, rendering.segments)
         await Turn(self.engine, job, commit, self._count()).finish()
         return made[0]
 
@@ -971,7 +970,7 @@ class Service:
     ) -> tuple[str, int, dict[str, int]]:
         """Make a turn durable: session, version and counters."""
         turns = held.turns + len(messages)
-        say_losses(held.memory, memory, self.compressor)
+        say_losses(held.memory, memory, self.method)
         entries = [
             *held.entries,
             *(
@@ -1037,7 +1036,7 @@ class Service:
         return Snapshot(payload, kept)
 
     def _stats(self, memory: Memory, turns: int) -> dict[str, int]:
-        return {"turns": turns, **counters(memory, self.compressor, self.settings.budget)}
+        return {"turns": turns, **counters(memory, self.method)}
 
     @staticmethod
     def _texts(entries: Sequence[dict[str, Any]]) -> list[Message]:

@@ -20,7 +20,7 @@ from .atomic import write_atomically
 FORMAT = "ccm-memory/1"
 PARTS = ("sink", "slots", "window")
 #: What a row counts. A file may lack those that came later, which are 0 then.
-COUNTERS = frozenset(field.name for field in fields(Row)) - set(PARTS)
+COUNTERS = frozenset(field.name for field in fields(Row)) - {*PARTS, "notes"}
 
 
 def save(memory: Memory, path: str | os.PathLike[str], extra: dict[str, str]) -> None:

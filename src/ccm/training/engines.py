@@ -205,8 +205,8 @@ class Lean(Engine):
                     (n for n in (width // 16, width // 8, width // 4) if comps <= n), up(comps)
                 )
         taken = pack(rows, rule, near=self.passes.near, **sizes)
-        self.compressor._check_length(int(taken.position.max()) + 1)
-        self.compressor._check_ids(taken.ids)
+        self.compressor.check_length(int(taken.position.max()) + 1)
+        self.compressor.check_ids(taken.ids)
         return taken
 
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 from ...errors import CCMError, ConfigError
 from ...memory import Memory
-from ...session import Budget
 
 #: Most tokens that one answer may have, whatever the model's context.
 LONGEST_ANSWER = 1 << 15
@@ -93,7 +92,7 @@ class Kept:
     """What an answer leaves in the memory.
 
     Attributes:
-        segments: token ids to take in, each at most ``budget.segment`` long.
+        segments: token ids to take in, each at most ``Method.longest`` long.
         memory: behind which; None: the one that the answer was written behind.
     """
 
@@ -107,8 +106,7 @@ class Job:
 
     Attributes:
         memory: of one conversation; what the turn begins with.
-        budget: what the conversation may keep.
-        segments: token ids that are taken in before the answer, each at most ``budget.segment`` long.
+        segments: token ids that are taken in before the answer, each at most ``Method.longest`` long.
         prompt: token ids that the answer follows, read beside the memory; empty: nothing is written.
         sampling: of the answer.
         remember: what becomes of the answer, from its text; None: it is not taken in. It is called on the engine's
@@ -116,7 +114,6 @@ class Job:
     """
 
     memory: Memory
-    budget: Budget
     segments: tuple[tuple[int, ...], ...] = ()
     prompt: tuple[int, ...] = ()
     sampling: Sampling = Sampling()
@@ -208,6 +205,6 @@ class Engine(ABC):
         """Stop; jobs that are running end with an EngineError."""
 
 
-def segments_of(ids: tuple[int, ...], budget: Budget) -> tuple[tuple[int, ...], ...]:
-    """Token ids of a turn as segments of at most ``budget.segment``."""
-    return tuple(ids[start : start + budget.segment] for start in range(0, len(ids), budget.segment))
+def segments_of(ids: tuple[int, ...], longest: int) -> tuple[tuple[int, ...], ...]:
+    """Token ids of a turn as segments of at most so many."""
+    return tuple(ids[start : start + longest] for start in range(0, len(ids), longest))

@@ -1,4 +1,4 @@
-"""What engines share that fold with our compressor: one thread takes in segments and keeps track of every job.
+"""What engines share that fold on this machine: one thread takes in segments and keeps track of every job.
 
 How answers are written is left to a subclass: on the same model (``padded``), or elsewhere (``ccm.serving.vllm``).
 """
@@ -18,9 +18,9 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from ...compressor import Compressor
 from ...errors import ConfigError
 from ...memory import Memory
+from ...methods import Method
 from ...session import BEHIND
 from ...template import answer_ends, template_of
 from ...writer import Writer
@@ -54,10 +54,10 @@ R = TypeVar("R", bound=Running)
 
 
 class FoldingEngine(Engine, Generic[R]):
-    """Many conversations on one compressor.
+    """Many conversations under one method.
 
     Args:
-        compressor: model and adapter; other threads may use it as well.
+        method: bound to a model; other threads may use it as well.
         tokenizer: of the model.
         rows: conversations that are worked on at once.
         waiting: jobs that may wait for a place beside them.
@@ -67,7 +67,7 @@ class FoldingEngine(Engine, Generic[R]):
 
     def __init__(
         self,
-        compressor: Compressor,
+        method: Method,
         tokenizer: Any,
         *,
         rows: int,
@@ -77,12 +77,11 @@ class FoldingEngine(Engine, Generic[R]):
     ):
         if rows < 1 or waiting < 0:
             raise ConfigError(f"engine: got rows={rows} and waiting={waiting}, expected at least 1 and 0")
-        self.compressor, self.tokenizer, self.context = compressor, tokenizer, context
+        self.method, self.tokenizer, self.context = method, tokenizer, context
         self.rows, self.most = rows, rows + waiting
         self.metrics = metrics or Metrics()
-        compressor.know(tokenizer)
         self.template = template_of(tokenizer)
-        self._ends, self._end_texts = answer_ends(tokenizer, compressor.model)
+        self._ends, self._end_texts = answer_ends(tokenizer, method.reader.model)
         self._inbox: queue.SimpleQueue[R | Callable[[], None] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._jobs = 0  # submitted and not finished
@@ -122,8 +121,7 @@ class FoldingEngine(Engine, Generic[R]):
     # ------------------------------------------------------------------ from other threads
 
     def submit(self, job: Job, listener: Listener) -> Ticket:
-        reader = self.compressor
-        reader.check(job.memory, 1)
+        self.method.check(job.memory, 1)
         least = len(job.prompt) + (1 if job.prompt else 0)
         if least > self.context:
             raise ConfigError(
@@ -132,7 +130,7 @@ class FoldingEngine(Engine, Generic[R]):
             )
         for ids in (*job.segments, job.prompt):
             if ids:
-                reader._check_ids(torch.tensor(ids))
+                self.method.reader.check_ids(torch.tensor(ids))
         running = self._accept(
             job=job,
             ticket=Ticket(lambda: self._inbox.put(lambda: None)),
@@ -261,7 +259,7 @@ class FoldingEngine(Engine, Generic[R]):
             return (
                 max(r.memory.length for r in rows)
                 + max(len(r.segments[0]) for r in rows)
-                + max(r.job.budget.slots for r in rows)
+                + self.method.behind
             )
 
         chosen: list[R] = []
@@ -275,18 +273,17 @@ class FoldingEngine(Engine, Generic[R]):
         return chosen
 
     def _take_in(self, rows: list[R]) -> None:
-        """One segment of every job that has some, for those with one budget."""
+        """One segment of every job that has some: of those that are answered next, or of the others."""
 
-        def sizes(running: R) -> dict[str, int]:
-            answered = bool(running.prompt) and len(running.segments) == 1
-            return running.job.budget.sizes(answered)
+        def answered(running: R) -> bool:
+            return bool(running.prompt) and len(running.segments) == 1
 
-        chosen = sizes(rows[0])
-        rows = [running for running in rows if sizes(running) == chosen]
+        next_ = answered(rows[0])
+        rows = [running for running in rows if answered(running) == next_]
         began = time.monotonic()
-        ids, mask = left_padded([running.segments[0] for running in rows], self.compressor.model.device)
+        ids, mask = left_padded([running.segments[0] for running in rows], self.method.reader.model.device)
         before = [running.memory for running in rows]
-        memory = self.compressor.compress(ids, Memory.stack(before), mask, **chosen)
+        memory = self.method.fold(Memory.stack(before), ids, mask, answered=next_)
         for i, running in enumerate(rows):
             running.segments.pop(0)
             running.memory = memory[i]
@@ -308,7 +305,7 @@ class FoldingEngine(Engine, Generic[R]):
         job = running.job
         left = self.context - running.memory.length - len(job.prompt)
         if job.remember:  # the answer's end and the fold behind it need room too
-            left -= BEHIND + job.budget.slots
+            left -= BEHIND + self.method.behind
         return min(running.job.sampling.max_tokens, left)
 
     def _put(self, running: R, token: int) -> bool:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...compressor import Compressor
 from ...memory import Memory
+from ...methods import Method
 from ..metrics import Metrics
 from .base import Sampling
 from .batch import Batch
@@ -38,7 +38,7 @@ class PaddedEngine(FoldingEngine[_Row]):
     """Many conversations on one model.
 
     Args:
-        compressor: model and adapter; other threads may use it as well.
+        method: bound to a model; other threads may use it as well.
         tokenizer: of the model.
         rows: conversations in the batch at most.
         waiting: jobs that may wait for a place beside them.
@@ -47,7 +47,7 @@ class PaddedEngine(FoldingEngine[_Row]):
 
     def __init__(
         self,
-        compressor: Compressor,
+        method: Method,
         tokenizer: Any,
         *,
         rows: int = 16,
@@ -55,8 +55,8 @@ class PaddedEngine(FoldingEngine[_Row]):
         metrics: Metrics | None = None,
     ):
         self._batch: Batch | None = None  # its rows are those of ``_writing``, in that order
-        context = compressor.context
-        super().__init__(compressor, tokenizer, rows=rows, waiting=waiting, context=context, metrics=metrics)
+        context = method.reader.context
+        super().__init__(method, tokenizer, rows=rows, waiting=waiting, context=context, metrics=metrics)
 
     def _accept(self, **common: Any) -> _Row:
         job = common["job"]
@@ -101,8 +101,10 @@ class PaddedEngine(FoldingEngine[_Row]):
 
     def _read(self, rows: list[_Row], batch: Batch | None) -> None:
         parts = [tuple(running.prompt[:CHUNK]) for running in rows]
-        ids, mask = left_padded(parts, self.compressor.model.device)
-        batch = batch or Batch.over(self.compressor, Memory.stack([running.memory for running in rows]))
+        ids, mask = left_padded(parts, self.method.reader.model.device)
+        if batch is None:
+            held = self.method.recall(Memory.stack([running.memory for running in rows]))
+            batch = Batch.over(self.method.reader, held)
         batch, logits = batch.run(ids, mask)
         for running, part in zip(rows, parts, strict=True):
             del running.prompt[: len(part)]
@@ -117,7 +119,7 @@ class PaddedEngine(FoldingEngine[_Row]):
         """One more token of every answer."""
         if self._batch is None:
             return
-        tokens = torch.tensor([[running.token] for running in rows], device=self.compressor.model.device)
+        tokens = torch.tensor([[running.token] for running in rows], device=self.method.reader.model.device)
         self._batch, logits = self._batch.run(tokens)
         self.metrics.occupancy.observe(len(rows))
         self._draw(rows, logits)

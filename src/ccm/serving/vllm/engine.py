@@ -1,6 +1,6 @@
 """The server's engine with generation in vLLM: segments are folded here, answers are written there.
 
-    segments -> compressor -> memory -> store -> vLLM -> tokens -> compressor -> memory
+    segments -> method -> memory -> store -> vLLM -> tokens -> method -> memory
 
 The memory that an answer reads is one of the middle of a turn, which the server does not commit. It lies in a store
 that vLLM reads too, as long as the answer takes, under an id that is used once and cannot be guessed.
@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from ...compressor import Compressor
 from ...errors import CCMError, ConfigError
 from ...memory import Memory
+from ...methods import Method
 from ..engine.base import EngineError, Sampling
 from ..engine.folding import FoldingEngine, Running
 from ..metrics import Metrics
@@ -43,10 +43,10 @@ class _Answer(Running):
 
 
 class VllmEngine(FoldingEngine[_Answer]):
-    """Many conversations: one compressor, and vLLM.
+    """Many conversations: one method, and vLLM.
 
     Args:
-        compressor: model and adapter; other threads may use it as well.
+        method: bound to a model; other threads may use it as well.
         tokenizer: of the model.
         server: vLLM with the same model and our connector.
         store: that the connector reads; the engine closes it. With limits that end sessions after an hour or so,
@@ -56,13 +56,14 @@ class VllmEngine(FoldingEngine[_Answer]):
         metrics: where it counts.
 
     Raises:
-        ConfigError: vLLM does not load memories, not from this store, or not for this model.
+        ConfigError: the method is not plain, or vLLM does not load memories, not from this store, or not for this
+            model.
         EngineError: it is not reachable.
     """
 
     def __init__(
         self,
-        compressor: Compressor,
+        method: Method,
         tokenizer: Any,
         server: VllmServer,
         store: Store,
@@ -71,15 +72,12 @@ class VllmEngine(FoldingEngine[_Answer]):
         waiting: int = 64,
         metrics: Metrics | None = None,
     ):
-        if compressor.base_parameters:
-            raise ConfigError(
-                "the adapter tunes the base model itself: merge it, and serve that model in vLLM"
-            )
+        method.check_plain("vLLM")
         self.server, self.store = server, store
-        self._check(compressor)
+        self._check(method)
         self._pool = ThreadPoolExecutor(max(1, rows), thread_name_prefix="ccm-vllm")
-        context = min(compressor.context, server.context)
-        super().__init__(compressor, tokenizer, rows=rows, waiting=waiting, context=context, metrics=metrics)
+        context = min(method.reader.context, server.context)
+        super().__init__(method, tokenizer, rows=rows, waiting=waiting, context=context, metrics=metrics)
 
     def close(self) -> None:
         super().close()
@@ -88,7 +86,7 @@ class VllmEngine(FoldingEngine[_Answer]):
 
     # ------------------------------------------------------------------ before the first job
 
-    def _check(self, compressor: Compressor) -> None:
+    def _check(self, method: Method) -> None:
         """vLLM must refuse a memory that is not there, and load one that is."""
         options = {"max_tokens": 1, "temperature": 0}
 
@@ -104,7 +102,7 @@ class VllmEngine(FoldingEngine[_Answer]):
             raise ConfigError(
                 f"vLLM at {self.server.url} answers without the memory: start it with our connector (docs/scaling.md)"
             )
-        with self._staged(compressor.compress([[0, 0]])) as reference:
+        with self._staged(method.fold(method.empty(), [[0, 0]], answered=True)) as reference:
             if not answers(reference):
                 raise ConfigError(
                     f"vLLM at {self.server.url} cannot load a memory of this server: it must have the same model, "
@@ -154,7 +152,7 @@ class VllmEngine(FoldingEngine[_Answer]):
         job = running.job
         options = _options(job.sampling, most, sorted(self._ends))
         try:
-            with self._staged(running.memory) as reference:
+            with self._staged(self.method.recall(running.memory)) as reference:
                 for tokens in self.server.tokens(list(job.prompt), reference, options, running.call):
                     self._inbox.put(partial(self._hear, running, tokens))
             error: Exception = EngineError(f"vLLM at {self.server.url} ended the answer before its end")
