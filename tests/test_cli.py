@@ -173,7 +173,7 @@ def test_memory_inspect_refuses_a_damaged_file(saved: Path, capsys: pytest.Captu
     assert "changed after it was written" in one_error(capsys)
     saved.write_bytes(bytes(data[:40]))
     assert cli.main(["memory", "inspect", str(saved)]) == 2
-    assert "not a readable memory file" in one_error(capsys)
+    assert "no usable stored memory" in one_error(capsys)
 
 
 # ---------------------------------------------------------------------- chat

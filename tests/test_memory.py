@@ -393,22 +393,22 @@ def test_a_file_of_a_newer_version_is_named_as_that(file, tmp_path):
     rows = json.loads(metadata["rows"])
     assert len(Memory.load(written())[0]) == 2  # the forger could make a good one
     newer = written(rows=json.dumps([{**row, "forgotten": 3} for row in rows]))
-    with pytest.raises(MemoryFileError, match="written by a newer ccm: it counts 'forgotten'"):
+    with pytest.raises(MemoryFileError, match="written by a newer ccm: row 0 counts 'forgotten'"):
         Memory.load(newer)
-    with pytest.raises(MemoryFileError, match="expected 'ccm-memory/1': a newer ccm wrote it"):
-        Memory.load(written(format="ccm-memory/2"))
+    with pytest.raises(MemoryFileError, match="written by a newer ccm: its format is 'ccm-memory/3'"):
+        Memory.load(written(format="ccm-memory/3"))
 
 
 def test_missing_and_foreign_files_are_refused(tmp_path, compressor):
     with pytest.raises(MemoryFileError, match="no memory file"):
         Memory.load(tmp_path / "nothing")
-    with pytest.raises(MemoryFileError, match="not a readable"):
+    with pytest.raises(MemoryFileError, match="no usable stored memory"):
         Memory.load(tmp_path)
     (tmp_path / "text").write_text("a memory, honestly")
-    with pytest.raises(MemoryFileError, match="not a readable"):
+    with pytest.raises(MemoryFileError, match="no usable stored memory"):
         Memory.load(tmp_path / "text")
     compressor.save_pretrained(tmp_path)
-    with pytest.raises(MemoryFileError, match="got format 'pt'"):
+    with pytest.raises(MemoryFileError, match="its format is 'pt', expected 'ccm-memory'"):
         Memory.load(tmp_path / "adapter_model.safetensors")
 
 

@@ -17,7 +17,6 @@ from ccm.methods import as_method
 from ccm.serving.engine import EngineError, OverloadedError, PaddedEngine
 from ccm.serving.service import BusyError, Sampling, Service, Settings
 from ccm.serving.store import ConflictError, Limits, NotFoundError, QuotaError, open_store
-from ccm.storage import memory_file
 
 SIZES = {"slots": 2, "sink": 2, "window": 16, "segment": 8}
 GREEDY = Sampling(max_tokens=10, temperature=0)
@@ -512,7 +511,7 @@ def test_what_cannot_be_taken_back_is_refused(make, compressor, tokenizer):
         service = make(Limits(keep=3))
         session = Session(compressor, tokenizer, slots=2, sink=2, window=16, segment=8)
         session.append("an imported past", role="user")
-        await service.load("t", memory_file.dumps(session.memory, {"session": '{"turns": 1}'}), "back")
+        await service.load("t", session.memory.dumps({"session": '{"turns": 1}'}), "back")
         chat = Chat(service, "back")
         before = (await chat.say("a cat")).stats
         edited = [*chat.shown, *user("a dog")]
@@ -745,7 +744,7 @@ def test_forged_files_are_refused(service, compressor):
 
     def forged(change):
         row = good.rows[0]
-        return memory_file.dumps(replace(good, rows=(replace(row, **change(row)),)), {})
+        return replace(good, rows=(replace(row, **change(row)),)).dumps()
 
     def narrow(kv):
         return KV(kv.keys[..., :4], kv.values[..., :4])
@@ -754,11 +753,11 @@ def test_forged_files_are_refused(service, compressor):
     bad = [
         forged(lambda row: {name: narrow(getattr(row, name)) for name in parts}),
         forged(lambda row: {"slots": KV(*(t.repeat(1, 1, 300, 1) for t in row.slots))}),
-        memory_file.dumps(replace(good, rows=good.rows * 2), {}),
-        memory_file.dumps(good, {"session": '{"turns": -1}'}),
-        memory_file.dumps(good, {"session": "[]"}),
+        replace(good, rows=good.rows * 2).dumps(),
+        good.dumps({"session": '{"turns": -1}'}),
+        good.dumps({"session": "[]"}),
         b"not a file",
-        memory_file.dumps(good, {})[:-3],
+        good.dumps()[:-3],
     ]
 
     async def run():
@@ -768,9 +767,9 @@ def test_forged_files_are_refused(service, compressor):
                 pytest.fail(f"{i} was taken")
         other = replace(good, fingerprint="another")
         with pytest.raises(MismatchError):
-            await service.load("t", memory_file.dumps(other, {}))
+            await service.load("t", other.dumps())
         assert await service.sessions("t") == []
-        assert (await service.load("t", memory_file.dumps(good, {}))).version == 1
+        assert (await service.load("t", good.dumps())).version == 1
 
     asyncio.run(run())
 

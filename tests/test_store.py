@@ -53,7 +53,8 @@ from ccm.serving.store import (
     sql,
 )
 from ccm.serving.store.base import STORES, name_of
-from ccm.serving.store.codec import DTYPES, decode, decode_file, encode
+from ccm.serving.store.codec import DTYPES, decode, encode
+from ccm.storage import memory_file
 
 KINDS = ["sqlite", "dir", "redis", "postgresql"]
 EMBEDDED = ["sqlite", "dir"]
@@ -1257,7 +1258,7 @@ def test_damaged_memories_are_refused(dtype):
         broken = damage(data, rng)
         if broken == data:
             continue
-        with pytest.raises(MemoryFileError, match=r"no usable stored memory|limit is") as caught:
+        with pytest.raises(MemoryFileError, match=r"no usable stored memory|limit is|newer ccm") as caught:
             decode(broken, 2 * len(data))
         assert len(str(caught.value)) < 500
     assert same(decode(data)[0], decode(data, len(data))[0])
@@ -1275,8 +1276,6 @@ def joined(header: Any, body: bytes) -> bytes:
 
 def forged(change: Callable[..., Any]) -> bytes:
     """A memory that was changed by somebody who knows how to make a digest."""
-    from ccm.serving.store import codec
-
     data = encode(memory_of(), "int8")[0]
     tensors, metadata = safetensors.load(data), parts_of(data)[0]["__metadata__"]
     del metadata["digest"]
@@ -1284,7 +1283,7 @@ def forged(change: Callable[..., Any]) -> bytes:
     change(tensors, metadata, rows)
     if metadata.get("rows"):
         metadata["rows"] = json.dumps(rows)
-    metadata["digest"] = codec.digest_of(tensors, metadata)
+    metadata["digest"] = memory_file.content_digest(tensors, metadata)
     return safetensors.save(tensors, metadata)
 
 
@@ -1322,7 +1321,7 @@ FORGERIES: dict[str, tuple[Callable[..., None], str]] = {
     "true": (lambda t, m, r: put(r[0], "steps", True), "impossible counters"),
     "other field": (
         lambda t, m, r: put(r[0], "__class__", 1),
-        "counts '__class__': a newer ccm wrote it",
+        "written by a newer ccm: row 0 counts '__class__'",
     ),
     "no counter": (lambda t, m, r: r[0].pop("tokens"), "other fields"),
     "merged": (lambda t, m, r: put(r[0], "merged", -1), "impossible counters"),
@@ -1330,12 +1329,12 @@ FORGERIES: dict[str, tuple[Callable[..., None], str]] = {
     "no rows": (lambda t, m, r: r.clear(), "rows are not as expected"),
     "dtypes": (lambda t, m, r: put(r[0]["dtypes"], "slots", "load"), "KeyError"),
     "no metadata rows": (lambda t, m, r: m.pop("rows"), "KeyError"),
-    "deep json": (
-        lambda t, m, r: put(m, "error", "[" * 100_000),
-        "RecursionError|ValueError|JSONDecodeError",
-    ),
+    "deep json": (lambda t, m, r: put(m, "error", "[" * 100_000), "not a number"),
     "error": (lambda t, m, r: put(m, "error", '{"keys": NaN, "values": 0.0}'), "not a number"),
-    "format": (lambda t, m, r: put(m, "format", "ccm-memory/1"), "its format is not 'ccm-snapshot/1'"),
+    "format": (
+        lambda t, m, r: put(m, "format", "ccm-memory/1"),
+        "its format is 'ccm-memory/1', expected 'ccm-snapshot'",
+    ),
 }
 
 
@@ -1358,16 +1357,14 @@ def test_a_snapshot_from_before_merged_tokens_were_counted_is_read():
     (back,) = decode(data)[0].rows
     assert (back.merged, back.merged_segments, back.recent) == (12, 2, (6, 6))
     exported = Path(golden).with_name("memory-without-merged.ccm").read_bytes()
-    assert decode_file(exported)[0].rows[0].tokens == 24
+    assert Memory.loads(exported)[0].rows[0].tokens == 24
 
 
 def test_nothing_is_allocated_for_what_a_header_claims(monkeypatch):
-    from ccm.serving.store import codec
-
     data = encode(memory_of(), "float32")[0]
     header, body = parts_of(data)
     monkeypatch.setattr(
-        codec.safetensors, "load", lambda data: pytest.fail("allocated before it was checked")
+        memory_file.safetensors, "load", lambda data: pytest.fail("allocated before it was checked")
     )
     claims: list[bytes] = [
         b"",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,8 @@ from transformers import DynamicCache
 
 from .errors import MemoryFileError, MismatchError
 from .rotary import Rotary, rotate
+from .storage import memory_file
+from .storage.atomic import write_atomically
 
 
 class KV(NamedTuple):
@@ -234,7 +237,9 @@ class Memory:
                         f"memory row {r}: {name} holds NaN or infinite values; do not use it"
                     )
 
-    def save(self, path: str | os.PathLike[str], extra: dict[str, str] | None = None) -> None:
+    # ------------------------------------------------------------------ files
+
+    def save(self, path: str | os.PathLike[str], extra: Mapping[str, str] | None = None) -> None:
         """Write one safetensors file, atomically: the old file stays until the new one is complete.
 
         Args:
@@ -245,9 +250,12 @@ class Memory:
             StorageError: the file cannot be written; nothing half-written is left.
             MemoryFileError: the memory holds NaN.
         """
-        from .storage import memory_file
+        write_atomically(Path(path), self.dumps(extra))
 
-        memory_file.save(self, path, extra or {})
+    def dumps(self, extra: Mapping[str, str] | None = None) -> bytes:
+        """What :meth:`save` writes."""
+        self.check_finite()
+        return memory_file.file_bytes(list(map(vars, self.rows)), self.fingerprint, extra or {})
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> tuple[Memory, dict[str, str]]:
@@ -257,9 +265,26 @@ class Memory:
             MemoryFileError: missing, truncated, changed after it was written, of another format, written by a newer
                 ccm, or NaN inside.
         """
-        from .storage import memory_file
+        rows, metadata = memory_file.load(path)
+        return Memory.of(rows, metadata), metadata
 
-        return memory_file.load(path)
+    @staticmethod
+    def loads(data: bytes, most: int = memory_file.MOST) -> tuple[Memory, dict[str, str]]:
+        """As :meth:`load`, of a file's bytes, ``most`` of them."""
+        rows, metadata = memory_file.read(data, memory_file.FILE, most)
+        return Memory.of(rows, metadata), metadata
+
+    @staticmethod
+    def of(rows: Sequence[dict[str, Any]], metadata: Mapping[str, str]) -> Memory:
+        """The memory that :mod:`ccm.storage.memory_file` has read.
+
+        Raises:
+            MemoryFileError: NaN or infinite values.
+        """
+        made = (Row(**row | {part: KV(*row[part]) for part in memory_file.PARTS}) for row in rows)
+        memory = Memory(tuple(made), metadata["fingerprint"])
+        memory.check_finite()
+        return memory
 
 
 def describe(memory: Memory) -> list[dict[str, Any]]:

@@ -27,7 +27,6 @@ from ..messages import Message, ToolCall
 from ..methods import Method
 from ..reader import base_name
 from ..session import counters, resumed, say_losses
-from ..storage import memory_file
 from ..template import template_of
 from . import history
 from .engine import (
@@ -451,7 +450,7 @@ class Service:
             "turns": held.turns,
             "dialogue": held.dialogue.as_dict(),
         }
-        return await asyncio.to_thread(memory_file.dumps, held.memory, {"session": json.dumps(state)})
+        return await asyncio.to_thread(held.memory.dumps, {"session": json.dumps(state)})
 
     async def load(self, tenant: str, data: bytes, session: str | None = None) -> View:
         """A new conversation from a session file; what was said is not in it.
@@ -460,7 +459,7 @@ class Service:
             MemoryFileError: damaged, of another format, or a memory that cannot be.
             MismatchError: made by another model or adapter.
         """
-        memory, metadata = await asyncio.to_thread(codec.decode_file, data)
+        memory, metadata = await asyncio.to_thread(Memory.loads, data)
         try:
             state = json.loads(metadata.get("session", "{}"))
             turns = state.get("turns", 0)
