@@ -243,7 +243,7 @@ def test_chat_goes_on_after_errors(talk, home: Path, tmp_path: Path) -> None:
         "/what",
     )
     assert shown.count("error: ") == 5
-    assert "made by model-adapter" in shown
+    assert " and adapter " in shown
     assert "full context" in shown
 
 

@@ -11,14 +11,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors import torch as safetensors
-from tiny import tiny_model, tiny_tokenizer
+from tiny import history, random_rows, tiny_compressor, tiny_model, tiny_tokenizer
 
+from ccm import cli
 from ccm.compressor import Compressor, CompressorConfig
-from ccm.errors import MemoryFileError
+from ccm.errors import MemoryFileError, MismatchError
 from ccm.memory import KV, Memory, Row
+from ccm.methods import as_method
 from ccm.serving.store import codec
 from ccm.session import Session
 from ccm.storage import memory_file
+from ccm.storage.fingerprint import mismatch
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -119,7 +122,7 @@ def test_a_session_of_an_earlier_release_goes_on():
     model = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=512)
     compressor = Compressor(model, CompressorConfig(slots=2, sink=2, window=16))
     session = Session.load(GOLDEN / "session-1.ccm", compressor, tokenizer)
-    assert session.turns == 2 and (session.budget.slots, session.budget.window) == (2, 16)
+    assert session.turns == 2 and (session.method.slots, session.method.window) == (2, 16)
     session.append("and more")
     assert session.turns == 3 and session.memory.tokens > 10
 
@@ -134,16 +137,104 @@ def test_the_fields_of_a_row_are_those_of_the_format():
 
 
 @pytest.mark.parametrize(
-    "name, rule, recent",
-    [("adapter-first", "merge", (0, 0)), ("adapter-1", "bounded", (2, 6))],
+    "name, rule, recent, made",
+    [
+        ("adapter-first", "merge", (0, 0), "4559a4745a0e186a"),
+        ("adapter-1", "bounded", (2, 6), "62605a38fdef1ee9"),
+    ],
 )
-def test_adapters_of_earlier_releases_are_read(name, rule, recent):
+def test_adapters_of_earlier_releases_are_read(name, rule, recent, made):
     compressor = Compressor.from_pretrained(tiny_model(), GOLDEN / name)
     config = compressor.config
     assert (config.rule, (config.sink, config.window), config.rank) == (rule, recent, 2)
     kept = safetensors.load_file(GOLDEN / name / "comp_embeddings.safetensors")["comp_embeddings"]
     assert torch.equal(compressor.comp_embeddings.detach(), kept.float()) and kept.dtype == torch.bfloat16
     assert sum(p.float().abs().sum() for p in compressor.lora_parameters) > 10
+    assert [known.partition("-")[2] for known in compressor.fingerprints()].count(made) == 1
+
+
+# ------------------------------------------------------------------ who made a memory
+
+
+def test_a_rule_has_one_fingerprint_whatever_it_is_called():
+    """One folds on what the other made, bit for bit."""
+    rows = random_rows([[6, 4, 5, 3]], seed=3)[0]
+    merge, mean, ema = (tiny_compressor(rule=rule, sink=2) for rule in ("merge", "mean", "ema"))
+    assert merge.fingerprint() == mean.fingerprint() != ema.fingerprint()
+    assert len(merge.fingerprints()) == 2 and len(ema.fingerprints()) == 1
+    memory = history(merge, rows[:2])
+    one, other = (history(compressor, rows) for compressor in (merge, mean))
+    for segment in rows[2:]:
+        memory = mean.compress([segment], memory)
+    assert same(memory, one) and same(one, other)
+    with pytest.raises(MismatchError, match="this is the same model and adapter"):
+        ema.check(memory)
+
+
+@pytest.mark.parametrize("rule", ["merge", "mean"])
+def test_a_memory_that_carries_the_aliass_old_hash_goes_on(rule):
+    """``memory-first.ccm`` says "merge" in its hash. It batches with new ones, once it is admitted."""
+    compressor = Compressor.from_pretrained(tiny_model(), GOLDEN / "adapter-first", rule=rule)
+    method = as_method(compressor)
+    old, _ = Memory.load(GOLDEN / "memory-first.ccm")
+    new = history(compressor, random_rows([[6, 4, 5]], seed=3)[0], window=6, sink=2)
+    assert old.fingerprint != new.fingerprint == compressor.fingerprint()
+    compressor.check(old, 1)
+    for part in memory_file.PARTS:
+        for a, b in zip(getattr(old.rows[0], part), getattr(new.rows[0], part), strict=True):
+            assert torch.allclose(a, b, atol=1e-4)
+    with pytest.raises(MismatchError, match=r"cannot stack memories made by model .* and by model"):
+        Memory.stack([old, new])
+    both = Memory.stack([method.admit(old), new])
+    after = compressor.compress([[5] * 4, [5] * 4], both, window=6, sink=2)
+    assert torch.allclose(after.rows[0].slots.keys, after.rows[1].slots.keys, atol=1e-4)
+
+
+def test_a_memory_of_another_shape_is_not_admitted():
+    """Whatever fingerprint it carries."""
+    compressor = tiny_compressor()
+    kv = KV(*torch.zeros(2, 3, 2, 1, 4))
+    forged = Memory((Row(kv, kv, kv, (1,)),), compressor.fingerprint())
+    with pytest.raises(MemoryFileError, match=r"the memory's sink is \(3, 2, 4\), expected \(3, 2, 8\)"):
+        as_method(compressor).admit(forged)
+
+
+HASH = "4559a4745a0e186a"
+
+
+MISMATCHES = [
+    ("a.b-snapkv", f"a.b-{HASH}", "method snapkv, this is the same model and adapter 4559"),
+    ("a.b-snapkv", f"a.b-{HASH}", "; open it with method snapkv (--memory)"),
+    (
+        f"a.b-{HASH}",
+        "a.b-tova",
+        f"adapter {HASH}, this is the same model and method tova; open it with adapter 4559",
+    ),
+    (
+        "a.b-mean-pool",
+        "a.c-tova",
+        "model a.b and method mean-pool, this is model a.c and method tova; load the model",
+    ),
+    (f"a.b-{HASH}", "a.c", f"model a.b and adapter {HASH}, this is model a.c; load the model that made it"),
+]
+
+
+@pytest.mark.parametrize("got, expected, words", MISMATCHES)
+def test_another_maker_is_told_of_in_one_line(got, expected, words):
+    said = str(mismatch(got, expected))
+    assert words in said and said.endswith(", or start a new memory") and "\n" not in said
+
+
+def test_memory_inspect_says_who_made_it(tmp_path, capsys):
+    memory, _ = Memory.load(GOLDEN / "memory-2.ccm")
+    replace(memory, fingerprint="a.b-snapkv").save(tmp_path / "m.ccm")
+    assert cli.main(["memory", "inspect", str(tmp_path / "m.ccm")]) == 0
+    shown = capsys.readouterr().out
+    assert "made by model a.b and method snapkv" in shown and "notes" in shown
+    assert cli.main(["memory", "inspect", str(tmp_path / "m.ccm"), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["format"], result["fingerprint"]) == ("ccm-memory/2", "a.b-snapkv")
+    assert [row["notes"] for row in result["rows"]] == [3, 0]
 
 
 # ------------------------------------------------------------------ what is newer is named as that

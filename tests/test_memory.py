@@ -279,6 +279,7 @@ def test_sizes_are_measured_bytes():
             "tokens_merged": 19,
             "segments_merged": 3,
             "reach": 5,
+            "notes": 0,
             "nbytes": memory.nbytes,
         }
     ]

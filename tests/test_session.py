@@ -164,7 +164,7 @@ def test_errors_leave_the_session_as_it_was(merge: Compressor, tmp_path: Path) -
 def test_a_session_of_another_adapter_is_refused(merge: Compressor, tmp_path: Path) -> None:
     other = compressor(rule="concat")
     Session(other, TOKENIZER).save(tmp_path / "s.ccm")
-    with pytest.raises(MismatchError, match="model-adapter"):
+    with pytest.raises(MismatchError, match="the memory was made by model"):
         Session.load(tmp_path / "s.ccm", merge, TOKENIZER)
 
 

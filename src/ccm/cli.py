@@ -215,6 +215,7 @@ def inspect(
     from rich.table import Table
 
     from .memory import Memory, describe
+    from .storage.fingerprint import made_by
 
     memory, metadata = Memory.load(file)
     rows = describe(memory)
@@ -224,9 +225,13 @@ def inspect(
         print(json.dumps({**result, "nbytes": memory.nbytes, "rows": rows, "session": session}))
         return
     console = _console()
-    made_by = "model-adapter " + memory.fingerprint
     kind = f"session of {session['turns']} turns, budget {session['budget']}" if session else "memory"
-    console.print(f"{file}: {kind}\nmade by {made_by}", soft_wrap=True, highlight=False, markup=False)
+    console.print(
+        f"{file}: {kind}\nmade by {made_by(memory.fingerprint)}",
+        soft_wrap=True,
+        highlight=False,
+        markup=False,
+    )
     table = Table(box=None, show_header=False, padding=(0, 1))  # side by side they are wider than a screen
     for name in rows[0]:
         table.add_row(name.replace("_", " "), *(f"{row[name]:,}" for row in rows))

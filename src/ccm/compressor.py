@@ -34,10 +34,11 @@ from .head import run_head
 from .kinds import KINDS
 from .memory import KV, Memory, Row
 from .pooling import Pooling
-from .reader import Ids, Reader, mismatch, model_fingerprint
-from .rules import get_rule
+from .reader import Ids, Reader, model_fingerprint
+from .rules import get_rule, names_of
 from .segments import Layout, lay_out
 from .storage import adapter_folder, base_stage
+from .storage.fingerprint import mismatch
 from .twin import text_config
 from .window import joined, overflow
 
@@ -122,7 +123,7 @@ class Compressor(Reader):
             noise = torch.randn(comp, table.shape[1]).to(table.device)
             self.comp_embeddings = nn.Parameter(table.mean(0) + table.std(0) * noise)
         self.pooling = Pooling(*self.kv_shape()[:2]).to(model.device) if self.kind.pooled else None
-        self._print: tuple[Any, str] | None = None
+        self._prints: tuple[Any, tuple[str, ...]] | None = None
         ends = model.generation_config.eos_token_id
         known = (text_config(model.config).bos_token_id, *(ends if isinstance(ends, list) else [ends]))
         self._special = {token for token in known if token is not None}
@@ -330,23 +331,33 @@ class Compressor(Reader):
 
     def fingerprint(self) -> str:
         """``model-adapter``: two short hashes that a memory carries, so that it is never read by another pair."""
+        return self.fingerprints()[0]
+
+    def fingerprints(self) -> tuple[str, ...]:
+        """What a memory of this pair may carry, today's first: an alias of the rule once had a hash of its own."""
         state = [*self.slot_parameters().values(), *self.lora_parameters, *self.base_parameters]
         # weights made under inference_mode have no version, and cannot change in place outside it
         version = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in state)
-        if self._print is None or self._print[0] != version:
-            # sizes may change while a memory lives; the rule and where COMP tokens sit may not
-            meaning: list[Any] = [self.config.rule, self.config.rule_options, self.config.comp_positions]
-            if self.config.kind != "ccm" or not self.config.conditional:
-                meaning += [self.config.kind, self.config.conditional]
-            sha = hashlib.sha256(json.dumps(meaning, sort_keys=True).encode())
-            for parameter in state:
-                sha.update(parameter.detach().float().cpu().numpy().tobytes())
-            self._print = (version, f"{model_fingerprint(self.model)}-{sha.hexdigest()[:16]}")
-        return self._print[1]
+        if self._prints is None or self._prints[0] != version:
+            made = (
+                f"{model_fingerprint(self.model)}-{self._hash(name, state)}" for name in names_of(self.rule)
+            )
+            self._prints = (version, tuple(made))
+        return self._prints[1]
+
+    def _hash(self, rule: str, state: Sequence[Tensor]) -> str:
+        # sizes may change while a memory lives; the rule and where COMP tokens sit may not
+        meaning: list[Any] = [rule, self.config.rule_options, self.config.comp_positions]
+        if self.config.kind != "ccm" or not self.config.conditional:
+            meaning += [self.config.kind, self.config.conditional]
+        sha = hashlib.sha256(json.dumps(meaning, sort_keys=True).encode())
+        for parameter in state:
+            sha.update(parameter.detach().float().cpu().numpy().tobytes())
+        return sha.hexdigest()[:16]
 
     def check(self, memory: Memory, batch: int | None = None) -> None:
         """Raises MismatchError unless this model and adapter made the memory, ConfigError on a wrong batch size."""
-        if memory.fingerprint != self.fingerprint():
+        if memory.fingerprint not in self.fingerprints():
             raise mismatch(memory.fingerprint, self.fingerprint())
         super().check(memory, batch)
 

@@ -16,6 +16,7 @@ from .errors import MemoryFileError, MismatchError
 from .rotary import Rotary, rotate
 from .storage import memory_file
 from .storage.atomic import write_atomically
+from .storage.fingerprint import made_by
 
 
 class KV(NamedTuple):
@@ -138,11 +139,12 @@ class Memory:
         """One batch from several memories.
 
         Raises:
-            MismatchError: they come from different models or adapters.
+            MismatchError: they come from different models, adapters or methods.
         """
         prints = {memory.fingerprint for memory in memories}
         if len(prints) != 1:
-            raise MismatchError(f"cannot stack memories of {len(prints)} different model-adapter pairs")
+            makers = " and by ".join(map(made_by, sorted(prints)))
+            raise MismatchError(f"cannot stack memories made by {makers}; give those of one")
         return Memory(tuple(row for memory in memories for row in memory.rows), prints.pop())
 
     @property
@@ -300,6 +302,7 @@ def describe(memory: Memory) -> list[dict[str, Any]]:
             "tokens_merged": row.merged,
             "segments_merged": row.merged_segments,
             "reach": row.reach,
+            "notes": len(row.notes),
             "nbytes": memory[r].nbytes,
         }
         for r, row in enumerate(memory.rows)

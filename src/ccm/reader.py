@@ -21,10 +21,11 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import DynamicCache, PreTrainedModel
 
 from . import attention
-from .errors import ConfigError, MismatchError
+from .errors import ConfigError
 from .families import choose_backend, get_family
 from .memory import KV, Memory, Row
 from .rotary import Rotary, unrotate
+from .storage.fingerprint import mismatch
 from .threads import PerThread
 from .twin import head_size, kv_heads, text_config
 
@@ -214,8 +215,9 @@ class Reader(nn.Module):
 
         What made it on this model, an adapter or a method, is of no importance to who reads it.
         """
-        if memory.fingerprint.partition("-")[0] != model_fingerprint(self.model):
-            raise mismatch(memory.fingerprint, self.fingerprint())
+        model = model_fingerprint(self.model)
+        if memory.fingerprint.partition("-")[0] != model:
+            raise mismatch(memory.fingerprint, model)
         if batch is not None and len(memory) != batch:
             raise ConfigError(f"got {batch} rows of tokens for a memory of {len(memory)} conversations")
 
@@ -376,14 +378,6 @@ class Reader(nn.Module):
             self.check_length(length, f"{full} (mean, bounded)")
         else:
             self.check_length(length)
-
-
-def mismatch(got: str, expected: str) -> MismatchError:
-    """Of a memory's fingerprint."""
-    return MismatchError(
-        f"the memory was made by model-adapter {got}, this is {expected}; "
-        "load the model and the adapter or method that made it, or start a new memory"
-    )
 
 
 def kv_shape(config: Any) -> tuple[int, int, int]:

@@ -192,6 +192,11 @@ RULES: dict[str, type[Rule]] = {rule.name: rule for rule in (Concat, Mean, EMA, 
 RULES["merge"] = Mean  # the paper's name for it
 
 
+def names_of(rule: Rule) -> list[str]:
+    """All names under which a rule is registered, its own one before its aliases."""
+    return [name for name, kind in RULES.items() if kind is type(rule)]
+
+
 def get_rule(name: str, **options: Any) -> Rule:
     """The rule registered under ``name``.
 

@@ -252,8 +252,7 @@ class Session:
             session.dialogue = resumed(session.dialogues, state, memory)
         except (KeyError, TypeError, ValueError) as error:
             raise MemoryFileError(f"{path} holds a memory but no session ({error})") from error
-        model = session.method.reader.model
-        session.memory = memory.to(model.device, model.dtype)
+        session.memory = session.method.admit(memory)
         session._before = None
         return session
 

@@ -26,9 +26,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..errors import ConfigError
+from ..errors import ConfigError, MemoryFileError
 from ..memory import KV, Memory, Row
-from ..reader import Ids, Reader, mismatch, model_fingerprint
+from ..reader import Ids, Reader, model_fingerprint
+from ..storage.fingerprint import mismatch
 from ..window import joined, without
 
 #: Longest segment folded at once, in tokens.
@@ -127,6 +128,23 @@ class Method:
         if memory.fingerprint != self.fingerprint():
             raise mismatch(memory.fingerprint, self.fingerprint())
         self.reader.check(memory, batch)
+
+    def admit(self, memory: Memory) -> Memory:
+        """The memory of one conversation from a file or a store, as this method has it.
+
+        Raises:
+            MismatchError: another model or method made it.
+            MemoryFileError: it says that this one did, and is not of its shape.
+        """
+        self.check(memory, 1)
+        (row,) = memory.rows
+        expected = self.reader.kv_shape()
+        for name in ("sink", "slots", "window"):
+            layers, heads, _, size = getattr(row, name).keys.shape
+            if (layers, heads, size) != expected:
+                raise MemoryFileError(f"the memory's {name} is {(layers, heads, size)}, expected {expected}")
+        model = self.reader.model
+        return replace(memory, fingerprint=self.fingerprint()).to(model.device, model.dtype)
 
     def check_plain(self, engine: str) -> None:
         """Raises ConfigError if an engine that knows nothing but keys and values cannot serve the method."""

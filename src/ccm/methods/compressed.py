@@ -83,6 +83,9 @@ class Trained(Method):
     def fingerprint(self) -> str:
         return self.reader.fingerprint()
 
+    def check(self, memory: Memory, batch: int | None = None) -> None:
+        self.reader.check(memory, batch)
+
     def check_plain(self, engine: str) -> None:
         super().check_plain(engine)
         if self.reader.base_parameters:

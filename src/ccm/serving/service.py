@@ -898,21 +898,13 @@ class Service:
     def _checked(self, memory: Memory) -> Memory:
         """The memory as this model takes it, if this model and adapter made it and it can be what it says."""
         try:
-            self.method.check(memory, 1)
+            memory = self.method.admit(memory)
         except MismatchError as error:
             raise MismatchError(
                 f"{error}; or rebuild it from its texts (POST /v1/memories/ID/rebuild)"
             ) from error
-        (row,) = memory.rows
-        layers, heads, size = self.method.reader.kv_shape()
-        for name in ("sink", "slots", "window"):
-            keys = getattr(row, name).keys
-            shape = keys.shape[0], keys.shape[1], keys.shape[3]
-            if shape != (layers, heads, size):
-                raise MemoryFileError(f"the memory's {name} is {shape}, expected {(layers, heads, size)}")
         self.method.reader.check_length(memory.length + 1)
-        model = self.method.reader.model
-        return memory.to(model.device, model.dtype)
+        return memory
 
     def _rendered(
         self,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from ...errors import ConfigError, MismatchError
+from ...errors import ConfigError
 from ...memory import KV
 from ...rotary import Rotary
+from ...storage.fingerprint import mismatch
 from ..store import Store, codec
 from .reference import Reference
 
@@ -37,9 +38,8 @@ class Loader:
         """
         snapshot = self.store.get(reference.tenant, reference.session, reference.version)
         memory, _ = codec.decode(snapshot.payload)
-        made = memory.fingerprint.rpartition("-")[0]
-        if made != self.fingerprint:
-            raise MismatchError(f"the memory was made by model {made}, this is {self.fingerprint}")
+        if memory.fingerprint.partition("-")[0] != self.fingerprint:
+            raise mismatch(memory.fingerprint, self.fingerprint)
         if len(memory) != 1 or memory.length != reference.length:
             raise ConfigError(
                 f"the memory takes {memory.length} positions, the request has {reference.length} placeholders for it"
