@@ -13,26 +13,23 @@ import json
 import logging
 import secrets
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..answers import AnswerReader
 from ..dialogue import Dialogue, Dialogues
-from ..errors import CCMError, ConfigError, MemoryFileError, MismatchError, UnknownNameError
+from ..errors import CCMError, ConfigError, MemoryFileError, MismatchError
 from ..memory import Memory
-from ..messages import Message, ToolCall
+from ..messages import Message
 from ..methods import Method
 from ..reader import base_name
 from ..session import counters, resumed, say_losses
 from ..storage import memory_file
 from ..template import template_of
-from . import history
+from . import history, transcript
 from .engine import (
     Engine,
-    Event,
     Job,
     Kept,
     PaddedEngine,
@@ -40,10 +37,12 @@ from .engine import (
     Sampling,
     StoppingError,
 )
-from .history import Entry
 from .metrics import Metrics
 from .rendering import Rendering
+from .settings import Settings
 from .store import ConflictError, Info, NotFoundError, Snapshot, Store, codec
+from .transcript import Entry
+from .turn import Outcome, Taken, Turn
 
 __all__ = ["BusyError", "Entry", "Message", "Outcome", "Sampling", "Service", "Settings", "Turn", "View"]
 
@@ -51,14 +50,10 @@ log = logging.getLogger(__name__)
 
 #: Seconds of silence after which the model's thread counts as hung; a step takes far less.
 SILENCE = 60.0
-#: What becomes of a turn whose client goes away.
-DISCONNECT = ("drop", "keep", "finish")
 #: Seconds for which a look at the store's health holds: everybody may ask, and it writes.
 FRESH = 1.0
 #: More characters per token than any text has; a longer one is refused before it is tokenized, which takes seconds.
 CHARACTERS = 16
-#: What may be done with a history that differs from the known one.
-RESENDS = ("match", "refuse", "rebuild")
 
 
 def new_id(kind: str) -> str:
@@ -68,39 +63,6 @@ def new_id(kind: str) -> str:
 
 class BusyError(ConflictError):
     """Another turn of this conversation is running."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a service keeps conversations.
-
-    Attributes:
-        adapter: name of the adapter, as clients see it.
-        texts: keep what was said beside the memory, so that it can be shown, and memories be rebuilt by another
-            adapter; otherwise digests alone.
-        resend: what to do with a history that differs from the known one: "match" what is known of it, giving up
-            what the client has visibly taken back, and refuse the rest; "refuse" whatever would give up anything; or
-            "rebuild": as "match", but where nothing matches the memory is made anew.
-        precision: how memories are stored: float32, bfloat16 or int8.
-        input_tokens: tokens that one request may bring at most.
-        disconnect: what becomes of a turn whose client goes away: "drop" it; "keep" what was said by then, and the
-            message of the user; "finish" it without the client.
-    """
-
-    adapter: str
-    texts: bool = True
-    resend: str = "match"
-    precision: str = "float32"
-    input_tokens: int = 1 << 16
-    disconnect: str = "drop"
-
-    def __post_init__(self) -> None:
-        if self.resend not in RESENDS:
-            raise UnknownNameError("resend", self.resend, list(RESENDS))
-        if self.precision not in codec.DTYPES:
-            raise UnknownNameError("precision", self.precision, list(codec.DTYPES))
-        if self.disconnect not in DISCONNECT:
-            raise UnknownNameError("disconnect", self.disconnect, list(DISCONNECT))
 
 
 @dataclass(frozen=True)
@@ -134,58 +96,6 @@ class View:
 
 
 @dataclass(frozen=True)
-class Taken:
-    """How a request was understood, in numbers of messages.
-
-    Attributes:
-        matched: of the request, that the memory held.
-        appended: of the request, that were taken in.
-        rewound: that the memory held and does not hold any more.
-        rebuilt: that were read again, as no version of their place is kept, or as the memory was made anew.
-        system: of the request's system text, what :class:`~ccm.serving.history.Plan` says.
-        ephemeral: nothing of the request was kept.
-    """
-
-    matched: int = 0
-    appended: int = 0
-    rewound: int = 0
-    rebuilt: int = 0
-    system: str | None = None
-    ephemeral: bool = False
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A finished turn.
-
-    Attributes:
-        text: the answer.
-        finish_reason: "stop", "length" or "tool_calls".
-        prompt_tokens: all that the answer depends on.
-        known_tokens: of these, those that the memory held before the request.
-        completion_tokens: of the answer.
-        reasoning: thoughts of the answer, apart from its text.
-        tool_calls: that it asks for.
-        session, version, stats: of the conversation; None and 0 for a stateless answer.
-        reasoning_tokens: of completion_tokens, those of its thoughts.
-        taken: how the request was understood; None for a stateless answer.
-    """
-
-    text: str
-    finish_reason: str
-    prompt_tokens: int
-    known_tokens: int
-    completion_tokens: int
-    session: str | None = None
-    version: int = 0
-    stats: dict[str, int] | None = None
-    reasoning: str = ""
-    tool_calls: tuple[ToolCall, ...] = ()
-    reasoning_tokens: int = 0
-    taken: Taken | None = None
-
-
-@dataclass(frozen=True)
 class _Held:
     """A conversation as a turn begins with it.
 
@@ -212,115 +122,6 @@ class _Held:
     aside: bool = False
     drop: tuple[int, ...] = ()
     told: bool = False
-
-
-class Turn:
-    """An answer on its way: an async iterator of pieces of text. When it ends, the turn is committed.
-
-    Pieces that the model thinks and does not say are of type :class:`~ccm.messages.Thought`.
-
-    Attributes:
-        session, version: of the conversation once the turn is committed; None and 0 for a stateless answer.
-        taken: how the request was understood.
-        outcome: set at the end.
-
-    Raises (while iterating):
-        EngineError, ConfigError: no answer; nothing was committed.
-        ConflictError, QuotaError, StorageError: the commit failed.
-    """
-
-    outcome: Outcome
-    taken: Taken | None = None
-
-    def __init__(
-        self,
-        engine: Engine,
-        job: Job,
-        commit: Callable[[Result], Awaitable[Outcome]],
-        release: Callable[[], None],
-        session: str | None = None,
-        version: int = 0,
-        reader: AnswerReader | None = None,
-        disconnect: str = "drop",
-        left: set[Turn] | None = None,
-    ):
-        self.session, self.version = session, version
-        self._reader, self._pieces = reader, deque[str]()
-        self._commit, self._release = commit, release
-        self._disconnect, self._left = disconnect, set() if left is None else left
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
-        self._ended = False
-        loop = asyncio.get_running_loop()
-
-        def listener(event: Event) -> None:
-            with suppress(RuntimeError):  # the loop is closed: nobody listens any more
-                loop.call_soon_threadsafe(self._events.put_nowait, event)
-
-        try:
-            self._ticket = engine.submit(job, listener)
-        except BaseException:
-            release()
-            raise
-
-    def __aiter__(self) -> AsyncIterator[str]:
-        return self
-
-    async def __anext__(self) -> str:
-        while True:
-            if self._pieces:
-                return self._pieces.popleft()
-            if self._ended:
-                raise StopAsyncIteration
-            event = await self._events.get()
-            if not isinstance(event, str):
-                break
-            self._pieces += self._reader.feed(event) if self._reader else [event]
-        self._ended = True
-        if isinstance(event, Exception):
-            self._release()
-            raise event
-        # a caller who goes away now does not stop the commit, and the conversation is busy until it is made
-        commit = asyncio.ensure_future(self._commit(event))
-        commit.add_done_callback(lambda _: self._release())
-        self.outcome = replace(await asyncio.shield(commit), taken=self.taken)
-        self._pieces += self._reader.end() if self._reader else []
-        return await anext(self)
-
-    async def finish(self) -> Outcome:
-        """Run to the end."""
-        try:
-            async for _ in self:
-                pass
-        finally:
-            await self.aclose()
-        return self.outcome
-
-    async def aclose(self) -> None:
-        """Nobody listens any more: of a turn that has not ended becomes what was chosen (see :class:`Settings`)."""
-        if self._ended or self in self._left:
-            return
-        if self._disconnect == "drop":
-            self._ended = True
-            self._ticket.cancel()
-            self._release()
-            return
-        if self._disconnect == "keep":
-            self.hurry()
-        self._left.add(self)
-        self._alone = asyncio.ensure_future(self._end_alone())
-
-    def hurry(self) -> None:
-        """End the answer soon, and keep what is written by then."""
-        self._ticket.finish()
-
-    async def _end_alone(self) -> None:
-        try:
-            async for _ in self:
-                pass
-        except CCMError as error:
-            log.warning("a turn whose client had gone was not kept: %s", error)
-        finally:
-            self._left.discard(self)
 
 
 class Service:
@@ -403,7 +204,7 @@ class Service:
         """The turns of a conversation, oldest first."""
         view = await self.view(tenant, session)
         entries = await asyncio.to_thread(self.store.transcript, tenant, session, view.version)
-        return history.timeline(entries, view.stats["tokens_folded"])
+        return transcript.timeline(entries, view.stats["tokens_folded"])
 
     async def sessions(self, tenant: str, after: str | None = None, limit: int = 100) -> list[Info]:
         """One page of a tenant's conversations, ordered by id."""
@@ -482,8 +283,8 @@ class Service:
         with self._alone(tenant, session):
             held = await self._load(tenant, session, anew=True)
             entries = await asyncio.to_thread(self.store.transcript, tenant, session)
-            messages = self._texts(history.current(entries))
-            await self._take_in(tenant, replace(held, entries=(history.RESET,)), messages)
+            messages = self._texts(transcript.current(entries))
+            await self._take_in(tenant, replace(held, entries=(transcript.RESET,)), messages)
         return await self.view(tenant, session)
 
     async def compact(
@@ -685,7 +486,7 @@ class Service:
         entries: list[dict[str, Any]] = []
         if held.version:
             entries = await asyncio.to_thread(self.store.transcript, tenant, held.session, held.version)
-        known = history.current(entries)
+        known = transcript.current(entries)
         plan = await asyncio.to_thread(
             history.plan, entries, messages, held.turns > len(known), resend != "refuse"
         )
@@ -694,7 +495,7 @@ class Service:
             return held, messages if plan is None else plan.append, taken
         if plan is None and resend == "rebuild":
             nothing = self.method.empty()
-            empty = replace(held, memory=nothing, dialogue=Dialogue(), turns=0, entries=(history.RESET,))
+            empty = replace(held, memory=nothing, dialogue=Dialogue(), turns=0, entries=(transcript.RESET,))
             return empty, messages, Taken(rewound=len(known), rebuilt=len(messages))
         if plan is None:
             raise ConflictError(
@@ -733,9 +534,9 @@ class Service:
             ConflictError: some are in neither.
         """
         kept = await asyncio.to_thread(self.store.versions, tenant, held.session)
-        reset = max((i for i, entry in enumerate(entries) if entry == history.RESET), default=-1)
+        reset = max((i for i, entry in enumerate(entries) if entry == transcript.RESET), default=-1)
         versions = [v for v, count in kept.items() if v <= held.version and count > reset]
-        places, *before = history.standing(entries, [kept[v] for v in versions])
+        places, *before = transcript.standing(entries, [kept[v] for v in versions])
         found = [
             (len(then), version)
             for version, then in zip(versions, before, strict=True)
@@ -749,7 +550,7 @@ class Service:
             except NotFoundError as error:  # another server has committed meanwhile
                 raise ConflictError(f"{error}; send this again", held.version) from error
             memory, dialogue, turns = base.memory, base.dialogue, base.turns
-        again = history.texts([entries[i] for i in places[first:keep]], messages)
+        again = transcript.texts([entries[i] for i in places[first:keep]], messages)
         if again is None or (not found and held.turns > len(places)):
             raise ConflictError(
                 f"these {len(messages)} messages take back {len(places) - keep} of the {len(places)} that the "
@@ -760,7 +561,7 @@ class Service:
         # those that know what is taken back are in the way of others; the newest stays for a while, to fork from
         drop = {v for v in kept if v < held.version} - {v for _, v in found}
         held = replace(held, memory=memory, dialogue=dialogue, turns=turns, drop=tuple(drop))
-        return replace(held, entries=(history.rewind(first),)), again
+        return replace(held, entries=(transcript.rewind(first),)), again
 
     async def _instructions(self, tenant: str, held: _Held, instructions: str) -> tuple[list[Message], str]:
         """What of the instructions is new, and what :class:`Taken` says of them."""
@@ -768,7 +569,7 @@ class Service:
         if held.version:
             known = await asyncio.to_thread(self.store.transcript, tenant, held.session, held.version)
             entries = [*known, *entries]
-        text, word = history.news(history.current(entries), Message("system", instructions))
+        text, word = history.news(transcript.current(entries), Message("system", instructions))
         texts, said = await self._sayable(held.dialogue, [] if text is None else [text], word, len(entries))
         return list(texts), said or word
 
@@ -778,9 +579,9 @@ class Service:
         """The messages, without system text that the template knows only at the beginning: the known one is kept."""
         if word != "taken in" or not known:
             return messages, word
-        fit = [message for message in messages if message.role not in history.SYSTEM]
+        fit = [message for message in messages if message.role not in transcript.SYSTEM]
         for message in messages:
-            if message.role in history.SYSTEM:
+            if message.role in transcript.SYSTEM:
                 try:
                     await asyncio.to_thread(self.dialogues.add, dialogue, message)
                 except ConfigError:
@@ -974,7 +775,7 @@ class Service:
         entries = [
             *held.entries,
             *(
-                history.note(m, n, self.settings.texts, held.told)
+                transcript.note(m, n, self.settings.texts, held.told)
                 for m, n in zip(messages, lengths, strict=True)
             ),
         ]
@@ -1042,7 +843,7 @@ class Service:
     def _texts(entries: Sequence[dict[str, Any]]) -> list[Message]:
         if not entries:
             raise ConfigError("nothing was said in this conversation: there is nothing to rebuild")
-        texts = history.texts(entries)
+        texts = transcript.texts(entries)
         if texts is None:
             raise ConfigError("the texts of this conversation were not kept: it cannot be rebuilt")
         return texts
