@@ -476,7 +476,7 @@ def test_a_client_that_goes_away_commits_nothing(server, client, http, monkeypat
     with pytest.raises(httpx.ReadTimeout):  # and one that waits for a whole answer
         http.post("/v1/chat/completions", json=body, headers={"X-Session-Id": "left-2"}, timeout=0.1)
     deadline = time.monotonic() + 20
-    while cancelled._value.get() < before + 1 or server.service._turns:
+    while cancelled._value.get() < before + 1 or server.service.running.turns:
         assert time.monotonic() < deadline, "the turns are still running"
         time.sleep(0.02)
     assert http.get("/v1/memories/left").status_code == 404
@@ -507,7 +507,7 @@ def test_a_client_that_goes_before_the_stream_begins_frees_the_conversation(serv
         assert not begun
 
     asyncio.run(run())
-    assert not server.service._turns and ("local", "early") not in server.service._busy
+    assert not server.service.running.turns and ("local", "early") not in server.service.running.locked
 
 
 def test_an_error_in_mid_stream_is_told(server, client, monkeypatch):
@@ -538,7 +538,7 @@ def test_overload_and_limits(tmp_path):
         chunked = httpx.post(f"{running.url}/v1/responses", content=iter([b"x" * 1500] * 2))
         assert chunked.status_code == 413
         deadline = time.monotonic() + 20
-        while service._turns:
+        while service.running.turns:
             assert time.monotonic() < deadline
             time.sleep(0.02)
         ask(client, "x", "one")

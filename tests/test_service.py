@@ -243,7 +243,7 @@ def test_a_caller_who_leaves_during_the_commit_does_not_stop_it(service, monkeyp
             await task
         with pytest.raises(BusyError):
             await say(service, "s", "b")
-        await service.drain()
+        await service.running.drain()
         assert (await service.view("t", "s")).version == 1
 
     asyncio.run(run())
@@ -530,14 +530,14 @@ def test_system_text_that_the_template_knows_only_at_the_beginning(make, monkeyp
         service = make()
         chat = Chat(service)
         await chat.send([Message("system", "Be kind."), *user("a cat")])
-        add = service.dialogues.add
+        add = service.records.dialogues.add
 
         def strict(dialogue, message, *options):
             if message.role == "system" and (dialogue.last or message.content == "No."):
                 raise ConfigError("the chat template refuses this")
             return add(dialogue, message, *options)
 
-        monkeypatch.setattr(service.dialogues, "add", strict)
+        monkeypatch.setattr(service.records.dialogues, "add", strict)
         outcome = await chat.send([Message("system", "Be brief."), *chat.shown[1:], *user("a dog")])
         assert outcome.taken.system == "kept" and numbers(outcome) == (2, 1, 0, 0)
         turn = await service.answer("t", "s", user("more"), GREEDY, instructions="Be a cat.")
@@ -867,11 +867,11 @@ def test_what_a_crash_leaves_can_be_used(service):
 def test_draining(service):
     async def run():
         turn = await service.answer("t", "s", user("a"), Sampling(max_tokens=40, temperature=0), create=True)
-        drained = asyncio.create_task(service.drain())
+        drained = asyncio.create_task(service.running.drain())
         await asyncio.sleep(0)
         with pytest.raises(OverloadedError):
             await say(service, "other", "b")
-        assert await service.ready() == ["the server is about to stop"]
+        assert await service.health.ready() == ["the server is about to stop"]
         assert not drained.done()
         assert (await turn.finish()).version == 1
         await drained
@@ -881,7 +881,7 @@ def test_draining(service):
 
 def test_ready(service, monkeypatch, caplog):
     async def run():
-        assert await service.ready() == []
+        assert await service.health.ready() == []
         looks = []
 
         def broken():
@@ -889,14 +889,14 @@ def test_ready(service, monkeypatch, caplog):
             raise StorageError("/secret/place: the disk is full")
 
         monkeypatch.setattr(service.store, "check_health", broken)
-        assert await service.ready() == []  # everybody may ask, and a look writes: it holds for a moment
-        monkeypatch.setattr("ccm.serving.service.FRESH", 0.0)
-        (reason,) = await service.ready()
+        assert await service.health.ready() == []  # a look writes, so its result holds for a moment
+        monkeypatch.setattr("ccm.serving.health.FRESH", 0.0)
+        (reason,) = await service.health.ready()
         assert "cannot be written" in reason and "secret" not in reason and looks == [1]
         assert "/secret/place" in caplog.text
         monkeypatch.undo()
         monkeypatch.setattr(service.engine, "idle_seconds", lambda: 100.0)
-        assert "silent for 100 s" in (await service.ready())[0]
+        assert "silent for 100 s" in (await service.health.ready())[0]
 
     asyncio.run(run())
 

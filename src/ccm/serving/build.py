@@ -89,7 +89,8 @@ def build_service(options: Options) -> Service:
     from ..compressor import Compressor
     from ..methods import as_method
     from .metrics import Metrics
-    from .service import Service, Settings
+    from .service import Service
+    from .settings import Settings
     from .store import Limits, open_store
 
     options.loading.check()

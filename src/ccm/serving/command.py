@@ -204,7 +204,7 @@ def _run(app: FastAPI, service: Service, listener: socket.socket, drain: int) ->
             typer.echo(f"{service.name} on http://{host}:{address[1]} (the page), /v1 (OpenAI's clients)")
 
         def handle_exit(self, sig: int, frame: Any) -> None:
-            service.stop_taking()
+            service.running.stop_taking()
             super().handle_exit(sig, frame)
 
     config = uvicorn.Config(

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query
 
-from ..service import View
+from ..conversations import View
 from ..transcript import Entry
 from .common import ServiceDep, Session, Tenant
 from .errors import ApiError

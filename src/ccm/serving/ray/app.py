@@ -19,9 +19,9 @@ from typing import Any
 from ...errors import ConfigError, MissingPackageError
 from ..build import Options, build_service
 from ..engine import EngineError
+from ..health import SILENCE
 from ..keys import Keys
 from ..logs import to_stderr
-from ..service import SILENCE
 
 try:
     from ray import serve

@@ -1,0 +1,215 @@
+"""Conversations as the store has them: memories decoded and checked, turns committed."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ..dialogue import Dialogue, Dialogues
+from ..errors import MemoryFileError, MismatchError
+from ..memory import Memory
+from ..messages import Message
+from ..methods import Method
+from ..session import counters, resumed, say_losses
+from . import transcript
+from .metrics import Metrics
+from .settings import Settings
+from .store import ConflictError, NotFoundError, Snapshot, Store, codec
+
+
+def new_id(kind: str) -> str:
+    """An id that cannot be guessed."""
+    return f"{kind}_{secrets.token_urlsafe(24)}"
+
+
+@dataclass(frozen=True)
+class State:
+    """A conversation as a turn begins with it.
+
+    Attributes:
+        session: its id; for a branch and a new one, of what the commit will create.
+        version: that the commit follows on; 0 creates the session.
+        memory: decoded, on the model's device.
+        dialogue: how far it has come.
+        turns: so far.
+        metadata: the caller's own.
+        entries: a transcript that the commit has to bring along.
+        aside: what is asked is no part of the conversation: nothing is committed.
+        drop: versions that need not be kept once it is committed.
+        told: what is taken in is not answered.
+    """
+
+    session: str
+    version: int
+    memory: Memory
+    dialogue: Dialogue = field(default_factory=Dialogue)
+    turns: int = 0
+    metadata: dict[str, str] = field(default_factory=dict)
+    entries: tuple[dict[str, Any], ...] = ()
+    aside: bool = False
+    drop: tuple[int, ...] = ()
+    told: bool = False
+
+
+class Records:
+    """The store, in terms of memories.
+
+    Every method raises what the store raises: NotFoundError, ConflictError, QuotaError, StorageError,
+    MemoryFileError; MismatchError for a memory of another model or adapter.
+    """
+
+    def __init__(
+        self, method: Method, dialogues: Dialogues, store: Store, settings: Settings, metrics: Metrics
+    ):
+        self.method, self.dialogues, self.store = method, dialogues, store
+        self.settings, self.metrics = settings, metrics
+
+    # ------------------------------------------------------------------ reading
+
+    def new(self, session: str) -> State:
+        """A conversation that the commit will create."""
+        return State(session, 0, self.method.empty())
+
+    async def load(self, tenant: str, session: str, version: int | None = None, anew: bool = False) -> State:
+        """A conversation as it is stored; ``anew`` with an empty memory in place of its own."""
+        if version is None:
+            snapshot = await asyncio.to_thread(self.store.latest, tenant, session)
+        else:
+            snapshot = await asyncio.to_thread(self.store.get, tenant, session, version)
+        if snapshot is None:
+            return self.new(session)
+        kept = snapshot.metadata
+        user = dict(kept.get("user", {}))
+        if anew:
+            return State(session, snapshot.version, self.method.empty(), metadata=user)
+        memory, _ = await asyncio.to_thread(codec.decode, snapshot.payload)
+        memory = self.checked(memory)
+        dialogue = resumed(self.dialogues, kept, memory)
+        return State(session, snapshot.version, memory, dialogue, kept["stats"]["turns"], user)
+
+    async def begin(
+        self, tenant: str, session: str, create: bool, version: int | None, branch: bool
+    ) -> State:
+        """What a turn begins with; the arguments are those of :meth:`ccm.serving.service.Service.answer`."""
+        if not session:
+            return self.new(new_id("mem"))
+        try:
+            state = await self.load(tenant, session, version)
+        except NotFoundError:
+            if create and version is None:
+                return self.new(session)
+            raise
+        if version is None:
+            return state
+        newest = await asyncio.to_thread(self.store.info, tenant, session)
+        if newest.version == version and not branch:
+            return state
+        return await self.branched(tenant, state)
+
+    async def branched(self, tenant: str, state: State) -> State:
+        """The same under a new id, for the commit to create."""
+        entries = await asyncio.to_thread(self.store.transcript, tenant, state.session, state.version)
+        return replace(state, session=new_id("mem"), version=0, entries=tuple(entries))
+
+    async def entries(self, tenant: str, state: State) -> list[dict[str, Any]]:
+        """The transcript up to this state, without what its commit will bring along."""
+        if not state.version:
+            return []
+        return await asyncio.to_thread(self.store.transcript, tenant, state.session, state.version)
+
+    def checked(self, memory: Memory) -> Memory:
+        """The memory as this model takes it, if this model and adapter made it and it can be what it says."""
+        try:
+            self.method.check(memory, 1)
+        except MismatchError as error:
+            raise MismatchError(
+                f"{error}; or rebuild it from its texts (POST /v1/memories/ID/rebuild)"
+            ) from error
+        (row,) = memory.rows
+        layers, heads, size = self.method.reader.kv_shape()
+        for name in ("sink", "slots", "window"):
+            keys = getattr(row, name).keys
+            shape = keys.shape[0], keys.shape[1], keys.shape[3]
+            if shape != (layers, heads, size):
+                raise MemoryFileError(f"the memory's {name} is {shape}, expected {(layers, heads, size)}")
+        self.method.reader.check_length(memory.length + 1)
+        model = self.method.reader.model
+        return memory.to(model.device, model.dtype)
+
+    # ------------------------------------------------------------------ counting
+
+    def stats(self, memory: Memory, turns: int = 0) -> dict[str, int]:
+        """Turns, and what :func:`ccm.session.counters` gives."""
+        return {"turns": turns, **counters(memory, self.method)}
+
+    def seen(self, memory: Memory) -> int:
+        """Tokens that it was made of."""
+        return self.stats(memory)["tokens_seen"]
+
+    # ------------------------------------------------------------------ writing
+
+    async def commit(
+        self,
+        tenant: str,
+        state: State,
+        memory: Memory,
+        dialogue: Dialogue,
+        messages: Sequence[Message],
+        lengths: Sequence[int],
+    ) -> State:
+        """Make a turn durable.
+
+        Args:
+            tenant: whose.
+            state: that the turn began with.
+            memory, dialogue: that it ended with.
+            messages: that were taken in.
+            lengths: tokens of each.
+
+        Returns:
+            the conversation as it is now.
+        """
+        say_losses(state.memory, memory, self.method)
+        texts = self.settings.texts
+        notes = (transcript.note(m, n, texts, state.told) for m, n in zip(messages, lengths, strict=True))
+        turns, entries = state.turns + len(messages), (*state.entries, *notes)
+        state = replace(state, memory=memory, dialogue=dialogue, turns=turns, entries=entries)
+        if not state.version:
+            return replace(state, version=await self.create(tenant, state))
+        snapshot = await asyncio.to_thread(self._snapshot, state)
+        return replace(state, version=await self._store(tenant, state, snapshot))
+
+    async def create(self, tenant: str, state: State) -> int:
+        """Make a conversation with its first version, which is returned."""
+        snapshot = await asyncio.to_thread(self._snapshot, state)
+        try:
+            await asyncio.to_thread(self.store.create, tenant, state.session)
+        except ConflictError:
+            # one without a version is what a killed server left between the two steps
+            if (await asyncio.to_thread(self.store.info, tenant, state.session)).version:
+                raise
+        return await self._store(tenant, state, snapshot)
+
+    async def _store(self, tenant: str, state: State, snapshot: Snapshot) -> int:
+        began = time.monotonic()
+        try:
+            stored = await asyncio.to_thread(
+                self.store.commit, tenant, state.session, state.version, snapshot, state.entries, state.drop
+            )
+        except ConflictError:
+            self.metrics.conflicts.inc()
+            raise
+        self.metrics.commits.observe(time.monotonic() - began)
+        self.metrics.stored.inc(len(snapshot.payload))
+        return stored.version
+
+    def _snapshot(self, state: State) -> Snapshot:
+        payload, encoded = codec.encode(state.memory, self.settings.precision)
+        stats = self.stats(state.memory, state.turns)
+        kept = {**encoded, "adapter": self.settings.adapter, "user": state.metadata, "stats": stats}
+        kept["dialogue"] = state.dialogue.as_dict()
+        return Snapshot(payload, kept)
