@@ -1,4 +1,4 @@
-"""The life of conversations: begun, read, forked, carried away and brought back, made anew, forgotten."""
+"""The life of conversations: created, shown, forked, exported, imported, rebuilt, deleted."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class View:
 
     Attributes:
         session: its id.
-        version: the newest.
+        version: the newest version.
         created, updated, expires: seconds since the epoch; None: it does not expire.
-        stored_nbytes: what it takes in the store.
+        stored_nbytes: bytes in the store.
         metadata: the caller's own.
-        stats: turns, and what :func:`ccm.session.counters` gives.
-        precision: in which the memory is stored.
-        error: relative, of the stored keys and values against those that were stored.
+        stats: the number of turns beside the counters of :func:`ccm.session.counters`.
+        precision: type of the stored memory.
+        error: relative error of the stored keys and values, by the precision.
         adapter, fingerprint: of model and adapter that made the memory.
     """
 
@@ -76,7 +76,7 @@ class Conversations:
         metadata: dict[str, str] | None = None,
         messages: Sequence[Message] = (),
     ) -> View:
-        """Begin a conversation, with messages that are taken in if there are any."""
+        """Begin a conversation, and take in messages if there are any."""
         state = replace(self.records.new(session or new_id("conv")), metadata=metadata or {})
         await self.records.create(tenant, state)
         if messages:
@@ -84,7 +84,7 @@ class Conversations:
         return await self.view(tenant, state.session)
 
     async def view(self, tenant: str, session: str) -> View:
-        """A conversation's memory, times and sizes."""
+        """A conversation from outside."""
         info, newest = await asyncio.gather(
             asyncio.to_thread(self.store.info, tenant, session),
             asyncio.to_thread(self.store.latest, tenant, session),
@@ -119,7 +119,7 @@ class Conversations:
         """Put the caller's metadata in place of the old."""
         with self.running.alone(tenant, session):
             newest = await asyncio.to_thread(self.store.latest, tenant, session)
-            if newest is None:  # made by another program; it has no memory to keep it with
+            if newest is None:  # made by another program: there is no version to keep metadata with
                 raise NotFoundError(f"session {session!r} has no memory yet: append something first")
             changed = replace(newest, metadata={**newest.metadata, "user": metadata})
             await asyncio.to_thread(self.store.commit, tenant, session, newest.version, changed)
@@ -145,7 +145,7 @@ class Conversations:
     async def fork(
         self, tenant: str, session: str, new: str | None = None, version: int | None = None
     ) -> View:
-        """A copy that goes its own way, of the newest version or of another one that is still kept."""
+        """An independent copy of the newest version, or of another one that is still kept."""
         made = await asyncio.to_thread(self.store.fork, tenant, session, new, version)
         return await self.view(tenant, made)
 
@@ -160,10 +160,10 @@ class Conversations:
         return await asyncio.to_thread(memory_file.dumps, state.memory, {"session": json.dumps(kept)})
 
     async def load(self, tenant: str, data: bytes, session: str | None = None) -> View:
-        """A new conversation from a session file; what was said is not in it.
+        """A new conversation from a session file. The file has no texts, so the conversation has none either.
 
         Raises:
-            MemoryFileError: damaged, of another format, or a memory that cannot be.
+            MemoryFileError: damaged, of another format, or shapes that are not the model's.
             MismatchError: made by another model or adapter.
         """
         memory, metadata = await asyncio.to_thread(codec.decode_file, data)
@@ -180,10 +180,10 @@ class Conversations:
         return await self.view(tenant, state.session)
 
     async def rebuild(self, tenant: str, session: str) -> View:
-        """Make the memory anew from the texts that were kept, with the model and adapter at hand.
+        """Make the memory anew from the stored texts, with the model and adapter of this server.
 
         Raises:
-            ConfigError: texts were not kept, or nothing was said.
+            ConfigError: no texts are stored, or nothing was said.
         """
         self.running.check()
         with self.running.alone(tenant, session):
@@ -196,7 +196,7 @@ class Conversations:
     async def compact(
         self, tenant: str, messages: Sequence[Message], session: str | None = None, version: int | None = None
     ) -> tuple[View, int]:
-        """A new conversation that has taken in these messages, behind a version of another one if given.
+        """A new conversation that takes in these messages. With ``session`` it begins as a copy of that one.
 
         Returns:
             the new conversation, and the number of tokens taken in.

@@ -1,4 +1,4 @@
-"""What a client that sends a history again means by it."""
+"""Matching: what a client means that sends a history again."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from .transcript import SYSTEM, TOLD, compared, current, digest_of, key_of, line
 _PLACES = 32
 #: How requests begin, and what is in them, that clients make for themselves under the id of a conversation.
 _TASKS = (
-    (
-        "### Task:",
-        "### Chat History:\n<chat_history>",
-    ),  # Open WebUI: titles, tags, follow-ups, search queries
-    ("Provide a concise, 5-word-or-less title for the conversation", ""),  # LibreChat
+    # Open WebUI: titles, tags, follow-ups, search queries
+    ("### Task:", "### Chat History:\n<chat_history>"),
+    # LibreChat
+    ("Provide a concise, 5-word-or-less title for the conversation", ""),
 )
 
 
@@ -26,11 +25,11 @@ class Plan:
     """What a request means for a memory.
 
     Attributes:
-        keep: entries of :func:`current` that stay, from the first one.
+        keep: how many of the first entries of :func:`~ccm.serving.transcript.current` stay.
         append: messages of the request that are taken in behind them.
         matched: messages of the request that the memory holds.
-        system: of the request's system text: "known", "kept" (it differs in dates and times alone, and the one that
-            is known stays), "taken in", or None if there is none.
+        system: what becomes of the request's system text. "known": nothing of it is new. "kept": it differs in dates
+            and times alone, and the known one stays. "taken in": some of it is new. None: there is none.
     """
 
     keep: int
@@ -43,10 +42,10 @@ class Plan:
 
 
 def news(entries: Sequence[dict[str, Any]], message: Message) -> tuple[Message | None, str]:
-    """What of a system message is to be taken in, if these entries are known, and what :class:`Plan` says of it.
+    """What of a system message is taken in behind these entries, and what :class:`Plan` says of it.
 
-    Of a text that has changed only the lines that are new are taken in, so that a long one is not read at every
-    turn; and a line that differs in dates and times alone is not new, so that a clock is not.
+    Of a changed text the new lines alone are taken in, so that a long one is not read at every turn. A line that
+    differs in dates and times alone is not new, so that a clock in it costs nothing.
     """
     known = [entry for entry in entries if entry["role"] in SYSTEM]
     if digest_of(message) in {entry["sha256"] for entry in known}:
@@ -63,7 +62,7 @@ def news(entries: Sequence[dict[str, Any]], message: Message) -> tuple[Message |
 
 
 def is_task(messages: Sequence[Message]) -> bool:
-    """Whether a client known for it asks for a title, tags and the like, which is no part of the conversation."""
+    """Whether a known client asks for a title, tags and the like. Such a request is no part of the conversation."""
     asked = messages[-1].content.lstrip() if messages and messages[-1].role == "user" else ""
     return any(asked.startswith(start) and inside in asked for start, inside in _TASKS)
 
@@ -74,10 +73,11 @@ def plan(
     imported: bool = False,
     back: bool = True,
 ) -> Plan | None:
-    """What messages that may repeat a history mean for a memory that holds one; None: they tell another history.
+    """Match the messages of a request against what a memory holds; None: they tell another history.
 
-    The last message is always new, but if it is the last one that is known. Those before it are looked for in what is
-    known, system messages and empty answers aside and answers without their thoughts; ``u`` asks, ``a`` answers::
+    The last message is new, unless it is also the last known one. Those before it are looked for among the known
+    ones. System messages and empty answers are left aside, and answers are compared without their thoughts. In the
+    table ``u`` asks and ``a`` answers::
 
         known          sent                    then known, before the answer
         u1 a1          u1 a1 u2                u1 a1 u2                 new
@@ -89,15 +89,15 @@ def plan(
         u1 a1 u2 a2    x u2 a2 u3              u1 a1 u2 a2 x u3         trimmed, with a summary in place
         u1 a1 u2 a2    v1 w1 v3                None
 
-    Where several are possible, the one with the longest run of equal messages is taken, and of equal ones that which
-    keeps most. What is sent and not known is never left out.
+    Where several matches are possible, the one with the longest run of equal messages is taken, and of equal ones the
+    one that keeps most. A message that is sent and not known is never left out.
 
     Args:
         entries: the transcript.
         messages: of the request.
-        imported: whether the memory holds more than the entries say. A history is then only taken if some of it
-            is among the entries: who can tell what else the memory holds.
-        back: whether a client may take something back by asking again. Otherwise all that it asks is new.
+        imported: whether the memory holds more than the entries say. A history is then taken only if some of it is
+            among the entries, since nobody can tell what else the memory holds.
+        back: whether a client may take something back by asking again. Otherwise everything it asks is new.
     """
     known = current(entries)
     found = [_plan(known, list(range(len(known))), messages, imported, back)]

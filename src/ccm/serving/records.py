@@ -1,4 +1,4 @@
-"""Conversations as the store has them: memories decoded and checked, turns committed."""
+"""Between a turn and the store: memories are decoded and checked, turns are committed."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ class State:
     """A conversation as a turn begins with it.
 
     Attributes:
-        session: its id; for a branch and a new one, of what the commit will create.
-        version: that the commit follows on; 0 creates the session.
+        session: its id. A new conversation and a branch get theirs by the commit.
+        version: the version that the commit follows; 0 creates the session.
         memory: decoded, on the model's device.
-        dialogue: how far it has come.
-        turns: so far.
+        dialogue: how far the chat template has come.
+        turns: messages so far.
         metadata: the caller's own.
-        entries: a transcript that the commit has to bring along.
-        aside: what is asked is no part of the conversation: nothing is committed.
-        drop: versions that need not be kept once it is committed.
+        entries: transcript that the commit brings along, before the turn's own.
+        aside: the request is no part of the conversation. Nothing is committed.
+        drop: versions that the commit removes.
         told: what is taken in is not answered.
     """
 
@@ -56,7 +56,7 @@ class State:
 
 
 class Records:
-    """The store, in terms of memories.
+    """A store of conversations, in terms of states.
 
     Every method raises what the store raises: NotFoundError, ConflictError, QuotaError, StorageError,
     MemoryFileError; MismatchError for a memory of another model or adapter.
@@ -75,7 +75,7 @@ class Records:
         return State(session, 0, self.method.empty())
 
     async def load(self, tenant: str, session: str, version: int | None = None, anew: bool = False) -> State:
-        """A conversation as it is stored; ``anew`` with an empty memory in place of its own."""
+        """A conversation as it is stored; with ``anew`` its memory is replaced by an empty one."""
         if version is None:
             snapshot = await asyncio.to_thread(self.store.latest, tenant, session)
         else:
@@ -111,18 +111,23 @@ class Records:
         return await self.branched(tenant, state)
 
     async def branched(self, tenant: str, state: State) -> State:
-        """The same under a new id, for the commit to create."""
+        """The conversation up to this state, under a new id that the commit will create."""
         entries = await asyncio.to_thread(self.store.transcript, tenant, state.session, state.version)
         return replace(state, session=new_id("mem"), version=0, entries=tuple(entries))
 
     async def entries(self, tenant: str, state: State) -> list[dict[str, Any]]:
-        """The transcript up to this state, without what its commit will bring along."""
+        """The transcript in the store up to this state."""
         if not state.version:
             return []
         return await asyncio.to_thread(self.store.transcript, tenant, state.session, state.version)
 
     def checked(self, memory: Memory) -> Memory:
-        """The memory as this model takes it, if this model and adapter made it and it can be what it says."""
+        """The memory on the model's device.
+
+        Raises:
+            MismatchError: made by another model, adapter or method.
+            MemoryFileError: its shapes are not the model's.
+        """
         try:
             self.method.check(memory, 1)
         except MismatchError as error:
@@ -143,11 +148,11 @@ class Records:
     # ------------------------------------------------------------------ counting
 
     def stats(self, memory: Memory, turns: int = 0) -> dict[str, int]:
-        """Turns, and what :func:`ccm.session.counters` gives."""
+        """The number of turns beside the counters of :func:`ccm.session.counters`."""
         return {"turns": turns, **counters(memory, self.method)}
 
     def seen(self, memory: Memory) -> int:
-        """Tokens that it was made of."""
+        """Tokens that the memory was made of."""
         return self.stats(memory)["tokens_seen"]
 
     # ------------------------------------------------------------------ writing
@@ -164,14 +169,14 @@ class Records:
         """Make a turn durable.
 
         Args:
-            tenant: whose.
-            state: that the turn began with.
-            memory, dialogue: that it ended with.
-            messages: that were taken in.
-            lengths: tokens of each.
+            tenant: whose conversation.
+            state: what the turn began with.
+            memory, dialogue: what it ended with.
+            messages: what was taken in.
+            lengths: tokens of each message.
 
         Returns:
-            the conversation as it is now.
+            the conversation after the turn.
         """
         say_losses(state.memory, memory, self.method)
         texts = self.settings.texts
@@ -184,12 +189,12 @@ class Records:
         return replace(state, version=await self._store(tenant, state, snapshot))
 
     async def create(self, tenant: str, state: State) -> int:
-        """Make a conversation with its first version, which is returned."""
+        """Create a conversation and commit its first version. Returns the version."""
         snapshot = await asyncio.to_thread(self._snapshot, state)
         try:
             await asyncio.to_thread(self.store.create, tenant, state.session)
         except ConflictError:
-            # one without a version is what a killed server left between the two steps
+            # a server that was killed between the two steps leaves a conversation without a version
             if (await asyncio.to_thread(self.store.info, tenant, state.session)).version:
                 raise
         return await self._store(tenant, state, snapshot)

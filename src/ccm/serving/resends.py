@@ -1,4 +1,4 @@
-"""A request that may repeat its conversation: what of it is read, and which memory it goes on from."""
+"""A request may repeat its conversation: what of it is read, and from which memory it goes on."""
 
 from __future__ import annotations
 
@@ -19,11 +19,21 @@ from .turn import Taken
 async def compare(
     records: Records, tenant: str, state: State, messages: Sequence[Message], resend: str
 ) -> tuple[State, Sequence[Message], Taken]:
-    """What is to be read of messages that may repeat the conversation, the memory they go on from, and a report.
+    """Match messages that may repeat the conversation against what it knows.
+
+    Args:
+        records: the store.
+        tenant: whose conversation.
+        state: the conversation as it is.
+        messages: of the request.
+        resend: "match", "refuse" or "rebuild", see :class:`~ccm.serving.settings.Settings`.
+
+    Returns:
+        the state that the turn goes on from, the messages read behind it, and how the request was understood.
 
     Raises:
         ConflictError: the messages tell another history, or take back what cannot or must not be taken back.
-        ConfigError: the messages end with an answer that is known.
+        ConfigError: the conversation knows all messages, and the last one is an answer.
     """
     entries = await records.entries(tenant, state)
     known = transcript.current(entries)
@@ -62,7 +72,7 @@ async def compare(
 async def instructions(
     records: Records, tenant: str, state: State, text: str
 ) -> tuple[Sequence[Message], str | None]:
-    """What of the instructions is new, and what :class:`Taken` says of them."""
+    """The part of the instructions that is new, and the word of :attr:`Taken.system` for them."""
     entries = [*await records.entries(tenant, state), *state.entries]
     new, word = history.news(transcript.current(entries), Message("system", text))
     return await _sayable(records, state.dialogue, [] if new is None else [new], word, len(entries))
@@ -76,12 +86,13 @@ async def _rewound(
     keep: int,
     messages: Sequence[Message],
 ) -> tuple[State, list[Message]]:
-    """The memory of the newest version that knows the first ``keep`` messages at most, and those it lacks.
+    """The conversation before what was taken back: an older version, and the messages to read again behind it.
 
-    They are read again, from the texts that were kept or from the request.
+    The newest version is taken that knows the first ``keep`` messages at most. Those of the ``keep`` that it lacks
+    are read again, from the stored texts or from the request.
 
     Raises:
-        ConflictError: some are in neither.
+        ConflictError: a text is in neither.
     """
     kept = await asyncio.to_thread(records.store.versions, tenant, state.session)
     reset = max((i for i, entry in enumerate(entries) if entry == transcript.RESET), default=-1)
@@ -107,7 +118,7 @@ async def _rewound(
             "conversation",
             state.version,
         )
-    # those that know what is taken back are in the way of others; the newest stays for a while, to fork from
+    # versions that know what is taken back make room for others; the newest stays for a while, to fork from
     drop = {v for v in kept if v < state.version} - {v for _, v in found}
     state = replace(state, memory=base.memory, dialogue=base.dialogue, turns=base.turns, drop=tuple(drop))
     return replace(state, entries=(transcript.rewind(first),)), again
@@ -116,7 +127,7 @@ async def _rewound(
 async def _sayable(
     records: Records, dialogue: Dialogue, messages: Sequence[Message], word: str | None, known: int
 ) -> tuple[Sequence[Message], str | None]:
-    """The messages, without system text that the template knows only at the beginning: the known one is kept."""
+    """The messages, without system text if the template allows it at the beginning alone. The known one stays."""
     if word != "taken in" or not known:
         return messages, word
     fit = [message for message in messages if message.role not in transcript.SYSTEM]

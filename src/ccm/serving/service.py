@@ -2,8 +2,8 @@
 
     turn    = load memory -> render what is new -> engine -> commit memory and transcript -> outcome
 
-A turn happens as a whole or not at all: its commit is one compare-and-swap, made when the answer is complete and
-taken in, and nobody is told of the end before. One turn runs at a time in a conversation.
+A turn happens as a whole or not at all. Its commit is one compare-and-swap, made once the answer is complete and
+folded. The client hears of the end after the commit. One turn runs at a time in a conversation.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ class Service(Conversations):
         method: how conversations are kept, bound to a model; the service's engine has it for itself.
         tokenizer: of the model.
         store: where memories live.
-        settings: how.
-        engine: who runs the model; by default a :class:`~ccm.serving.engine.PaddedEngine`.
-        metrics: where it counts.
+        settings: how conversations are kept.
+        engine: runs the model; by default a :class:`~ccm.serving.engine.PaddedEngine`.
+        metrics: counters of the server.
 
     Attributes:
-        running: its turns.
-        health: its own, and the store's.
+        running: the turns that run.
+        health: of engine and store.
     """
 
     def __init__(
@@ -98,20 +98,21 @@ class Service(Conversations):
 
         Args:
             tenant: who asks.
-            session: which conversation; None answers from the messages alone and keeps nothing.
+            session: the conversation. None answers from the messages alone and keeps nothing; "" begins a
+                conversation with a new id.
             messages: what is new; the answer follows the last one.
             sampling: of the answer.
-            create: begin the conversation if it is not there, or, with session "", one with a new id.
+            create: begin the conversation if it is not there.
             resent: the messages may repeat what the conversation knows, see :func:`ccm.serving.history.plan`.
-            version: go on from this version; if it is not the newest, in a branch with a new id.
+            version: go on from this version. If it is not the newest, the turn goes into a branch with a new id.
             branch: go on from that version in a branch in any case.
-            instructions: a system message of which what is new is taken in first.
-            tools: that the model may call, in the form of chat templates.
-            disconnect: what becomes of the turn if its client goes away; None is what the settings say. Without a
-                conversation there is nothing to keep.
-            resend: what to do with a history that differs, in place of the settings'.
-            aside: what is asked is no part of the conversation, such as a title for it: it is answered from memory
-                and messages, and not kept. None: if a client is known for such requests.
+            instructions: a system message. What is new of it is taken in first.
+            tools: tools that the model may call, in the form of chat templates.
+            disconnect: what becomes of the turn if the client disconnects; None is what the settings say. Without a
+                conversation the turn is dropped.
+            resend: what to do with a history that differs; None is what the settings say.
+            aside: the request is no part of the conversation, such as one for a title. It is answered from memory
+                and messages, and not kept. None: decided by how the requests of known clients begin.
 
         Raises:
             ConfigError: nothing to answer, or more than the model's context can hold.
@@ -217,7 +218,7 @@ class Service(Conversations):
         return Turn(self.engine, job, commit, both, *place, reader, disconnect, self.running.left)
 
     def _placed(self, outcome: Outcome, state: State) -> Outcome:
-        """With the place of the conversation that it belongs to."""
+        """The outcome with id, version and counters of its conversation."""
         stats = self.records.stats(state.memory, state.turns)
         return replace(outcome, session=state.session, version=state.version, stats=stats)
 
@@ -225,7 +226,7 @@ class Service(Conversations):
         return AnswerReader(self.template, rendering.head, rendering.tools)
 
     def _answer(self, rendering: Rendering, text: str) -> Message:
-        """The answer as it is remembered: clients send it back without its thoughts."""
+        """The answer as it is remembered: without thoughts, which clients do not send back."""
         return rendering.read(text).message().without_thoughts()
 
     def _outcome(self, result: Result, rendering: Rendering, prompt: int, known: int) -> Outcome:

@@ -19,15 +19,15 @@ class Settings:
 
     Attributes:
         adapter: name of the adapter, as clients see it.
-        texts: keep what was said beside the memory, so that it can be shown, and memories be rebuilt by another
-            adapter; otherwise digests alone.
-        resend: what to do with a history that differs from the known one: "match" what is known of it, giving up
-            what the client has visibly taken back, and refuse the rest; "refuse" whatever would give up anything; or
-            "rebuild": as "match", but where nothing matches the memory is made anew.
-        precision: how memories are stored: float32, bfloat16 or int8.
-        input_tokens: tokens that one request may bring at most.
-        disconnect: what becomes of a turn whose client goes away: "drop" it; "keep" what was said by then, and the
-            message of the user; "finish" it without the client.
+        texts: whether the texts are stored beside the memory. They can then be shown, and another adapter can
+            rebuild the memory from them. Otherwise their digests alone are stored.
+        resend: what to do with a history that differs from the known one. "match" keeps what both share and gives up
+            what the client has visibly taken back; a history that shares nothing is refused. "refuse" refuses as soon
+            as anything would be given up. "rebuild" matches too, but makes the memory anew where nothing is shared.
+        precision: type of stored memories: float32, bfloat16 or int8.
+        input_tokens: most tokens that one request may bring.
+        disconnect: what becomes of a turn whose client disconnects. "drop" commits nothing. "keep" ends the answer
+            and commits what was written by then. "finish" writes the answer to its end and commits it.
     """
 
     adapter: str

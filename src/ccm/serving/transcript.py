@@ -1,4 +1,4 @@
-"""What was said in a conversation, as a store keeps it: entries, oldest first."""
+"""What was said, as a store keeps it: a transcript of entries, oldest first."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 
 from ..messages import Message, ToolCall
 
-#: Entry that says: forget what was noted before, the memory was made anew from here on.
+#: Entry after which the memory was made anew: the entries before it count no more.
 RESET: dict[str, Any] = {"reset": True}
-#: Entry that says: of what counts so far only the first so many entries do, the rest was taken back.
+#: Field of an entry that takes back: of the entries that count so far, only the first so many still do.
 REWIND = "rewind"
-#: Field of an entry that was taken in without an answer: clients that send a history may not know of it.
+#: Field of an entry that was taken in without an answer. Clients that send a history may not know of it.
 TOLD = "told"
 #: Roles of system text, which is looked at apart.
 SYSTEM = ("system", "developer")
@@ -40,8 +40,8 @@ class Entry:
 
     Attributes:
         role: who spoke.
-        content: what; None if texts are not kept.
-        tokens: of the turn, with what the chat template adds.
+        content: what was said; None if texts are not kept.
+        tokens: tokens of the turn, with those that the chat template adds.
         folded: whether all of it is in slots by now.
         tool_calls: that an assistant asked for.
         tool_call_id: of the call that a tool answered.
@@ -88,7 +88,11 @@ def _calls(entry: dict[str, Any]) -> tuple[ToolCall, ...]:
 
 
 def texts(entries: Sequence[dict[str, Any]], sent: Sequence[Message] = ()) -> list[Message] | None:
-    """The messages of entries, but for empty answers; None if one was not kept and is not among those sent either."""
+    """The messages of entries, without empty answers. A text that is not stored is looked for among those sent.
+
+    Returns:
+        None if a text is in neither.
+    """
     given = {digest_of(message): message for message in sent}
     found = [said(entry) or given.get(entry["sha256"]) for entry in entries if entry["sha256"] != _NOTHING]
     return None if None in found else [message for message in found if message is not None]
@@ -100,7 +104,7 @@ def rewind(keep: int) -> dict[str, Any]:
 
 
 def standing(entries: Sequence[dict[str, Any]], counts: Iterable[int] = ()) -> list[list[int]]:
-    """Places of the entries that count, in all of the entries and in the first so many for each of ``counts``."""
+    """Places of the entries that count: among all entries, and among the first ``n`` for each ``n`` of ``counts``."""
     wanted = sorted(set(counts))
     seen: dict[int, list[int]] = {}
     places: list[int] = []
@@ -124,7 +128,7 @@ def current(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def timeline(entries: Sequence[dict[str, Any]], folded: int) -> list[Entry]:
-    """The entries as turns, when ``folded`` tokens of the conversation are in slots."""
+    """The entries as turns. The first ``folded`` tokens of the conversation are in slots."""
     turns, seen = [], 0
     for entry in current(entries):
         seen += entry["tokens"]
@@ -145,17 +149,17 @@ def _lines(text: str) -> Iterator[str]:
 
 
 def line_digest(line: str) -> str:
-    """A line without what a clock changes in it, as a short digest."""
+    """A short digest of a line, without what a clock changes in it."""
     return hashlib.sha256(_CLOCK.sub("\0", line).strip().encode()).hexdigest()[:16]
 
 
 def compared(role: str, digest: str) -> bool:
-    """Whether a message is compared: clients leave out empty answers, and system text is looked at apart."""
+    """Whether a message is compared. Clients leave out empty answers, and system text is compared apart."""
     return role not in SYSTEM and digest != _NOTHING
 
 
 def key_of(entry: dict[str, Any]) -> str:
-    """The digest of an entry; those of older servers are over the thoughts, too."""
+    """The digest of an entry. Older servers wrote digests that cover the thoughts; those are made anew."""
     if entry["role"] == "assistant" and "think>" in entry.get("content", ""):
         message = said(entry)
         return entry["sha256"] if message is None else digest_of(message)
@@ -163,13 +167,12 @@ def key_of(entry: dict[str, Any]) -> str:
 
 
 def digest_of(message: Message) -> str:
-    """Of what a message says, without the blanks around it, which clients trim, and without thoughts."""
+    """The digest of a message, without thoughts and without the blanks around it, which clients trim."""
     role = "system" if message.role == "developer" else message.role
     content = message.content
     if role == "assistant" and "think>" in content:
-        content = _THOUGHTS.sub("", content).rpartition("</think>")[
-            2
-        ]  # a template may open the thoughts itself
+        # a template may open the thoughts itself
+        content = _THOUGHTS.sub("", content).rpartition("</think>")[2]
     text = f"{role}\0{content.strip()}"
     if message.tool_calls or message.tool_call_id:
         calls = [[call.name, call.as_dict()["function"]["arguments"], call.id] for call in message.tool_calls]

@@ -22,12 +22,12 @@ class Taken:
     """How a request was understood, in numbers of messages.
 
     Attributes:
-        matched: of the request, that the memory held.
-        appended: of the request, that were taken in.
-        rewound: that the memory held and does not hold any more.
-        rebuilt: that were read again, as no version of their place is kept, or as the memory was made anew.
-        system: of the request's system text, what :class:`~ccm.serving.history.Plan` says.
-        ephemeral: nothing of the request was kept.
+        matched: messages of the request that the memory held.
+        appended: messages of the request that were taken in.
+        rewound: messages that the memory held and no longer holds.
+        rebuilt: messages that were read again. No version from their place is kept, or the memory was made anew.
+        system: what became of the request's system text, see :class:`~ccm.serving.history.Plan`.
+        ephemeral: whether nothing of the request was kept.
     """
 
     matched: int = 0
@@ -45,13 +45,13 @@ class Outcome:
     Attributes:
         text: the answer.
         finish_reason: "stop", "length" or "tool_calls".
-        prompt_tokens: all that the answer depends on.
-        known_tokens: of these, those that the memory held before the request.
-        completion_tokens: of the answer.
+        prompt_tokens: tokens that the answer depends on.
+        known_tokens: how many of these the memory held before the request.
+        completion_tokens: tokens of the answer.
         reasoning: thoughts of the answer, apart from its text.
-        tool_calls: that it asks for.
+        tool_calls: calls of tools that the answer asks for.
         session, version, stats: of the conversation; None and 0 for a stateless answer.
-        reasoning_tokens: of completion_tokens, those of its thoughts.
+        reasoning_tokens: how many of the completion tokens are thoughts.
         taken: how the request was understood; None for a stateless answer.
     """
 
@@ -70,14 +70,23 @@ class Outcome:
 
 
 class Turn:
-    """An answer on its way: an async iterator of pieces of text. When it ends, the turn is committed.
+    """An answer on its way: an async iterator over pieces of text. When it ends, the turn is committed.
 
-    Pieces that the model thinks and does not say are of type :class:`~ccm.messages.Thought`.
+    Thoughts of the model are pieces of type :class:`~ccm.messages.Thought`.
+
+    Args:
+        engine: writes the answer.
+        job: what it is asked for.
+        commit: stores the result.
+        release: is called once the turn is over, whatever became of it.
+        session, version: of the conversation once the turn is committed; None and 0 for a stateless answer.
+        reader: tells thoughts and calls of tools from text; None leaves the text as it is.
+        disconnect: what becomes of the turn if the client disconnects, see :class:`~ccm.serving.settings.Settings`.
+        left: where the turn stands while it goes on without its client.
 
     Attributes:
-        session, version: of the conversation once the turn is committed; None and 0 for a stateless answer.
         taken: how the request was understood.
-        outcome: set at the end.
+        outcome: the finished turn, set at the end.
 
     Raises (while iterating):
         EngineError, ConfigError: no answer; nothing was committed.
@@ -134,7 +143,7 @@ class Turn:
         if isinstance(event, Exception):
             self._release()
             raise event
-        # a caller who goes away now does not stop the commit, and the conversation is busy until it is made
+        # if the client disconnects here, the commit still completes; the conversation stays locked until then
         commit = asyncio.ensure_future(self._commit(event))
         commit.add_done_callback(lambda _: self._release())
         self.outcome = replace(await asyncio.shield(commit), taken=self.taken)
@@ -151,7 +160,7 @@ class Turn:
         return self.outcome
 
     async def aclose(self) -> None:
-        """Nobody listens any more: of a turn that has not ended becomes what was chosen (see :class:`Settings`)."""
+        """The client has disconnected. A turn that still runs is dropped, kept or finished, as was chosen."""
         if self._ended or self in self._left:
             return
         if self._disconnect == "drop":
@@ -165,7 +174,7 @@ class Turn:
         self._alone = asyncio.ensure_future(self._end_alone())
 
     def hurry(self) -> None:
-        """End the answer soon, and keep what is written by then."""
+        """End the answer soon. What is written by then is kept."""
         self._ticket.finish()
 
     async def _end_alone(self) -> None:
