@@ -25,7 +25,8 @@ import torch
 from common import parser, store
 
 from ccm.models import DEFAULT_MODEL
-from ccm.serving.build import Options, build_service
+from ccm.serving.build import build_service
+from ccm.serving.options import Options
 from ccm.serving.service import Message, Sampling
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))

@@ -13,6 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ccm.models import load_default_model
 
+pytest_plugins = ("stores",)  # the fixtures of every store
+
 if threads := os.environ.get("OMP_NUM_THREADS"):
     torch.set_num_threads(int(threads))
 

@@ -833,7 +833,7 @@ def turns(http, session):
 def test_a_broken_stream_is_kept_as_far_as_it_came(server, client, http, endless):
     whole = chat(client, "my cat is Miso", "whole", max_tokens=200).choices[0].message.content
     heard = broken(client, "kept", "keep")
-    until(lambda: not server.service._turns)
+    until(lambda: not server.service.running.turns)
     (first, said) = turns(http, "kept")
     assert first == ("user", "my cat is Miso") and said[0] == "assistant"
     assert whole.startswith(said[1]) and said[1].startswith(heard) and len(said[1]) < len(whole)
@@ -850,7 +850,7 @@ def test_a_broken_stream_is_finished(server, client, http, endless):
     with pytest.raises(openai.ConflictError) as caught:  # it runs, and says so
         chat(client, "and?", "finished", max_tokens=3)
     assert caught.value.code == "conversation_locked"
-    until(lambda: not server.service._turns)
+    until(lambda: not server.service.running.turns)
     assert turns(http, "finished") == [("user", "my cat is Miso"), ("assistant", whole)]
     assert chat(client, "and?", "finished", max_tokens=3).memory["version"] == 2
 
@@ -858,7 +858,7 @@ def test_a_broken_stream_is_finished(server, client, http, endless):
 def test_a_broken_stream_is_dropped_by_default(server, client, http, endless):
     for session, mode in (("dropped", None), ("dropped-2", "drop")):
         broken(client, session, mode)
-        until(lambda: not server.service._turns)
+        until(lambda: not server.service.running.turns)
         assert http.get(f"/v1/memories/{session}").status_code == 404
         assert chat(client, "hi", session, max_tokens=3).memory["version"] == 1
 
@@ -875,7 +875,7 @@ def test_responses_that_break(server, client, http, endless):
     while next(stream).type != "response.output_text.delta":
         pass
     stream.close()
-    until(lambda: not server.service._turns)
+    until(lambda: not server.service.running.turns)
     items = list(client.conversations.items.list(conversation.id, order="asc"))
     assert [item.role for item in items] == ["user", "assistant"] and items[1].content[0].text
 
@@ -893,7 +893,7 @@ def test_a_turn_is_kept_before_its_answer_has_begun(server, client, http, endles
             )
         for other in others:
             other.close()
-        until(lambda: not server.service._turns)
+        until(lambda: not server.service.running.turns)
         said = turns(http, f"early-{mode}")
         assert [role for role, _ in said] == ["user", "assistant"]
         assert http.get(f"/v1/memories/early-{mode}").json()["turns"][1]["tokens"] >= expected
@@ -904,8 +904,8 @@ def test_a_turn_that_nobody_waits_for_and_that_fails_unlocks(server, client, htt
     with monkeypatch.context() as patch:
         patch.setattr(server.service.store, "commit", lambda *_: (_ for _ in ()).throw(ConfigError("full")))
         broken(client, "failed", "finish")
-        until(lambda: not server.service._turns)
-    assert ("local", "failed") not in server.service._busy
+        until(lambda: not server.service.running.turns)
+    assert ("local", "failed") not in server.service.running.locked
     assert chat(client, "hi", "failed", max_tokens=3).memory["version"] == 1
 
 
@@ -916,7 +916,7 @@ def test_the_server_may_choose_and_a_stop_hurries(tmp_path, monkeypatch):
         client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="-", max_retries=0)
         broken(client, "hurried", None)
         written = service.metrics.written
-    assert not service._turns and written._value.get() < 200  # the end of the server has cut it short
+    assert not service.running.turns and written._value.get() < 200  # the end of the server has cut it short
     again = tiny_service(tmp_path)
     with serving(again) as running:
         roles = [role for role, _ in turns(httpx.Client(base_url=running.url), "hurried")]

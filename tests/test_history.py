@@ -10,20 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ccm.messages import Message, ToolCall
-from ccm.serving.history import (
-    RESET,
-    Plan,
-    current,
-    is_task,
-    news,
-    note,
-    plan,
-    rewind,
-    said,
-    standing,
-    texts,
-    timeline,
-)
+from ccm.serving.history import Plan, is_task, news, plan
+from ccm.serving.transcript import RESET, current, note, rewind, said, standing, texts, timeline
 
 ROLES = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 
 import httpx
@@ -19,6 +20,10 @@ from tiny import scramble, tiny_model, tiny_tokenizer
 import ccm
 from ccm import cli
 from ccm.compressor import Compressor, CompressorConfig
+from ccm.errors import ConfigError
+from ccm.serving.options import Options
+from ccm.serving.settings import Settings
+from ccm.serving.store import Limits
 
 
 @pytest.mark.parametrize("command", ["serve", "key"])
@@ -44,6 +49,54 @@ def test_what_is_refused_at_the_start(arguments, message, tmp_path, monkeypatch,
     assert re.fullmatch(r"ccm-\S{43}\n", capsys.readouterr().out)
     assert cli.main(["serve", "--port", "0", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_every_option_arrives_in_its_field(monkeypatch):
+    """One value of its own for every option: from the command line to the settings and the limits."""
+    wanted = Options(
+        store="dir:///x",
+        model="m",
+        adapter="folder/mine",
+        device="cuda:1",
+        dtype="float16",
+        load_in="8bit",
+        device_map="auto",
+        threads=3,
+        slots=5,
+        sink=6,
+        window=7,
+        resend="refuse",
+        texts=False,
+        precision="int8",
+        ttl=1.5,
+        keep=9,
+        sessions=10,
+        quota=2.5,
+        input_tokens=11,
+        disconnect="finish",
+        batch=12,
+        queue=13,
+        vllm="http://x",
+        vllm_store="dir:///y",
+    )
+    names = {"disconnect": "on-disconnect", "texts": "no-texts"}
+    arguments = []
+    for field in fields(Options):
+        value = getattr(wanted, field.name)
+        assert value != field.default, field.name
+        arguments.append(f"--{names.get(field.name, field.name).replace('_', '-')}")
+        arguments += [str(value)] if value is not False else []
+    got = []
+
+    def built(options):
+        got.append(options)
+        raise ConfigError("far enough")
+
+    monkeypatch.setattr("ccm.serving.build.build_service", built)
+    assert cli.main(["serve", "--port", "0", *arguments]) == 2
+    assert got == [wanted]
+    assert wanted.limits == Limits(keep=9, marks=8, ttl=1.5 * 86400, sessions=10, nbytes=2_500_000)
+    assert wanted.settings == Settings("mine", False, "refuse", "int8", 11, "finish")
 
 
 @pytest.fixture(scope="module")

@@ -17,14 +17,14 @@ from ccm.evaluation.share import parallel_nll, recovered_share, reference_nll, t
 from ccm.methods.compressed import shared_compressor
 from ccm.planning.command import plan as plan_command
 from ccm.planning.plan import plan
-from ccm.serving.build import Options
 from ccm.serving.command import serve
+from ccm.serving.options import Options
 from ccm.session import CHAT
 from ccm.storage import adapter_folder
 from ccm.storage.adapter_folder import SHIPPED
 from ccm.turns import render
 
-DEFAULT = Options(store="").adapter
+DEFAULT = Options().adapter
 ADAPTERS = ["ccm-chat", "ccm-concat", "ccm-merge"]
 #: Fingerprints that memories of the shipped adapters carry.
 SHIPPED_PRINTS = json.loads((Path(__file__).parent / "golden" / "fingerprints.json").read_text())

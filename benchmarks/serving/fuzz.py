@@ -21,7 +21,10 @@ from harness import ROOT, parser, store
 
 SUITES = {
     "description": ["tests/test_description.py"],
-    "store": ["tests/test_store.py", "-k", "random_operations or damaged"],
+    "store": [
+        *(f"tests/test_store_{name}.py" for name in ("model", "damage", "codec")),
+        *("-k", "random_operations or damaged"),
+    ],
     "damage": ["tests/test_damage.py"],
 }
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from ccm.serving.build import Options, build_service
+from ccm.serving.build import build_service
+from ccm.serving.options import Options
 from ccm.serving.service import Message, Sampling
 from ccm.serving.store import open_store
 

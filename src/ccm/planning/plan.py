@@ -11,10 +11,11 @@ import torch
 
 from ..errors import ConfigError
 from ..kinds import KINDS
+from ..messages import Message
 from ..methods.compressed import CCM
 from ..models import load_config
 from ..placement import AUTO, Placement, place
-from ..serving import history
+from ..serving import transcript
 from ..serving.store import Limits
 from ..session import CHAT
 from ..storage.adapter_folder import read_config
@@ -258,8 +259,8 @@ def _seconds(load: Load, speed: measure.Speed) -> Iterator[Figure]:
 
 def _store(load: Load, shape: Shape, held: Held) -> Iterator[Figure]:
     keep, snapshot = 2 * Limits().keep, held.nbytes(shape)
-    message = history.Message("assistant", "x" * CHARACTERS * load.tokens)
-    entry = len(json.dumps(history.note(message, load.tokens, texts=True)))
+    message = Message("assistant", "x" * CHARACTERS * load.tokens)
+    entry = len(json.dumps(transcript.note(message, load.tokens, texts=True)))
     rate = load.users / load.seconds
     versions = min(keep, max(load.answers, 1))
     size = load.users * (versions * snapshot + load.turns * entry)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import ConfigError, MissingPackageError
-from ..placement import AUTO, Device, DeviceMap, Dtype, LoadIn, ModelName
+from .options import Options, takes_options
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -22,71 +23,18 @@ EPILOG = "Example: ccm serve --port 8000 --api-keys keys.txt --store postgresql:
 KEY_EPILOG = "Example: ccm key alice --api-keys keys.txt"
 
 
+@takes_options
 def serve(
+    *,
     host: Annotated[
         str, typer.Option(help="Address to listen on; other than loopback needs --api-keys.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
-    store: Annotated[
-        str | None,
-        typer.Option(
-            metavar="URL",
-            help="sqlite:///FILE, dir:///FOLDER, redis://… or postgresql://…",
-            show_default="a file in your state folder",
-        ),
-    ] = None,
-    model: ModelName = None,
-    adapter: Annotated[str, typer.Option(help="Shipped adapter, folder or hub id.")] = "ccm-chat",
-    device: Device = AUTO,
-    dtype: Dtype = AUTO,
-    load_in: LoadIn = None,
-    device_map: DeviceMap = None,
     api_keys: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Who may come in (ccm key); without it this machine alone."),
     ] = None,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads.", show_default="torch's choice")
-    ] = None,
-    slots: Annotated[
-        int | None, typer.Option(min=1, help="Slots per segment.", show_default="the adapter's")
-    ] = None,
-    sink: Annotated[int, typer.Option(min=0, help="First raw tokens that stay.")] = 4,
-    window: Annotated[int, typer.Option(min=0, help="Newest raw tokens that stay.")] = 64,
-    resend: Annotated[
-        str,
-        typer.Option(
-            help="A history that differs: match what is known of it, refuse it, or rebuild the memory."
-        ),
-    ] = "match",
-    texts: Annotated[bool, typer.Option(help="Keep what was said beside the memories.")] = True,
-    precision: Annotated[str, typer.Option(help="Of stored memories: float32, bfloat16, int8.")] = "float32",
-    ttl: Annotated[
-        float | None,
-        typer.Option(min=0, metavar="DAYS", help="Forget conversations so long after their end."),
-    ] = None,
-    keep: Annotated[int, typer.Option(min=1, help="Newest versions kept of each conversation.")] = 4,
-    sessions: Annotated[
-        int | None, typer.Option(min=1, help="Conversations per tenant.", show_default="any number")
-    ] = None,
-    quota: Annotated[
-        float | None,
-        typer.Option(min=0, metavar="MB", help="Megabytes stored per tenant.", show_default="any number"),
-    ] = None,
-    input_tokens: Annotated[int, typer.Option(min=1, help="Tokens that one request may bring.")] = 1 << 16,
-    on_disconnect: Annotated[
-        str, typer.Option(help="A turn whose client goes away: drop, keep what was said, or finish it.")
-    ] = "drop",
-    batch: Annotated[int, typer.Option(min=1, help="Turns that run at once.")] = 16,
-    queue: Annotated[int, typer.Option(min=0, help="Turns that may wait; more are told to come back.")] = 64,
-    vllm: Annotated[
-        str | None,
-        typer.Option(metavar="URL", help="A vLLM with our connector that writes the answers."),
-    ] = None,
-    vllm_store: Annotated[
-        str | None,
-        typer.Option(metavar="URL", help="The store that its connector reads.", show_default="--store"),
-    ] = None,
+    options: Options,
     drain: Annotated[int, typer.Option(min=0, metavar="SECONDS", help="For running turns at the end.")] = 30,
     ray: Annotated[
         bool, typer.Option("--ray", help="Replicas on Ray Serve, here or where RAY_ADDRESS says.")
@@ -96,7 +44,7 @@ def serve(
     ] = "1",
 ) -> None:
     """Serve OpenAI's clients: one persistent compressed memory for every conversation, and a web page."""
-    from .build import Options, build_service
+    from .build import build_service
     from .keys import Keys
 
     try:
@@ -114,32 +62,7 @@ def serve(
         raise ConfigError("--replicas: only Ray Serve has several; give --ray")
     keys = None if api_keys is None else Keys.read(api_keys)
     listener = _listen(host, port)
-    options = Options(
-        store=store or default_store(),
-        model=model,
-        device=device,
-        dtype=dtype,
-        load_in=load_in,
-        device_map=device_map,
-        adapter=adapter,
-        threads=threads,
-        slots=slots,
-        sink=sink,
-        window=window,
-        resend=resend,
-        texts=texts,
-        precision=precision,
-        ttl=ttl,
-        keep=keep,
-        sessions=sessions,
-        quota=quota,
-        input_tokens=input_tokens,
-        disconnect=on_disconnect,
-        batch=batch,
-        queue=queue,
-        vllm=vllm,
-        vllm_store=vllm_store,
-    )
+    options = replace(options, store=options.store or default_store())
     if ray:
         from .ray import run
 
@@ -204,7 +127,7 @@ def _run(app: FastAPI, service: Service, listener: socket.socket, drain: int) ->
             typer.echo(f"{service.name} on http://{host}:{address[1]} (the page), /v1 (OpenAI's clients)")
 
         def handle_exit(self, sig: int, frame: Any) -> None:
-            service.stop_taking()
+            service.running.stop_taking()
             super().handle_exit(sig, frame)
 
     config = uvicorn.Config(

@@ -1,68 +1,23 @@
-"""What was said, as a store keeps it, and what a client that sends a history again means by it."""
+"""Matching: what a client means that sends a history again."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..messages import Message, ToolCall
+from ..messages import Message
+from .transcript import SYSTEM, TOLD, compared, current, digest_of, key_of, line_digest, lines_of, note
 
-#: Entry that says: forget what was noted before, the memory was made anew from here on.
-RESET: dict[str, Any] = {"reset": True}
-#: Entry that says: of what counts so far only the first so many entries do, the rest was taken back.
-REWIND = "rewind"
-#: Field of an entry that was taken in without an answer: clients that send a history may not know of it.
-TOLD = "told"
 #: Places at which one and the same message is looked for, the newest ones.
 _PLACES = 32
-#: Roles of system text, which is looked at apart.
-SYSTEM = ("system", "developer")
-_THOUGHTS = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)
-_NAMES = (
-    "monday tuesday wednesday thursday friday saturday sunday mon tue tues wed thu thur thurs fri sat sun "
-    "january february march april may june july august september october november december "
-    "jan feb mar apr jun jul aug sep sept oct nov dec am pm"
-)
-_ORDINAL = r"\d{1,4}(?:st|nd|rd|th)?"
-#: What a clock writes: 14:05:59, 2026-11-27, 27.11.2026, 27 November 2026, seconds since the epoch, PM.
-_CLOCK = re.compile(
-    r"(?<!\d)\d{1,2}(?::\d\d){1,2}(?:\.\d{1,9})?|(?<!\d)\d{1,4}([-/.])\d{1,2}\1\d{1,4}(?!\d)|\b\d{10,13}\b|"
-    rf"(?:\b{_ORDINAL}[ ,]{{1,2}})?\b(?:{_NAMES.replace(' ', '|')})\b\.?(?:[ ,]{{1,2}}{_ORDINAL}\b){{0,2}}",
-    re.IGNORECASE,
-)
 #: How requests begin, and what is in them, that clients make for themselves under the id of a conversation.
 _TASKS = (
-    (
-        "### Task:",
-        "### Chat History:\n<chat_history>",
-    ),  # Open WebUI: titles, tags, follow-ups, search queries
-    ("Provide a concise, 5-word-or-less title for the conversation", ""),  # LibreChat
+    # Open WebUI: titles, tags, follow-ups, search queries
+    ("### Task:", "### Chat History:\n<chat_history>"),
+    # LibreChat
+    ("Provide a concise, 5-word-or-less title for the conversation", ""),
 )
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One turn of a timeline.
-
-    Attributes:
-        role: who spoke.
-        content: what; None if texts are not kept.
-        tokens: of the turn, with what the chat template adds.
-        folded: whether all of it is in slots by now.
-        tool_calls: that an assistant asked for.
-        tool_call_id: of the call that a tool answered.
-    """
-
-    role: str
-    content: str | None
-    tokens: int
-    folded: bool
-    tool_calls: tuple[ToolCall, ...] = ()
-    tool_call_id: str | None = None
 
 
 @dataclass(frozen=True)
@@ -70,11 +25,11 @@ class Plan:
     """What a request means for a memory.
 
     Attributes:
-        keep: entries of :func:`current` that stay, from the first one.
+        keep: how many of the first entries of :func:`~ccm.serving.transcript.current` stay.
         append: messages of the request that are taken in behind them.
         matched: messages of the request that the memory holds.
-        system: of the request's system text: "known", "kept" (it differs in dates and times alone, and the one that
-            is known stays), "taken in", or None if there is none.
+        system: what becomes of the request's system text. "known": nothing of it is new. "kept": it differs in dates
+            and times alone, and the known one stays. "taken in": some of it is new. None: there is none.
     """
 
     keep: int
@@ -83,127 +38,31 @@ class Plan:
     system: str | None = None
 
 
-# ---------------------------------------------------------------------- entries
-
-
-def note(message: Message, tokens: int, texts: bool, told: bool = False) -> dict[str, Any]:
-    """A message as an entry of a transcript; without texts its digests alone."""
-    entry: dict[str, Any] = {"role": message.role, "sha256": _digest(message), "tokens": tokens}
-    if told:
-        entry[TOLD] = True
-    if not texts:
-        lines = {"lines": [_short(line) for line in _lines(message.content)]}
-        return {**entry, **lines} if message.role in SYSTEM else entry
-    entry["content"] = message.content
-    if message.tool_calls:
-        entry["tool_calls"] = [[call.name, call.arguments, call.id] for call in message.tool_calls]
-    more = {"tool_call_id": message.tool_call_id, "name": message.name}
-    return {**entry, **{name: value for name, value in more.items() if value}}
-
-
-def said(entry: dict[str, Any]) -> Message | None:
-    """The message of an entry; None if its text was not kept."""
-    if "content" not in entry:
-        return None
-    return Message(
-        entry["role"],
-        entry["content"],
-        tool_calls=_calls(entry),
-        tool_call_id=entry.get("tool_call_id"),
-        name=entry.get("name"),
-    )
-
-
-def _calls(entry: dict[str, Any]) -> tuple[ToolCall, ...]:
-    return tuple(ToolCall(*call) for call in entry.get("tool_calls", ()))
-
-
-def texts(entries: Sequence[dict[str, Any]], sent: Sequence[Message] = ()) -> list[Message] | None:
-    """The messages of entries, but for empty answers; None if one was not kept and is not among those sent either."""
-    given = {_digest(message): message for message in sent}
-    found = [said(entry) or given.get(entry["sha256"]) for entry in entries if entry["sha256"] != _NOTHING]
-    return None if None in found else [message for message in found if message is not None]
-
-
-def rewind(keep: int) -> dict[str, Any]:
-    """The entry that takes back all but the first ``keep`` of the entries that count."""
-    return {REWIND: keep}
-
-
-def standing(entries: Sequence[dict[str, Any]], counts: Iterable[int] = ()) -> list[list[int]]:
-    """Places of the entries that count, in all of the entries and in the first so many for each of ``counts``."""
-    wanted = sorted(set(counts))
-    seen: dict[int, list[int]] = {}
-    places: list[int] = []
-    for i in range(len(entries) + 1):
-        if wanted and wanted[0] == i:
-            seen[wanted.pop(0)] = list(places)
-        if i == len(entries):
-            break
-        if entries[i] == RESET:
-            places = []
-        elif REWIND in entries[i]:
-            places = places[: entries[i][REWIND]]
-        else:
-            places.append(i)
-    return [places, *(seen[count] for count in counts)]
-
-
-def current(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The entries that the memory was made of: neither forgotten by a reset, nor taken back."""
-    return [entries[i] for i in standing(entries)[0]]
-
-
-def timeline(entries: Sequence[dict[str, Any]], folded: int) -> list[Entry]:
-    """The entries as turns, when ``folded`` tokens of the conversation are in slots."""
-    turns, seen = [], 0
-    for entry in current(entries):
-        seen += entry["tokens"]
-        said = entry["role"], entry.get("content"), entry["tokens"], seen <= folded
-        turns.append(Entry(*said, _calls(entry), entry.get("tool_call_id")))
-    return turns
-
-
 # ---------------------------------------------------------------------- system text
 
 
 def news(entries: Sequence[dict[str, Any]], message: Message) -> tuple[Message | None, str]:
-    """What of a system message is to be taken in, if these entries are known, and what :class:`Plan` says of it.
+    """What of a system message is taken in behind these entries, and what :class:`Plan` says of it.
 
-    Of a text that has changed only the lines that are new are taken in, so that a long one is not read at every
-    turn; and a line that differs in dates and times alone is not new, so that a clock is not.
+    Of a changed text the new lines alone are taken in, so that a long one is not read at every turn. A line that
+    differs in dates and times alone is not new, so that a clock in it costs nothing.
     """
     known = [entry for entry in entries if entry["role"] in SYSTEM]
-    if _digest(message) in {entry["sha256"] for entry in known}:
+    if digest_of(message) in {entry["sha256"] for entry in known}:
         return None, "known"
-    lines = {line for entry in known for line in _known_lines(entry)}
-    new = [line for line in message.content.splitlines() if line.strip() and _short(line) not in lines]
+    lines = {line for entry in known for line in lines_of(entry)}
+    new = [line for line in message.content.splitlines() if line.strip() and line_digest(line) not in lines]
     if not new:
         return None, "kept"
     whole = len(new) == sum(bool(line.strip()) for line in message.content.splitlines())
     return (message if whole else Message(message.role, "\n".join(new))), "taken in"
 
 
-def _known_lines(entry: dict[str, Any]) -> list[str]:
-    if "content" in entry:
-        return [_short(line) for line in _lines(entry["content"])]
-    return list(entry.get("lines", ()))
-
-
-def _lines(text: str) -> Iterator[str]:
-    return (line for line in text.splitlines() if line.strip())
-
-
-def _short(line: str) -> str:
-    """A line without what a clock changes in it, as a short digest."""
-    return hashlib.sha256(_CLOCK.sub("\0", line).strip().encode()).hexdigest()[:16]
-
-
 # ---------------------------------------------------------------------- matching
 
 
 def is_task(messages: Sequence[Message]) -> bool:
-    """Whether a client known for it asks for a title, tags and the like, which is no part of the conversation."""
+    """Whether a known client asks for a title, tags and the like. Such a request is no part of the conversation."""
     asked = messages[-1].content.lstrip() if messages and messages[-1].role == "user" else ""
     return any(asked.startswith(start) and inside in asked for start, inside in _TASKS)
 
@@ -214,10 +73,11 @@ def plan(
     imported: bool = False,
     back: bool = True,
 ) -> Plan | None:
-    """What messages that may repeat a history mean for a memory that holds one; None: they tell another history.
+    """Match the messages of a request against what a memory holds; None: they tell another history.
 
-    The last message is always new, but if it is the last one that is known. Those before it are looked for in what is
-    known, system messages and empty answers aside and answers without their thoughts; ``u`` asks, ``a`` answers::
+    The last message is new, unless it is also the last known one. Those before it are looked for among the known
+    ones. System messages and empty answers are left aside, and answers are compared without their thoughts. In the
+    table ``u`` asks and ``a`` answers::
 
         known          sent                    then known, before the answer
         u1 a1          u1 a1 u2                u1 a1 u2                 new
@@ -229,15 +89,15 @@ def plan(
         u1 a1 u2 a2    x u2 a2 u3              u1 a1 u2 a2 x u3         trimmed, with a summary in place
         u1 a1 u2 a2    v1 w1 v3                None
 
-    Where several are possible, the one with the longest run of equal messages is taken, and of equal ones that which
-    keeps most. What is sent and not known is never left out.
+    Where several matches are possible, the one with the longest run of equal messages is taken, and of equal ones the
+    one that keeps most. A message that is sent and not known is never left out.
 
     Args:
         entries: the transcript.
         messages: of the request.
-        imported: whether the memory holds more than the entries say. A history is then only taken if some of it
-            is among the entries: who can tell what else the memory holds.
-        back: whether a client may take something back by asking again. Otherwise all that it asks is new.
+        imported: whether the memory holds more than the entries say. A history is then taken only if some of it is
+            among the entries, since nobody can tell what else the memory holds.
+        back: whether a client may take something back by asking again. Otherwise everything it asks is new.
     """
     known = current(entries)
     found = [_plan(known, list(range(len(known))), messages, imported, back)]
@@ -257,12 +117,12 @@ def _plan(
     back: bool,
 ) -> Plan | None:
     """A plan for a client that was shown these entries of all that are known."""
-    places = [i for i in shown if _counts(known[i]["role"], _key(known[i]))]
+    places = [i for i in shown if compared(known[i]["role"], key_of(known[i]))]
     system = [i for i, message in enumerate(messages) if message.role in SYSTEM]
-    talk = [i for i, m in enumerate(messages) if m.role not in SYSTEM and _counts(m.role, _digest(m))]
+    talk = [i for i, m in enumerate(messages) if m.role not in SYSTEM and compared(m.role, digest_of(m))]
     found = _align(
-        [_key(known[i]) for i in places],
-        [_digest(messages[i]) for i in talk],
+        [key_of(known[i]) for i in places],
+        [digest_of(messages[i]) for i in talk],
         [known[i]["role"] for i in places],
         [messages[i].role for i in talk],
         imported,
@@ -401,34 +261,3 @@ def _among(known: Sequence[str], sent: Sequence[str]) -> bool:
     """Whether the last ones are equal, and those sent before stand among the known ones in this order."""
     rest = iter(reversed(known))
     return known[-1] == sent[-1] and all(any(digest == other for other in rest) for digest in reversed(sent))
-
-
-def _counts(role: str, digest: str) -> bool:
-    """Whether a message is compared: clients leave out empty answers, and system text is looked at apart."""
-    return role not in SYSTEM and digest != _NOTHING
-
-
-def _key(entry: dict[str, Any]) -> str:
-    """The digest of an entry; those of older servers are over the thoughts, too."""
-    if entry["role"] == "assistant" and "think>" in entry.get("content", ""):
-        message = said(entry)
-        return entry["sha256"] if message is None else _digest(message)
-    return str(entry["sha256"])
-
-
-def _digest(message: Message) -> str:
-    """Of what a message says, without the blanks around it, which clients trim, and without thoughts."""
-    role = "system" if message.role == "developer" else message.role
-    content = message.content
-    if role == "assistant" and "think>" in content:
-        content = _THOUGHTS.sub("", content).rpartition("</think>")[
-            2
-        ]  # a template may open the thoughts itself
-    text = f"{role}\0{content.strip()}"
-    if message.tool_calls or message.tool_call_id:
-        calls = [[call.name, call.as_dict()["function"]["arguments"], call.id] for call in message.tool_calls]
-        text += f"\0{json.dumps([calls, message.tool_call_id], sort_keys=True)}"
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-_NOTHING = _digest(Message("assistant"))

@@ -10,12 +10,17 @@ from typing import Any
 
 from ..answers import Answer, read_answer
 from ..dialogue import Dialogue, Dialogues, Step
+from ..errors import ConfigError
 from ..memory import Memory
 from ..messages import Message
 from ..template import tools_as_text
 from .engine import Kept, segments_of
+from .records import Records, State
 
 Ids = tuple[int, ...]
+
+#: More characters per token than any text has; a longer one is refused before it is tokenized, which takes seconds.
+CHARACTERS = 16
 
 
 class Rendering:
@@ -130,6 +135,32 @@ class Rendering:
 
     def _segments(self, pieces: Sequence[Ids]) -> tuple[Ids, ...]:
         return tuple(segment for ids in pieces for segment in segments_of(ids, self.longest))
+
+
+def render(
+    records: Records,
+    state: State,
+    messages: Sequence[Message],
+    answer: bool = False,
+    tools: Sequence[dict[str, Any]] = (),
+) -> Rendering:
+    """The messages as the model's template writes them behind what the conversation holds.
+
+    Raises:
+        ConfigError: the template refuses a message, or they are longer than a request may be.
+    """
+    limit = records.settings.input_tokens
+    characters = sum(len(message.content) for message in messages)
+    if characters > CHARACTERS * limit:
+        raise ConfigError(
+            f"the request brings {characters} characters, the limit is {limit} tokens: send it in parts"
+        )
+    longest = records.method.longest
+    rendering = Rendering(records.dialogues, state.dialogue, state.memory, longest, messages, answer, tools)
+    tokens = rendering.tokens + len(rendering.head)
+    if tokens > limit:
+        raise ConfigError(f"the request brings {tokens} tokens, the limit is {limit}: send it in parts")
+    return rendering
 
 
 def _name(tool: dict[str, Any]) -> str:

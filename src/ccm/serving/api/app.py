@@ -70,14 +70,14 @@ def create_app(service: Service, *, keys: Keys | None = None, limits: HttpLimits
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        tending = asyncio.create_task(service.tend())
+        tending = asyncio.create_task(service.health.tend())
         try:
             yield
         finally:
             tending.cancel()
             with suppress(asyncio.CancelledError):
                 await tending
-            await service.drain()
+            await service.running.drain()
             service.close()
 
     app = FastAPI(
@@ -128,7 +128,7 @@ async def healthz() -> dict[str, str]:
 @_state.get("/readyz", responses={503: {"description": "Not ready", "content": {"application/json": {}}}})
 async def readyz(service: ServiceDep) -> JSONResponse:
     """The model's thread is alive and the store can be written."""
-    reasons = await service.ready()
+    reasons = await service.health.ready()
     return JSONResponse({"ready": not reasons, "reasons": reasons}, 503 if reasons else 200)
 
 

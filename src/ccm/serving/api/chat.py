@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ...messages import Thought
-from ..service import Outcome, Taken, Turn
+from ..turn import Outcome, Taken, Turn
 from .common import OnDisconnect, ServiceDep, Tenant, check_model
 from .schemas import ChatBody, HeaderId
 from .stream import EventStream, event, unless_gone

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query
 
-from ..history import Entry
-from ..service import View
+from ..conversations import View
+from ..transcript import Entry
 from .common import ServiceDep, Session, Tenant
 from .errors import ApiError
 from .parts import messages_of

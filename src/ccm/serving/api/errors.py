@@ -21,7 +21,7 @@ from ...errors import (
     StorageError,
 )
 from ..engine import EngineError, OverloadedError, StoppingError
-from ..service import BusyError
+from ..running import BusyError
 from ..store import ConflictError, NotFoundError, QuotaError
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,8 @@ from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
 from ...errors import MemoryFileError
-from ..service import Service, View
+from ..conversations import View
+from ..service import Service
 from .common import ServiceDep, Session, Tenant
 from .errors import ApiError
 from .schemas import ForkBody, SessionId

@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ...messages import Message, Thought, ToolCall
-from ..service import Outcome, Turn
+from ..turn import Outcome, Turn
 from .chat import memory
 from .common import OnDisconnect, ServiceDep, Tenant, check_model
 from .errors import ApiError

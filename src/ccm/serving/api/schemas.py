@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints
 
+from ..engine import Sampling
 from ..engine.base import LONGEST_ANSWER, LONGEST_STOP
-from ..service import Sampling
 from .errors import ApiError
 from .parts import (
     Body,

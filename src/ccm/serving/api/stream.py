@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import Request
 from starlette.responses import Response
 
-from ..service import Outcome, Turn
+from ..turn import Outcome, Turn
 from .errors import ApiError, describe
 from .guard import Receive, Scope, Send
 

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError, MissingPackageError
-from ..build import Options, build_service
+from ..build import build_service
 from ..engine import EngineError
+from ..health import SILENCE
 from ..keys import Keys
 from ..logs import to_stderr
-from ..service import SILENCE
+from ..options import Options
 
 try:
     from ray import serve
@@ -164,13 +165,15 @@ def build(args: dict[str, Any]) -> serve.Application:
     unknown = set(args) - {field.name for field in fields(RayOptions)}
     if unknown:
         raise ConfigError(
-            f"argument {sorted(unknown)[0]!r}: expected one of {', '.join(asdict(RayOptions('')))}"
+            f"argument {sorted(unknown)[0]!r}: expected one of {', '.join(asdict(RayOptions()))}"
         )
     try:
         options = TypeAdapter(RayOptions).validate_python(args)
     except ValidationError as error:
         first = error.errors()[0]
         raise ConfigError(f"argument {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    if not options.store:
+        raise ConfigError("argument store: give a store that the replicas share, postgresql://… or redis://…")
     if options.api_keys is None:
         raise ConfigError("argument api_keys: give a file of keys (ccm key NAME --api-keys FILE)")
     return application(options, Keys.read(Path(options.api_keys)))

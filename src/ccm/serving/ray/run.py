@@ -15,8 +15,8 @@ import typer
 from ...errors import ConfigError
 from ...models import load_config
 from ...storage.adapter_folder import read_config
-from ..build import Options
 from ..keys import Keys
+from ..options import Options
 from ..store import open_store
 from . import app
 

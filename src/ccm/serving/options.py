@@ -1,0 +1,143 @@
+"""What a server takes: every option once, with its help, its default and its field."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+
+from ..placement import AUTO, Device, DeviceMap, Dtype, LoadIn, Loading, ModelName
+
+if TYPE_CHECKING:
+    from .settings import Settings
+    from .store import Limits
+
+DAY = 86400
+
+
+@dataclass(frozen=True)
+class Options:
+    """What ``ccm serve`` takes beside its address and who may come in: plain values, which travel to where it runs.
+
+    A field is an option of the command line (see :func:`takes_options`), and its help says what it means.
+    """
+
+    store: Annotated[
+        str,
+        typer.Option(
+            metavar="URL",
+            help="sqlite:///FILE, dir:///FOLDER, redis://… or postgresql://…",
+            show_default="a file in your state folder",
+        ),
+    ] = ""
+    model: ModelName = None
+    adapter: Annotated[str, typer.Option(help="Shipped adapter, folder or hub id.")] = "ccm-chat"
+    device: Device = AUTO
+    dtype: Dtype = AUTO
+    load_in: LoadIn = None
+    device_map: DeviceMap = None
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads.", show_default="torch's choice")
+    ] = None
+    slots: Annotated[
+        int | None, typer.Option(min=1, help="Slots per segment.", show_default="the adapter's")
+    ] = None
+    sink: Annotated[int | None, typer.Option(min=0, help="First raw tokens that stay.")] = 4
+    window: Annotated[int | None, typer.Option(min=0, help="Newest raw tokens that stay.")] = 64
+    resend: Annotated[
+        str,
+        typer.Option(
+            help="A history that differs: match what is known of it, refuse it, or rebuild the memory."
+        ),
+    ] = "match"
+    texts: Annotated[bool, typer.Option(help="Keep what was said beside the memories.")] = True
+    precision: Annotated[str, typer.Option(help="Of stored memories: float32, bfloat16, int8.")] = "float32"
+    ttl: Annotated[
+        float | None,
+        typer.Option(min=0, metavar="DAYS", help="Forget conversations so long after their end."),
+    ] = None
+    keep: Annotated[int, typer.Option(min=1, help="Newest versions kept of each conversation.")] = 4
+    sessions: Annotated[
+        int | None, typer.Option(min=1, help="Conversations per tenant.", show_default="any number")
+    ] = None
+    quota: Annotated[
+        float | None,
+        typer.Option(min=0, metavar="MB", help="Megabytes stored per tenant.", show_default="any number"),
+    ] = None
+    input_tokens: Annotated[int, typer.Option(min=1, help="Tokens that one request may bring.")] = 1 << 16
+    disconnect: Annotated[
+        str,
+        typer.Option(
+            "--on-disconnect",
+            help="A turn whose client goes away: drop, keep what was said, or finish it.",
+        ),
+    ] = "drop"
+    batch: Annotated[int, typer.Option(min=1, help="Turns that run at once.")] = 16
+    queue: Annotated[int, typer.Option(min=0, help="Turns that may wait; more are told to come back.")] = 64
+    vllm: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="A vLLM with our connector that writes the answers."),
+    ] = None
+    vllm_store: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="The store that its connector reads.", show_default="--store"),
+    ] = None
+
+    @property
+    def loading(self) -> Loading:
+        """The model and where it goes."""
+        return Loading(self.model, self.device, self.dtype, self.load_in, self.device_map)
+
+    @property
+    def limits(self) -> Limits:
+        """Of the store. Nearly as many older versions stay as newest ones, ever further apart."""
+        from .store import Limits
+
+        return Limits(
+            keep=self.keep,
+            marks=self.keep - 1,
+            ttl=None if self.ttl is None else self.ttl * DAY,
+            sessions=self.sessions,
+            nbytes=None if self.quota is None else int(self.quota * 1e6),
+        )
+
+    @property
+    def settings(self) -> Settings:
+        """Of the service."""
+        from .settings import Settings
+
+        return Settings(
+            Path(self.adapter).name,
+            texts=self.texts,
+            resend=self.resend,
+            precision=self.precision,
+            input_tokens=self.input_tokens,
+            disconnect=self.disconnect,
+        )
+
+
+def takes_options(command: Callable[..., None]) -> Callable[..., None]:
+    """A command with one option for every field of :class:`Options`, in place of its parameter ``options``."""
+    hints = get_type_hints(Options, include_extras=True)
+    kind = inspect.Parameter.KEYWORD_ONLY
+    spread = [
+        inspect.Parameter(field.name, kind, default=field.default, annotation=hints[field.name])
+        for field in fields(Options)
+    ]
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
+        parameters += spread if name == "options" else [parameter.replace(kind=kind)]
+
+    @wraps(command)
+    def spreading(**values: Any) -> None:
+        options = Options(**{parameter.name: values.pop(parameter.name) for parameter in spread})
+        command(options=options, **values)
+
+    spreading.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    spreading.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return spreading
