@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -301,26 +300,6 @@ def test_streams_are_summed_over_blocks_of_read_tokens(monkeypatch: pytest.Monke
     assert [s["steps"] for s in pooled["steps"]] == [8, 8, 8, 8, 8, 1]
     assert [s["tokens"] for s in pooled["steps"]] == [56, 120, 184, 248, 312, 320]
     assert pooled["entries"] == every["entries"]
-
-
-@pytest.mark.parametrize("text", ["full", "streaming-llm:sink=2,window=14", "concat:sink=2,window=16"])
-def test_a_segment_of_a_stream_runs_once(
-    text: str, adapters: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    item = stream_item(12)
-    opened = open_run(text, adapters)
-    passes: list[int] = []
-    opened.reader.model.base_model.register_forward_pre_hook(
-        lambda module, args, kwargs: passes.append(kwargs["past_key_values"].get_seq_length()),
-        with_kwargs=True,
-    )
-    once = run_item(opened, item)
-    ran = len(passes)
-    passes.clear()
-    monkeypatch.setattr(type(opened.reader), "reading_ahead", lambda self: nullcontext())
-    assert no_clock(run_item(opened, item)) == no_clock(once)
-    # all of the 12 but the first, whose memory was asked once more to see whether it has an effect
-    assert len(passes) - ran == 11
 
 
 # ---------------------------------------------------------------------- records

@@ -81,7 +81,7 @@ class Compressor(Reader):
 
     The model is changed in place: closed LoRA layers are injected and its attention backend is wrapped. As
     long as no COMP token runs, its outputs stay the same bit for bit. Once made, it may be used by many threads at a
-    time (``ccm.threads``).
+    time (``ccm.gate``).
 
     Args:
         model: a causal language model of a supported family (``ccm.families``).

@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from accelerate.utils import align_module_device
@@ -26,38 +26,9 @@ from .families import choose_backend, get_family
 from .memory import KV, Memory, Row
 from .rotary import Rotary, unrotate
 from .storage.fingerprint import mismatch
-from .threads import PerThread
 from .twin import head_size, kv_heads, text_config
 
 Ids: TypeAlias = Tensor | Sequence[Sequence[int]]
-
-
-class Pass(NamedTuple):
-    """What one pass over a memory leaves: its tokens, and the cache that it filled.
-
-    Attributes:
-        memory: that was read.
-        ids, mask: (B, T) left-padded.
-        cache: keys and values of the memory, then of the tokens.
-        positions: (B, T) of the tokens.
-    """
-
-    memory: Memory
-    ids: Tensor
-    mask: Tensor
-    cache: DynamicCache
-    positions: Tensor
-
-    def is_of(self, memory: Memory, ids: Tensor, mask: Tensor) -> bool:
-        """Whether these tokens would run over this very memory again."""
-        return self.memory is memory and torch.equal(self.ids, ids) and torch.equal(self.mask, mask)
-
-
-class _Ahead(PerThread):
-    """Whether this thread reads ahead, and the last pass for which it asked logits."""
-
-    on: bool = False
-    last: Pass | None = None
 
 
 class Reader(nn.Module):
@@ -77,7 +48,6 @@ class Reader(nn.Module):
         self.model = model
         self.rotary = Rotary(model, self.family)
         self.devices = layer_devices(model, self.family.attention)
-        self._ahead = _Ahead()
         attention.register()
         attention.carry(model)
         if not self.family.hands_on:
@@ -98,8 +68,6 @@ class Reader(nn.Module):
         ids, mask, order, memory = self._prepare(input_ids, memory, attention_mask)
         cache, call = self._over(memory, ids, mask)
         out = self.model(input_ids=ids, past_key_values=cache, **call).logits
-        if self._ahead.on:
-            self._ahead.last = Pass(memory, ids, mask, cache, call["position_ids"])
         back = order.argsort(1).unsqueeze(-1).expand_as(out)
         return out.gather(1, back)
 
@@ -140,19 +108,6 @@ class Reader(nn.Module):
             at = start[r] + torch.arange(first, text.length, device=ids.device)
             result.append((text, unrotate(queries, *self.rotary.stacked(at))))
         return result
-
-    @contextmanager
-    def reading_ahead(self) -> Iterator[None]:
-        """Within it, tokens whose logits were the last to be asked for do not run again when they are then read.
-
-        A stream is scored segment by segment, each over the memory that it joins next. The keys and values are
-        those of the pass that scored it, which stay until the next one.
-        """
-        self._ahead.on = True
-        try:
-            yield
-        finally:
-            self._ahead.on, self._ahead.last = False, None
 
     @torch.no_grad()
     def generate(
@@ -242,11 +197,7 @@ class Reader(nn.Module):
             its COMP tokens, in fp32.
         """
         n = 0 if comp is None else comp.shape[-2]
-        plain, last = comp is None and gate is None and queries is None, self._ahead.last
-        if plain and last is not None and last.is_of(memory, ids, mask):
-            cache, positions = last.cache, last.positions
-        else:
-            cache, positions = self._pass(memory, ids, mask, comp, at, gate, queries)
+        cache, positions = self._pass(memory, ids, mask, comp, at, gate, queries)
         result = []
         for r in range(len(ids)):
             text = mask[r].nonzero().squeeze(1)[:keep]
