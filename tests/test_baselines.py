@@ -185,16 +185,6 @@ def test_text_goes_through_the_base_model_bit_for_bit(kind):
         assert (compressor.logits(ids, compressor.compress([ROWS[0][0]])) - before).abs().max() > BROKEN
 
 
-def test_an_unconditional_adapter_is_seen_in_what_is_read():
-    """The control of the test above."""
-    compressor = tiny_compressor("llama", conditional=False)
-    ids, memory = torch.tensor([ROWS[1][1]]), compressor.compress([ROWS[0][0]])
-    before = compressor.logits(ids, memory)
-    scramble(compressor, seed=9)
-    read = replace(memory, fingerprint=compressor.fingerprint())
-    assert (compressor.logits(ids, read) - before).abs().max() > BROKEN
-
-
 # ---------------------------------------------------------------------- gradients
 
 
@@ -453,7 +443,7 @@ def test_adapters_from_before_there_were_kinds_are_ccm(adapters, tmp_path):
     for file in adapters["ccm"].iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     settings = json.loads((tmp_path / "ccm_config.json").read_text())
-    del settings["kind"], settings["conditional"]
+    del settings["kind"]
     (tmp_path / "ccm_config.json").write_text(json.dumps(settings))
     old, new = (Compressor.from_pretrained(tiny_model(), folder) for folder in (tmp_path, adapters["ccm"]))
     assert old.fingerprint() == new.fingerprint()
@@ -485,7 +475,7 @@ def test_gisting_reads_the_whole_history_again(adapters):
 @pytest.mark.parametrize("kind", BASELINES)
 def test_baselines_have_slots_only(kind, adapters):
     rule = RULE.get(kind, "concat")
-    for change in ({"window": 8}, {"sink": 2}, {"comp_positions": "slot"}, {"conditional": False}):
+    for change in ({"window": 8}, {"sink": 2}):
         with pytest.raises(ConfigError, match=kind):
             CompressorConfig(kind=kind, rule=rule, **change)
     compressor = Compressor.from_pretrained(tiny_model(), adapters[kind])
@@ -544,10 +534,17 @@ def test_a_run_from_before_there_were_kinds_goes_on(logs, tmp_path):
     runs.trainer(tmp_path, logs, steps=2).run()
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     saved = json.loads(state["config"])
-    for name in ("compressor.kind", "compressor.conditional"):
-        del saved[name]
+    del saved["compressor.kind"]
+    saved |= {"compressor.comp_positions": "after", "compressor.conditional": True}  # options of the past
     torch.save({**state, "config": json.dumps(saved)}, tmp_path / "checkpoint.pt")
     assert runs.trainer(tmp_path, logs, steps=3).step == 2
+    torch.save(
+        {**state, "config": json.dumps({**saved, "compressor.conditional": False})},
+        tmp_path / "checkpoint.pt",
+    )
+    with pytest.raises(ConfigError, match=r"compressor\.conditional: it has False"):
+        runs.trainer(tmp_path, logs, steps=3)
+    torch.save({**state, "config": json.dumps(saved)}, tmp_path / "checkpoint.pt")
     with pytest.raises(ConfigError, match=r"compressor\.kind: it has ccm, got compressive"):
         settings = {"slots": 2, "kind": "compressive", "rule": "mean"}
         runs.trainer(tmp_path, logs, compressor=settings, window_choices=())

@@ -219,8 +219,8 @@ def test_what_is_quantized_already_is_not_quantized_again(tmp_path, monkeypatch)
 TWO = {"embed_tokens": 0, "rotary_emb": 0, "layers.0": 0, "layers.1": 1, "layers.2": 1, "norm": 1}
 SPREADS = [
     ("llama", {}, {}),
-    ("llama", {}, {"rule": "mean", "conditional": False}),
-    ("mistral", {}, {"comp_positions": "slot"}),
+    ("llama", {}, {"rule": "mean"}),
+    ("mistral", {}, {}),
     ("gemma2", {"backend": "eager"}, {"rule": "ema"}),
     ("qwen3", {}, {"kind": "autocompressor"}),
     ("llama", {}, {"kind": "compressive"}),

@@ -170,19 +170,6 @@ def test_without_recursion_nothing_reaches_the_next_fold():
         assert (float((a - b).abs().max()) < 1e-6) == same
 
 
-def test_an_unconditional_adapter_acts_on_every_token():
-    plain, everywhere = (tiny_compressor("llama", conditional=on) for on in (True, False))
-    base = [plain.logits([list(row[0])])[0] for row in SEGMENTS]
-    for compressor, moved in ((plain, False), (everywhere, True)):
-        got = all_logits(compressor)
-        assert largest_gap(got, live(compressor, alone=False)) < TOLERANCE
-        assert (largest_gap([base], [[row[0] for row in got]]) > 0.1) == moved
-    # without a COMP token in the pass it is the base model, which teaches and is compared with
-    whole = [[sum(row, ())] for row in SEGMENTS]
-    with torch.no_grad():
-        torch.testing.assert_close(plain(whole).logits, everywhere(whole).logits)
-
-
 def test_every_variant_is_a_recipe_of_its_own(ablations):
     configs = {
         name: load_recipe(ablations.RECIPE, each.overrides) for name, each in ablations.VARIANTS.items()

@@ -102,8 +102,8 @@ def crossed(compressor: Compressor) -> bool:
 
 @pytest.mark.parametrize(
     ("family", "config"),
-    [("llama", {}), ("gpt_neox", {"target_modules": "all"}), ("mistral", {"conditional": False})],
-    ids=["gate", "all-projections", "unconditional"],
+    [("llama", {}), ("gpt_neox", {"target_modules": "all"})],
+    ids=["gate", "all-projections"],
 )
 def test_a_pass_in_the_middle_of_another(family, config, one_thread, monkeypatch):
     assert crossed(compressor_of(family, **config))
@@ -294,11 +294,11 @@ def differences(compressor: Compressor, threads: int = 4, rounds: int = 3) -> in
     [
         ("llama", {"rule": "mean"}),
         ("mistral", {}),
-        ("gemma2", {"conditional": False, "target_modules": "all"}),
+        ("gemma2", {"target_modules": "all"}),
         ("llama", {"kind": "compressive"}),
         ("llama", {"kind": "autocompressor"}),
     ],
-    ids=["mean", "sliding", "unconditional", "pooled", "soft-prompts"],
+    ids=["mean", "sliding", "all-projections", "pooled", "soft-prompts"],
 )
 def test_twin_conversations_in_a_pool(family, config):
     assert differences(compressor_of(family, **config)) == 0

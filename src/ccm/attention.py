@@ -119,7 +119,6 @@ class ParallelPlan(Plan):
         rotary: Rotary,
         dtype: torch.dtype,
         pooling: Pooling | None = None,
-        conditional: bool = True,
     ) -> ParallelPlan:
         groups, n = layout.comp_index.shape[1:]
         comp_position = layout.rope_position
@@ -129,12 +128,11 @@ class ParallelPlan(Plan):
         elif groups:
             start, stop = layout.comp_index.flatten(1), layout.chunk_stop.flatten(1)
             parts = chunks(start, stop, layout.segment.shape[1])
-        adapted = layout.adapted if conditional else layout.segment >= 0
         place = rule.placed(groups, n).place if groups else torch.empty(0, dtype=torch.long)
         slot_position = layout.sink.unsqueeze(1) + place.to(layout.sink.device)
         return cls(
             adapter=adapter,
-            gate=adapted.flatten().nonzero().squeeze(1) if groups else None,
+            gate=layout.adapted.flatten().nonzero().squeeze(1) if groups else None,
             layout=layout,
             rule=rule,
             mask=additive(parallel_mask(layout, rule), dtype),

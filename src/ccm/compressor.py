@@ -165,9 +165,7 @@ class Compressor(Reader):
     def lay_out(self, segments: Sequence[Sequence[Sequence[int]]], **sizes: int | None) -> Layout:
         """The rows as a :class:`Layout` on the model's device."""
         chosen = {name: self._size(name, sizes.get(name)) for name in ("slots", "sink", "window")}
-        layout = lay_out(
-            segments, rule=self.rule, comp_positions=self.config.comp_positions, kind=self.kind, **chosen
-        )
+        layout = lay_out(segments, rule=self.rule, kind=self.kind, **chosen)
         self.check_length(int(layout.rope_position.max()) + 1)
         self.check_ids(layout.input_ids)
         return layout.to(self.model.device)
@@ -183,7 +181,6 @@ class Compressor(Reader):
             self.rotary,
             self.model.dtype,
             self.pooling,
-            self.config.conditional,
         )
         embeds = self.model.get_input_embeddings()(layout.input_ids)
         if len(self.comp_embeddings):
@@ -271,12 +268,7 @@ class Compressor(Reader):
         if self.pooling is not None:
             texts = self._step(memory, ids, mask, None, gate=slice(0, None))
             return [(text.slice(0, keep), self.pooling.block(text, n)) for text, _ in texts]
-        at = None
-        if self.config.comp_positions == "slot":
-            places = [self.rule.size(row.steps + 1, n) - n + row.sink.length for row in memory.rows]
-            at = torch.tensor(places, device=ids.device).unsqueeze(1)
-        comp = self.comp_embeddings[:n]
-        return self._step(memory, ids, mask, comp, at, keep, gate=slice(ids.shape[1], None))
+        return self._step(memory, ids, mask, self.comp_embeddings[:n], keep, gate=slice(ids.shape[1], None))
 
     def know(self, tokenizer: Any) -> None:
         """Learn the tokenizer's special tokens: a text that begins with one needs no sink, attention rests on it."""
@@ -296,12 +288,6 @@ class Compressor(Reader):
                 "the template's first token",
                 SINK,
             )
-
-    def _adapter(self) -> str:
-        return self.adapter
-
-    def _gate(self, gate: slice | None) -> slice | None:
-        return gate if self.config.conditional else slice(0, None)
 
     def _fold(self, row: Row, block: KV, sink: int) -> Row:
         """Put the block of the oldest raw segment into the slots and let go of its raw tokens."""
@@ -346,10 +332,10 @@ class Compressor(Reader):
         return self._prints[1]
 
     def _hash(self, rule: str, state: Sequence[Tensor]) -> str:
-        # sizes may change while a memory lives; the rule and where COMP tokens sit may not
-        meaning: list[Any] = [rule, self.config.rule_options, self.config.comp_positions]
-        if self.config.kind != "ccm" or not self.config.conditional:
-            meaning += [self.config.kind, self.config.conditional]
+        # sizes may change while a memory lives; the rule may not; "after" and True stand for options of the past
+        meaning: list[Any] = [rule, self.config.rule_options, "after"]
+        if self.config.kind != "ccm":
+            meaning += [self.config.kind, True]
         sha = hashlib.sha256(json.dumps(meaning, sort_keys=True).encode())
         for parameter in state:
             sha.update(parameter.detach().float().cpu().numpy().tobytes())

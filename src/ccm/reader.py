@@ -42,6 +42,9 @@ class Reader(nn.Module):
         UnsupportedModelError: the family cannot carry a memory.
     """
 
+    #: Name of the conditional adapter on the model; a reader has none.
+    adapter = ""
+
     def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.family = get_family(model)
@@ -184,7 +187,6 @@ class Reader(nn.Module):
         ids: Tensor,
         mask: Tensor,
         comp: Tensor | None,
-        at: Tensor | None = None,
         keep: int | None = None,
         gate: slice | None = None,
         queries: dict[int, Tensor] | None = None,
@@ -197,7 +199,7 @@ class Reader(nn.Module):
             its COMP tokens, in fp32.
         """
         n = 0 if comp is None else comp.shape[-2]
-        cache, positions = self._pass(memory, ids, mask, comp, at, gate, queries)
+        cache, positions = self._pass(memory, ids, mask, comp, gate, queries)
         result = []
         for r in range(len(ids)):
             text = mask[r].nonzero().squeeze(1)[:keep]
@@ -220,12 +222,11 @@ class Reader(nn.Module):
         ids: Tensor,
         mask: Tensor,
         comp: Tensor | None,
-        at: Tensor | None,
         gate: slice | None,
         queries: dict[int, Tensor] | None,
     ) -> tuple[DynamicCache, Tensor]:
         """One forward pass for its keys and values: the cache, and the positions (B, T + n) of what ran."""
-        cache, call = self._over(memory, ids, mask, 0 if comp is None else comp.shape[-2], at, gate)
+        cache, call = self._over(memory, ids, mask, 0 if comp is None else comp.shape[-2], gate)
         embeds = self.model.get_input_embeddings()(ids)
         if comp is not None:
             embeds = torch.cat([embeds, comp.to(embeds.dtype).expand(len(ids), -1, -1)], dim=1)
@@ -242,36 +243,28 @@ class Reader(nn.Module):
         ids: Tensor,
         mask: Tensor,
         n: int = 0,
-        at: Tensor | None = None,
         gate: slice | None = None,
     ) -> tuple[DynamicCache, dict[str, Any]]:
         """Cache and call arguments to run left-padded tokens (B, T), then n COMP tokens, over a memory.
 
-        ``at`` (B, 1) places the first COMP token; by default it follows the text. The adapter acts on the columns
-        of ``gate``.
+        The adapter acts on the columns of ``gate``.
         """
         order = torch.arange(n, device=ids.device)
         cache, held, folded = memory.to_cache(self.rotary, self.model.dtype, self.devices)
         start = held.sum(1, keepdim=True)
         text_position = start + (mask.long().cumsum(1) - 1).clamp(min=0)
-        comp_position = (start + mask.sum(1, keepdim=True) if at is None else at) + order
+        comp_position = start + mask.sum(1, keepdim=True) + order
         position = torch.cat([text_position, comp_position], dim=1)
         valid = torch.cat([held, mask, mask.new_ones(len(ids), n)], dim=1)
         before = (held.long().cumsum(1) - 1).clamp(min=0)
         plan = attention.RecurrentPlan(
-            adapter=self._adapter(),
-            gate=self._gate(gate),
+            adapter=self.adapter,
+            gate=gate,
             key_position=torch.cat([before, position], dim=1),
             is_memory=torch.cat([folded, torch.zeros_like(position, dtype=torch.bool)], dim=1),
             valid=valid,
         )
         return cache, {"attention_mask": valid.long(), "position_ids": position, attention.PLAN: plan}
-
-    def _adapter(self) -> str:
-        return ""
-
-    def _gate(self, gate: slice | None) -> slice | None:
-        return gate
 
     def _prepare(
         self, input_ids: Ids, memory: Memory | None, attention_mask: Tensor | None

@@ -104,7 +104,6 @@ def lay_out(
     rule: Rule,
     sink: int = 0,
     window: int = 0,
-    comp_positions: str = "after",
     kind: Kind = KINDS["ccm"],
 ) -> Layout:
     """Lay out rows of segments of token ids.
@@ -115,7 +114,6 @@ def lay_out(
         rule: how the memory changes with each block; it knows how many slots there are after a step.
         sink: first tokens of the first segment that stay raw.
         window: raw tokens of the newest whole segments that stay beside the slots.
-        comp_positions: "after" puts COMP tokens behind their segment, "slot" at the place of their slots.
         kind: what slots are made from; those with a second copy of the text take no sink and no window.
 
     Raises:
@@ -164,8 +162,6 @@ def lay_out(
                 continue
             row_groups.append([(column, column + 1) for column in range(at, at + slots)])
             first = offsets[j] + lengths[j]
-            if comp_positions == "slot":
-                first = (held if j else 0) + rule.size(j + 1, slots) - slots - moved
             for i in range(slots):
                 tokens.append((0, j, i, 0, seen, first + i, first + i + moved))
         laid.append(tokens)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 SHIPPED = Path(__file__).parent.parent / "adapters"
 #: What may differ from the way an adapter was trained.
 CHANGEABLE = ("slots", "rule", "rule_options", "sink", "window")
+#: Settings of the past that adapters may name, at the one value that is left.
+RETIRED = {"comp_positions": "after", "conditional": True}
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def read(name: str | os.PathLike[str], model: PreTrainedModel, changes: dict[str
 
     Raises:
         ConfigError: there is no such adapter, it is damaged, or a change is not possible.
-        MismatchError: it was trained for another model.
+        MismatchError: it was trained for another model, or written by another version of this library.
     """
     folder = find(name)
     try:
@@ -123,6 +125,7 @@ def read_config(name: str | os.PathLike[str]) -> CompressorConfig:
 
     Raises:
         ConfigError: there is no such adapter, or it is damaged.
+        MismatchError: another version of this library wrote it.
     """
     folder = find(name)
     try:
@@ -136,6 +139,15 @@ def _settings(folder: Path) -> tuple[CompressorConfig, dict[str, str], bool, str
     settings = json.loads((folder / "ccm_config.json").read_text())
     base, two_stages = settings.pop("base_model"), settings.pop("base_adapter", False)
     weights = settings.pop("weights", None)
+    for name, left in RETIRED.items():
+        if (value := settings.pop(name, left)) != left:
+            raise MismatchError(
+                f"{folder}: {name} is {value!r}, only {left!r} is left; train the adapter anew"
+            )
+    if unknown := sorted(set(settings) - {field.name for field in fields(CompressorConfig)}):
+        raise MismatchError(
+            f"{folder} was written by a newer ccm: it sets {', '.join(unknown)!r}; read it with that version"
+        )
     if isinstance(settings["target_modules"], list):
         settings["target_modules"] = tuple(settings["target_modules"])
     return CompressorConfig(**{"sink": 0, **settings}), base, two_stages, weights

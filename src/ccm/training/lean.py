@@ -230,7 +230,7 @@ class LeanPass:
     """Passes of one compressor over packed rows.
 
     Args:
-        compressor: on its device, with COMP tokens behind their segments and a conditional adapter.
+        compressor: on its device, with an adapter of kind "ccm".
         fuse: compile what goes element by element.
         save_memory: keep no activations inside layers.
 
@@ -240,7 +240,7 @@ class LeanPass:
 
     def __init__(self, compressor: Compressor, fuse: bool = False, save_memory: bool = False):
         config = compressor.config
-        if config.kind != "ccm" or not config.conditional or config.comp_positions != "after":
+        if config.kind != "ccm":
             raise Unfit("the adapter is of another kind")
         self.compressor, self.save_memory = compressor, save_memory
         model = compressor.model

@@ -67,8 +67,8 @@ class Batch:
             torch.cat([self.valid, mask], dim=1),
         )
         plan = RecurrentPlan(
-            adapter=self.reader._adapter(),
-            gate=self.reader._gate(None),
+            adapter=self.reader.adapter,
+            gate=None,
             key_position=after.position,
             is_memory=after.is_memory,
             valid=after.valid,
