@@ -25,7 +25,7 @@ from ccm.methods import as_method
 from ccm.placement import Loading, place
 from ccm.planning.plan import Load, plan
 from ccm.serving.engine import PaddedEngine
-from ccm.serving.engine.batch import Batch
+from ccm.serving.engine.padded import run
 from ccm.serving.service import Service, Settings
 from ccm.serving.store import open_store
 from ccm.session import Session
@@ -244,8 +244,8 @@ def answers(compressor: Compressor, **sizes: int) -> list[torch.Tensor]:
     device = compressor.model.device
     parallel = compressor(rows, **sizes).logits
     new = compressor.generate([rows[0][0]], memory[0], max_new_tokens=5, do_sample=False)
-    batch, served = Batch.over(compressor, memory).run(torch.tensor([[5, 6], [7, 8]], device=device))
-    _, later = batch.select([1]).run(torch.tensor([[9]], device=device))
+    batch, served = run(compressor, compressor.live(memory), torch.tensor([[5, 6], [7, 8]], device=device))
+    _, later = run(compressor, batch.select([1]), torch.tensor([[9]], device=device))
     assert {tensor.device for tensor in (logits, parallel, new, served, later)} == {device}
     return [logits, parallel, new, served, later]
 

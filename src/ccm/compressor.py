@@ -34,11 +34,11 @@ from .head import run_head
 from .kinds import KINDS
 from .memory import KV, Memory, Row
 from .pooling import Pooling
-from .reader import Ids, Reader, model_fingerprint
+from .reader import Ids, Reader
 from .rules import get_rule, names_of
 from .segments import Layout, lay_out
 from .storage import adapter_folder, base_stage
-from .storage.fingerprint import mismatch
+from .storage.fingerprint import mismatch, model_fingerprint
 from .twin import text_config
 from .window import joined, overflow
 

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from .errors import MemoryFileError, MismatchError
 from .rotary import Rotary, rotate
@@ -194,41 +193,6 @@ class Memory:
             rows.append(row if same else replace(row, sink=sink, slots=slots, window=window))
         same = all(new is old for new, old in zip(rows, self.rows, strict=True))
         return self if same else replace(self, rows=tuple(rows))
-
-    def to_cache(
-        self, rotary: Rotary, dtype: torch.dtype, devices: Sequence[torch.device] = ()
-    ) -> tuple[DynamicCache, Tensor, Tensor]:
-        """The memory as past keys and values at canonical positions, left-padded over the batch.
-
-        Args:
-            rotary: of the model that reads it.
-            dtype: of that model.
-            devices: of its layers, if they are on several.
-
-        Returns:
-            the cache with (B, H, m, D) per layer, a (B, m) bool mask of real entries, and a (B, m) bool mask of
-            the entries that are sink or slots.
-        """
-        width = self.length
-        rows = {id(row): row for row in self.rows}  # a memory that many options read is placed once
-        placed = {key: row.placed(rotary, dtype) for key, row in rows.items()}
-        parts = [placed[id(row)] for row in self.rows]
-        device = parts[0].keys.device
-        valid = torch.zeros(len(self), width, dtype=torch.bool, device=device)
-        folded = torch.zeros_like(valid)
-        keys, values = [], []
-        for r, (row, kv) in enumerate(zip(self.rows, parts, strict=True)):
-            pad = width - kv.length
-            valid[r, pad:] = True
-            folded[r, pad : width - row.window.length] = True
-            keys.append(torch.nn.functional.pad(kv.keys, (0, 0, pad, 0)))
-            values.append(torch.nn.functional.pad(kv.values, (0, 0, pad, 0)))
-        cache = DynamicCache()
-        if width:
-            for layer, (k, v) in enumerate(zip(torch.stack(keys, 1), torch.stack(values, 1), strict=True)):
-                place = devices[layer] if devices else device
-                cache.update(k.to(place), v.to(place), layer)
-        return cache, valid, folded
 
     def check_finite(self) -> None:
         """Raises MemoryFileError if a value is NaN or infinite."""

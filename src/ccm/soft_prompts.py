@@ -29,12 +29,11 @@ TRUNCATE = 2
 
 def blocks(compressor: Compressor, memory: Memory, ids: Tensor, mask: Tensor, n: int) -> list[KV]:
     """h(t) of each row, from left-padded text (B, T)."""
-    cache, call = compressor._over(memory, ids, mask, n, gate=slice(0, None))
+    behind = torch.cat([mask, mask.new_ones(len(ids), n)], dim=1)
+    _, call = compressor.live(memory).ahead(behind, compressor.adapter, slice(0, None))
     words = compressor.model.get_input_embeddings()(ids)
     summary = compressor.comp_embeddings[:n].to(words.dtype).expand(len(ids), -1, -1)
-    states = compressor.body(
-        inputs_embeds=torch.cat([words, summary], dim=1), past_key_values=cache, **call
-    ).last_hidden_state
+    states = compressor.body(inputs_embeds=torch.cat([words, summary], dim=1), **call).last_hidden_state
     out = states[:, -n:].to(ids.device)
     # hidden states are many times as long as embeddings
     size = compressor.comp_embeddings.detach().square().mean().sqrt()
@@ -60,8 +59,8 @@ def hidden(compressor: Compressor, layout: Layout) -> Tensor:
         alive = [r for r in range(batch) if step < len(spans[r])]
         ids, mask = _left_padded([layout.input_ids[r, slice(*spans[r][step])] for r in alive])
         memory = Memory(tuple(rows[r] for r in alive), empty.fingerprint)
-        cache, call = compressor._over(memory, ids, mask)
-        states = compressor.body(input_ids=ids, past_key_values=cache, **call).last_hidden_state
+        _, call = compressor.live(memory).ahead(mask, compressor.adapter)
+        states = compressor.body(input_ids=ids, **call).last_hidden_state
         states = states.to(out.device)
         for place, r in enumerate(alive):
             out[r, slice(*spans[r][step])] = states[place, mask[place]]

@@ -28,7 +28,8 @@ from ..data.rows import ConversationRow, held_out_rows
 from ..errors import ConfigError
 from ..methods import Method, get_method
 from ..methods.compressed import Compressed
-from ..reader import Reader, base_name
+from ..reader import Reader
+from ..storage.fingerprint import base_name
 from .share import Nll, bootstrap_share, recovered_share, turn_nll
 from .suites import MethodSpec
 

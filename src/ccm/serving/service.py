@@ -25,8 +25,8 @@ from ..errors import CCMError, ConfigError, MemoryFileError, MismatchError, Unkn
 from ..memory import Memory
 from ..messages import Message, ToolCall
 from ..methods import Method
-from ..reader import base_name
 from ..session import counters, resumed, say_losses
+from ..storage.fingerprint import base_name
 from ..template import template_of
 from . import history
 from .engine import (

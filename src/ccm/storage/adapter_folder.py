@@ -23,9 +23,9 @@ from transformers import PreTrainedModel
 from ..config import CompressorConfig
 from ..errors import ConfigError, MismatchError, StorageError, UnknownNameError
 from ..kinds import KINDS
-from ..reader import base_name, model_fingerprint, shape_fingerprint
 from . import base_stage
 from .atomic import write_atomically
+from .fingerprint import base_name, model_fingerprint, shape_fingerprint
 
 if TYPE_CHECKING:
     from ..compressor import Compressor

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..compressor import Compressor
 from ..data.packed import ArrayRow
-from ..reader import is_spread
+from ..live import is_spread
 from ..rules import Rule
 from ..segments import Layout
 from .intervals import BLOCK, Packed, moved, pack, up

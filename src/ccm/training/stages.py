@@ -23,10 +23,11 @@ from ..compressor import Compressor
 from ..data.packed import ArrayRow
 from ..errors import ConfigError
 from ..families import get_family, resolve_targets
-from ..reader import base_name, is_spread
+from ..live import is_spread
 from ..rules import get_rule
 from ..storage import base_stage
 from ..storage.adapter_folder import CHANGEABLE, read_config
+from ..storage.fingerprint import base_name
 from ..twin import text_config
 from .config import TrainConfig
 from .engines import Padded, make_engine

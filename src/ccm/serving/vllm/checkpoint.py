@@ -16,8 +16,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ...errors import UnsupportedModelError
 from ...families import get_family
 from ...models import random_model
-from ...reader import fingerprint_of, sampled_rows
 from ...rotary import Rotary
+from ...storage.fingerprint import fingerprint_of, sampled_rows
 from ...twin import text_config
 
 
