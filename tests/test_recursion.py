@@ -85,12 +85,12 @@ def test_cutting_the_memory_out_of_the_graph_breaks_it(family, rule, monkeypatch
     """Negative control: the same loss, but no gradient through slots of more than one step ago."""
     compressor = tiny_compressor(family, rule=rule)
     expected = gradients(recursion.parallel_losses, compressor, objective="ce")
-    fold = Compressor._fold
+    fold = Compressor.put
 
     def truncated(self, row, block, sink):
         return fold(self, replace(row, slots=KV(*(t.detach() for t in row.slots))), block, sink)
 
-    monkeypatch.setattr(Compressor, "_fold", truncated)
+    monkeypatch.setattr(Compressor, "put", truncated)
     got = gradients(recursion.recurrent_losses, compressor, objective="ce")
     assert abs(got["loss"] - expected["loss"]) < TOLERANCE * expected["loss"]
     assert difference(expected, got) > 0.05

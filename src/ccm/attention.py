@@ -21,7 +21,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .blocks import Blocks, cut
 from .blocks import attend as in_blocks
-from .pooling import Chunks, Pooling, chunks
 from .rotary import Rotary, Tables, rotate, unrotate
 from .rules import Rule
 from .segments import Layout
@@ -100,8 +99,6 @@ class ParallelPlan(Plan):
     slot_tables: dict[str | None, Tables]
     text_tables: dict[str | None, Tables]
     query_tables: dict[str | None, Tables]
-    pooling: Pooling | None
-    chunks: Chunks | None
     held: int  # sink tokens of the row that has most
     _by_window: dict[int | None, Tensor] = field(default_factory=dict)
     _blocks: dict[int, list[Blocks]] = field(default_factory=dict)
@@ -118,21 +115,14 @@ class ParallelPlan(Plan):
         rule: Rule,
         rotary: Rotary,
         dtype: torch.dtype,
-        pooling: Pooling | None = None,
     ) -> ParallelPlan:
         groups, n = layout.comp_index.shape[1:]
-        comp_position = layout.rope_position
-        parts = None
-        if pooling is None:
-            comp_position = comp_position.gather(1, layout.comp_index.flatten(1))
-        elif groups:
-            start, stop = layout.comp_index.flatten(1), layout.chunk_stop.flatten(1)
-            parts = chunks(start, stop, layout.segment.shape[1])
+        comp_position = layout.rope_position.gather(1, layout.comp_index.flatten(1))
         place = rule.placed(groups, n).place if groups else torch.empty(0, dtype=torch.long)
         slot_position = layout.sink.unsqueeze(1) + place.to(layout.sink.device)
         return cls(
             adapter=adapter,
-            gate=layout.adapted.flatten().nonzero().squeeze(1) if groups else None,
+            gate=(layout.comp >= 0).flatten().nonzero().squeeze(1) if groups else None,
             layout=layout,
             rule=rule,
             mask=additive(parallel_mask(layout, rule), dtype),
@@ -141,8 +131,6 @@ class ParallelPlan(Plan):
             slot_tables=rotary.tables(slot_position),
             text_tables=rotary.tables(layout.text_position) if layout.windowed else {},
             query_tables=rotary.tables(layout.position) if layout.windowed else {},
-            pooling=pooling,
-            chunks=parts,
             held=int(layout.sink.max()),
         )
 
@@ -173,8 +161,6 @@ class ParallelPlan(Plan):
     def _slots(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Position-free keys, and values, of the slots of all groups: (B, Hkv, G n, D), fp32."""
         tables = _heads(self.comp_tables[self.layer_types[layer]])
-        if self.pooling is not None:
-            return self.pooling(layer, self.chunks, unrotate(key, *tables), value)
         index = self.layout.comp_index.flatten(1)[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[3])
         return unrotate(key.gather(2, index), *tables), value.gather(2, index).float()
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from .errors import ConfigError, UnknownNameError
-from .kinds import KINDS
+from .errors import ConfigError
 from .rules import get_rule
 
 #: First raw tokens that stay unless a configuration says otherwise.
@@ -27,7 +26,7 @@ class CompressorConfig:
         rank, alpha: of the conditional LoRA.
         target_modules: "attention", "all" (feed-forward too) or a list of module names.
         seed: of the initial weights.
-        kind: what slots are made from (``ccm.kinds``): "ccm", or that of a baseline.
+        kind: what slots are made from: "ccm", or that of a baseline (``ccm.methods.baselines``).
     """
 
     slots: int = 4
@@ -51,19 +50,3 @@ class CompressorConfig:
                     f"CompressorConfig.{name}: got {value!r}, expected a whole number >= {least}"
                 )
         get_rule(self.rule, **self.rule_options)
-        if self.kind not in KINDS:
-            raise UnknownNameError("kind", self.kind, list(KINDS))
-        if self.kind != "ccm":
-            self._check_baseline()
-
-    def _check_baseline(self) -> None:
-        if self.sink or self.window:
-            raise ConfigError(
-                f"CompressorConfig: kind {self.kind!r} has slots only, got sink={self.sink}, window={self.window}; "
-                "leave them 0, or take kind 'ccm'"
-            )
-        rules = KINDS[self.kind].rules
-        if rules and self.rule not in rules:
-            raise ConfigError(
-                f"CompressorConfig.rule: got {self.rule!r}, expected {' or '.join(rules)} with kind {self.kind!r}"
-            )

@@ -64,7 +64,7 @@ class Reader(nn.Module):
             memory: of B conversations; None is an empty one.
             attention_mask: (B, T), 0 on padding at either side.
         """
-        ids, mask, order, memory = self._prepare(input_ids, memory, attention_mask)
+        ids, mask, order, memory = self.prepare(input_ids, memory, attention_mask)
         _, call = self.live(memory).ahead(mask, self.adapter)
         out = self.model(input_ids=ids, **call).logits
         back = order.argsort(1).unsqueeze(-1).expand_as(out)
@@ -75,8 +75,8 @@ class Reader(nn.Module):
         self, input_ids: Ids, memory: Memory | None = None, attention_mask: Tensor | None = None
     ) -> list[KV]:
         """Position-free keys and values of live tokens that read the memory, one (L, H, T, D) pair per row."""
-        ids, mask, _, memory = self._prepare(input_ids, memory, attention_mask)
-        return [raw for raw, _ in self._step(memory, ids, mask, None)]
+        ids, mask, _, memory = self.prepare(input_ids, memory, attention_mask)
+        return [raw for raw, _ in self.step(memory, ids, mask, None)]
 
     @torch.no_grad()
     def watch(
@@ -91,9 +91,9 @@ class Reader(nn.Module):
         Returns:
             per row position-free keys and values (L, H, T, D), and position-free queries (L, Hq, w, D) in fp32.
         """
-        ids, mask, _, memory = self._prepare(input_ids, memory, attention_mask)
+        ids, mask, _, memory = self.prepare(input_ids, memory, attention_mask)
         seen: dict[int, Tensor] = {}
-        texts = self._step(memory, ids, mask, None, queries=seen)
+        texts = self.step(memory, ids, mask, None, queries=seen)
         start = torch.tensor([row.length for row in memory.rows], device=ids.device)
         result = []
         for r, (text, _) in enumerate(texts):
@@ -125,10 +125,10 @@ class Reader(nn.Module):
             ConfigError: memory, prompt and ``max_new_tokens`` together are longer than the model's context, or
                 ``use_cache=False``.
         """
-        ids, mask, _, memory = self._prepare(input_ids, memory, attention_mask)
+        ids, mask, _, memory = self.prepare(input_ids, memory, attention_mask)
         settings = generate_kwargs.get("generation_config") or self.model.generation_config
         new = generate_kwargs.get("max_new_tokens") or settings.max_new_tokens or 0
-        self._check_room(memory, ids.shape[1], new, "ask for fewer new tokens (max_new_tokens)")
+        self.check_room(memory, ids.shape[1], new, "ask for fewer new tokens (max_new_tokens)")
         if not generate_kwargs.get("use_cache", True):
             raise ConfigError("use_cache: got False, expected True: the memory is read from the cache")
         _, call = self.live(memory).ahead(mask, self.adapter)
@@ -177,7 +177,7 @@ class Reader(nn.Module):
 
     # ------------------------------------------------------------------ one step
 
-    def _step(
+    def step(
         self,
         memory: Memory,
         ids: Tensor,
@@ -238,7 +238,7 @@ class Reader(nn.Module):
         """A cache that holds the memory, for a pass over it."""
         return Live.over(memory, self.rotary, self.model.dtype, self.devices)
 
-    def _prepare(
+    def prepare(
         self, input_ids: Ids, memory: Memory | None, attention_mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Memory]:
         """Left-padded ids and bool mask (B, T), the order that moved them, and a memory that fits."""
@@ -261,7 +261,7 @@ class Reader(nn.Module):
         memory = self.empty(len(ids)) if memory is None else memory
         self.check(memory, len(ids))
         memory = memory.to(self.model.device, self.model.dtype)
-        self._check_room(memory, ids.shape[1])
+        self.check_room(memory, ids.shape[1])
         order = mask.bool().long().argsort(dim=1, stable=True)
         return ids.gather(1, order), mask.bool().gather(1, order), order, memory
 
@@ -281,7 +281,7 @@ class Reader(nn.Module):
                 f"{length} positions are more than the model's context of {self.context}; {advice}"
             )
 
-    def _check_room(self, memory: Memory, text: int, new: int = 0, fewer: str = "") -> None:
+    def check_room(self, memory: Memory, text: int, new: int = 0, fewer: str = "") -> None:
         """Raises ConfigError unless a memory, live tokens and what comes behind them fit the model's context.
 
         ``fewer``: what to do if the last of them alone are too many.
