@@ -38,6 +38,7 @@ from ccm.evaluation.share import turn_nll
 from ccm.evaluation.suites import SUITES, Plan, get_suite, in_order, own_suite, parse_method, split_methods
 from ccm.evaluation.tasks import EvalTask, list_tasks
 from ccm.methods import Run, get_method, list_methods
+from ccm.methods.baselines import BASELINES
 from ccm.storage.adapter_folder import shipped_adapters
 
 ENTRY = 2 * 3 * 2 * 8 * 4  # keys and values, 3 layers, 2 KV heads of 8, fp32: bytes of one token
@@ -685,7 +686,7 @@ def test_methods_as_they_are_written() -> None:
 def test_an_adapter_is_opened_as_what_it_is(adapters: dict[str, str], tmp_path: Path) -> None:
     assert parse_method(adapters["merge"]).method() == get_method("ccm-concat", adapter=adapters["merge"])
     assert parse_method(adapters["merge"] + ":slots=1").method().bind(tiny_model()).sizes()["slots"] == 1
-    compressor = Compressor(tiny_model(), CompressorConfig(slots=2, kind="gisting-online"))
+    compressor = BASELINES["gisting-online"](tiny_model(), CompressorConfig(slots=2, kind="gisting-online"))
     compressor.save_pretrained(tmp_path / "gist")
     spec = parse_method(str(tmp_path / "gist"))
     assert spec.method() == get_method("gisting-online", adapter=spec.name)

@@ -45,7 +45,7 @@ class Reader(nn.Module):
         super().__init__()
         self.family = get_family(model)
         self.model = model
-        self.rotary = Rotary(model, self.family)
+        self.rotary = Rotary(model, self.family.body, self.family.way, self.family.rotated)
         self.devices = layer_devices(model, self.family.attention)
         attention.register()
         attention.carry(model)

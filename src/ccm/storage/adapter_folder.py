@@ -85,7 +85,11 @@ def save(
 
 
 def read(
-    name: str | os.PathLike[str], model: PreTrainedModel, changes: dict[str, Any], kind: str, part: str
+    name: str | os.PathLike[str],
+    model: PreTrainedModel,
+    changes: dict[str, Any],
+    kind: str = "ccm",
+    part: str = "comp_embeddings",
 ) -> AdapterFiles:
     """The files of an adapter of one kind for ``model``, with some settings changed; ``part`` is its own file.
 

@@ -39,7 +39,8 @@ class Checkpoint:
 
     def rotary(self, dtype: torch.dtype) -> Rotary:
         """Its rotary embedding on the CPU, as a model in ``dtype`` has it."""
-        rotary = Rotary(self.model, self.family)
+        family = self.family
+        rotary = Rotary(self.model, family.body, family.way, family.rotated)
         rotary.module = type(rotary.module)(config=text_config(self.model.config))
         rotary.dtype = dtype
         return rotary
