@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from . import attention
+from . import attention, hooks
 from .errors import ConfigError
 from .families import choose_backend, get_family
 from .live import Live, layer_devices
@@ -47,10 +47,10 @@ class Reader(nn.Module):
         self.model = model
         self.rotary = Rotary(model, self.family.body, self.family.way, self.family.rotated)
         self.devices = layer_devices(model, self.family.attention)
-        attention.register()
-        attention.carry(model)
+        hooks.register()
+        hooks.carry(model)
         if not self.family.hands_on:
-            attention.bridge(model, self.family.attention)
+            hooks.bridge(model, self.family.attention)
         model.set_attn_implementation("ccm_" + choose_backend(model, self.family))
 
     @torch.no_grad()

@@ -26,9 +26,9 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import linear, pad, rms_norm
 from torch.utils.checkpoint import checkpoint
 
-from ..attention import _grouped, additive
+from ..attention import additive
 from ..blocks import attend as in_blocks
-from ..blocks import cut
+from ..blocks import cut, grouped
 from ..compressor import Compressor
 from ..rotary import Tables, rotate
 from ..twin import text_config
@@ -424,9 +424,9 @@ class _Frames:
             return out[0].transpose(0, 1).flatten(1)
         full, blocks = mask
         if not blocks:
-            out, _ = _grouped(None, query, key, value, full, layer.scale)  # type: ignore[arg-type]
+            out, _ = grouped(None, query, key, value, full, layer.scale)  # type: ignore[arg-type]
         else:
-            out = in_blocks(_grouped, None, query, key, value, blocks, scaling=layer.scale)  # type: ignore[arg-type]
+            out = in_blocks(grouped, None, query, key, value, blocks, scaling=layer.scale)  # type: ignore[arg-type]
         return out[0].flatten(1)
 
 
