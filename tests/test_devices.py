@@ -22,6 +22,7 @@ from ccm.compressor import Compressor, CompressorConfig
 from ccm.errors import CCMError, ConfigError, MissingPackageError, UnsupportedModelError
 from ccm.memory import Memory
 from ccm.methods import as_method
+from ccm.methods.baselines import BASELINES
 from ccm.placement import Loading, place
 from ccm.planning.plan import Load, plan
 from ccm.serving.engine import PaddedEngine
@@ -254,10 +255,11 @@ def answers(compressor: Compressor, **sizes: int) -> list[torch.Tensor]:
 def test_a_model_on_two_cards_answers_as_on_one(family, options, config):
     sizes = {} if config.get("kind") else {"sink": 2, "window": 6}
     settings = CompressorConfig(**{"slots": 2, **config})
+    made_by = BASELINES.get(settings.kind, Compressor)
     model = tiny_model(family, **options)
-    expected = answers(scramble(Compressor(model, settings)), **sizes)
+    expected = answers(scramble(made_by(model, settings)), **sizes)
     with pretended_devices():
-        compressor = scramble(Compressor(spread(tiny_model(family, **options)), settings))
+        compressor = scramble(made_by(spread(tiny_model(family, **options)), settings))
         assert [str(device) for device in compressor.devices] == ["xla:0", "xla:1", "xla:1"]
         for mine, right in zip(answers(compressor, **sizes), expected, strict=True):
             assert isinstance(mine, Pretend)

@@ -251,23 +251,3 @@ class Memory:
         memory = Memory(tuple(made), metadata["fingerprint"])
         memory.check_finite()
         return memory
-
-
-def describe(memory: Memory) -> list[dict[str, Any]]:
-    """Counters and sizes of each row, for people and for JSON."""
-    return [
-        {
-            "sink": row.sink.length,
-            "slots": row.slots.length,
-            "window": row.window.length,
-            "steps": row.steps,
-            "tokens_folded": row.tokens,
-            "tokens_dropped": row.dropped,
-            "tokens_merged": row.merged,
-            "segments_merged": row.merged_segments,
-            "reach": row.reach,
-            "notes": len(row.notes),
-            "nbytes": memory[r].nbytes,
-        }
-        for r, row in enumerate(memory.rows)
-    ]

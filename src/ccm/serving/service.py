@@ -19,13 +19,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..accounting import counters
 from ..answers import AnswerReader
 from ..dialogue import Dialogue, Dialogues
 from ..errors import CCMError, ConfigError, MemoryFileError, MismatchError, UnknownNameError
 from ..memory import Memory
 from ..messages import Message, ToolCall
 from ..methods import Method
-from ..session import counters, resumed, say_losses
+from ..session import resumed, say_losses
 from ..storage.fingerprint import base_name
 from ..template import template_of
 from . import history
@@ -112,7 +113,7 @@ class View:
         created, updated, expires: seconds since the epoch; None: it does not expire.
         stored_nbytes: what it takes in the store.
         metadata: the caller's own.
-        stats: turns, and what :func:`ccm.session.counters` gives.
+        stats: turns, and what :func:`ccm.accounting.counters` gives.
         precision: in which the memory is stored.
         error: relative, of the stored keys and values against those that were stored.
         adapter, fingerprint: of model and adapter that made the memory.
