@@ -35,6 +35,7 @@ from ccm.data import load_chitchat
 from ccm.data.rows import ConversationRow, held_out_rows
 from ccm.errors import CCMError, ConfigError, UnknownNameError
 from ccm.evaluation.share import Nll, parallel_nll, recovered_share, reference_nll
+from ccm.methods.baselines import BASELINES
 from ccm.rules import get_rule
 from ccm.storage.atomic import write_atomically
 from ccm.training import TrainConfig, Trainer
@@ -118,7 +119,8 @@ def run(config: TrainConfig, folder: Path, held_out: Sequence[ConversationRow]) 
     parts = [losses[k : k + tenth] for k in range(0, len(losses), tenth)]
     if not config.bf16:
         model, _ = ccm.load_default_model(dtype=torch.bfloat16)
-    compressor = Compressor.from_pretrained(model, trainer.adapter)
+    made_by = BASELINES.get(config.compressor.kind, Compressor)
+    compressor = made_by.from_pretrained(model, trainer.adapter)
     result = {
         "steps": trainer.step,
         "tokens": trainer.tokens,
