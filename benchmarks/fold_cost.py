@@ -16,6 +16,7 @@ from common import parser, store
 from transformers import DynamicCache
 
 import ccm
+from ccm.live import Live
 
 
 def measure(first: Callable[[], object], second: Callable[[], object], repeats: int) -> dict[str, float]:
@@ -57,7 +58,7 @@ def main() -> None:
                     # the same tokens over a cache of the same size, by transformers alone
                     cache = DynamicCache()
                     if held:
-                        cache, *_ = memory.to_cache(compressor.rotary, clean.dtype)
+                        cache = Live.over(memory, compressor.rotary, clean.dtype).cache
                     return plain(input_ids=ids, past_key_values=cache, use_cache=True)
 
                 row = measure(

@@ -38,10 +38,10 @@ from ccm.compressor import Compressor
 from ccm.data.packed import ArrayRow
 from ccm.errors import DataError
 from ccm.evaluation.share import recovered_share
-from ccm.reader import base_name, model_fingerprint
 from ccm.rules import get_rule
 from ccm.segments import lay_out
 from ccm.storage.atomic import write_atomically
+from ccm.storage.fingerprint import base_name, model_fingerprint
 from ccm.training.engines import Engine, make_engine
 from ccm.training.targets import Row, only_last
 

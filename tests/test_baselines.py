@@ -14,15 +14,15 @@ import yaml
 from tiny import CASES, pad, random_rows, scramble, tiny_compressor, tiny_model, tiny_tokenizer
 from torch import Tensor
 
-from ccm import attention, blocks, get_method, soft_prompts
+from ccm import get_method
 from ccm.compressor import Compressor, CompressorConfig
-from ccm.errors import ConfigError
-from ccm.kinds import KINDS
+from ccm.errors import ConfigError, MismatchError
 from ccm.memory import Memory
 from ccm.methods.base import METHODS
+from ccm.methods.baselines import BASELINES as COMPRESSORS
+from ccm.methods.baselines.pooling import TAPS, Pooling, bounds, chunks
 from ccm.methods.mean_pool import pooled
 from ccm.methods.summary import OPENING, ROLE
-from ccm.pooling import TAPS, Pooling, bounds, chunks
 from ccm.training import TrainConfig, load_recipe
 from ccm.training.recursion import parallel_losses
 from ccm.turns import render
@@ -31,7 +31,8 @@ TOLERANCE = 1e-4
 BROKEN = 0.1
 ROWS = random_rows([[5, 4, 7, 3, 8], [2, 11, 3, 13, 4], [4, 6, 3], [9]])
 RULE = {"gisting": "replace"}
-BASELINES = [kind for kind in KINDS if kind != "ccm"]
+BASELINES = list(COMPRESSORS)
+KINDS = ["ccm", *BASELINES]
 #: Kinds with every rule that means something for them.
 BOTH = [
     ("gisting-online", "concat"),
@@ -48,7 +49,7 @@ RECIPES = Path(__file__).parent.parent / "recipes" / "baselines"
 def baseline(kind: str, family: str = "llama", backend: str = "sdpa", **config) -> Compressor:
     """A compressor of a kind with weights that matter, those of a pooling included."""
     compressor = tiny_compressor(family, backend, kind=kind, **{"rule": RULE.get(kind, "concat"), **config})
-    if compressor.pooling is not None:
+    if kind == "compressive":
         with torch.no_grad():
             compressor.pooling.curve.normal_(0, 2, generator=torch.Generator().manual_seed(3))
     return compressor
@@ -62,7 +63,7 @@ def parallel(compressor: Compressor, **sizes: int) -> list[list[Tensor]]:
 
 def remember(compressor: Compressor, memory: Memory | None, row: list[list[int]], j: int, **sizes) -> Memory:
     """Mem(j) of a row, from Mem(j-1) or from the whole history."""
-    if compressor.kind.whole:
+    if compressor.kind == "gisting":
         return compressor.compress([[*chain(*row[: j + 1])]], **sizes)
     return compressor.compress([row[j]], memory, **sizes)
 
@@ -124,44 +125,15 @@ def test_fewer_slots_than_trained(kind):
     assert distance(parallel(compressor, slots=1), parallel(compressor)) > 1e-2
 
 
-@pytest.mark.parametrize("kind", ["gisting-online", "gisting", "compressive"])
-def test_a_plain_causal_mask_breaks_it(kind, monkeypatch):
+@pytest.mark.parametrize("kind", BASELINES)
+def test_what_is_compressed_is_what_its_kind_says(kind, monkeypatch):
+    """Negative control: training with the blocks of CCM is not the recursion of a baseline."""
     compressor = baseline(kind)
     expected = recurrent(compressor)
-
-    def causal(layout, rule):
-        batch, width = layout.segment.shape
-        states = rule.placed(*layout.comp_index.shape[1:]).place.numel()
-        text = torch.ones(batch, 1, width, width, dtype=torch.bool).tril()
-        return torch.cat([text.new_zeros(batch, 1, width, states), text], dim=-1)
-
-    monkeypatch.setattr(attention, "parallel_mask", causal)
+    compressor.comp_embeddings = tiny_compressor("llama").comp_embeddings  # those that are pooled have none
+    monkeypatch.setattr(type(compressor), "blocks", Compressor.blocks)
+    monkeypatch.setattr(type(compressor), "whole", False)
     assert distance(expected, parallel(compressor)) > BROKEN
-
-
-@pytest.mark.parametrize(
-    ("kind", "change"),
-    [
-        ("gisting-online", {"whole": True}),
-        ("gisting", {"whole": False}),
-        ("compressive", {"recursive": False}),
-        ("autocompressor", {"sequential": False}),
-    ],
-)
-def test_what_is_compressed_may_see_what_its_kind_says_and_no_more(kind, change):
-    """Negative control: the parallel pass of one kind is not the recursion of a neighbour."""
-    compressor = baseline(kind)
-    expected = recurrent(compressor)
-    compressor.kind = replace(compressor.kind, **change)
-    assert distance(expected, parallel(compressor)) > BROKEN
-
-
-@pytest.mark.parametrize("kind", ["gisting", "compressive"])
-def test_a_block_of_queries_meets_all_the_keys_it_sees(kind, monkeypatch):
-    compressor = baseline(kind)
-    expected = parallel(compressor)
-    monkeypatch.setattr(blocks, "BLOCK", 8)
-    assert distance(expected, parallel(compressor)) < TOLERANCE
 
 
 # ---------------------------------------------------------------------- the base model stays as it is
@@ -185,16 +157,6 @@ def test_text_goes_through_the_base_model_bit_for_bit(kind):
         assert (compressor.logits(ids, compressor.compress([ROWS[0][0]])) - before).abs().max() > BROKEN
 
 
-def test_an_unconditional_adapter_is_seen_in_what_is_read():
-    """The control of the test above."""
-    compressor = tiny_compressor("llama", conditional=False)
-    ids, memory = torch.tensor([ROWS[1][1]]), compressor.compress([ROWS[0][0]])
-    before = compressor.logits(ids, memory)
-    scramble(compressor, seed=9)
-    read = replace(memory, fingerprint=compressor.fingerprint())
-    assert (compressor.logits(ids, read) - before).abs().max() > BROKEN
-
-
 # ---------------------------------------------------------------------- gradients
 
 
@@ -215,9 +177,9 @@ def test_every_parameter_that_is_read_gets_a_gradient(kind):
 
 @pytest.mark.parametrize("kind", BASELINES)
 def test_the_gradient_is_the_slope_of_the_loss(kind, monkeypatch):
-    monkeypatch.setattr(soft_prompts, "TRUNCATE", 0)
+    monkeypatch.setattr(COMPRESSORS[kind], "truncate", 0)
     compressor = baseline(kind)
-    (parameter,) = compressor.slot_parameters().values()
+    parameter = compressor.slot_parameter
     compressor(ROWS).loss.backward()
     at = int(parameter.grad.abs().argmax())
     step = torch.zeros_like(parameter).view(-1)
@@ -236,7 +198,7 @@ def test_soft_prompts_are_trained_through_two_folds(monkeypatch):
     """Rows of three segments have the whole gradient, longer ones a part of it; the loss is the same."""
 
     def gradient(rows, truncate):
-        monkeypatch.setattr(soft_prompts, "TRUNCATE", truncate)
+        monkeypatch.setattr(COMPRESSORS["autocompressor"], "truncate", truncate)
         compressor = baseline("autocompressor")
         loss = compressor(rows).loss
         loss.backward()
@@ -300,7 +262,7 @@ def test_a_flat_curve_is_the_mean_and_a_learned_one_is_not():
 
 def test_an_untrained_compressive_memory_is_mean_pooling(tmp_path):
     model = tiny_model()
-    Compressor(model, CompressorConfig(kind="compressive", slots=2)).save_pretrained(tmp_path)
+    COMPRESSORS["compressive"](model, CompressorConfig(kind="compressive", slots=2)).save_pretrained(tmp_path)
     segments = random_rows([[6, 8, 4, 5]])[0]
     untrained = get_method("compressive", adapter=str(tmp_path)).open(tiny_model())
     mean = get_method("mean-pool", slots=2).open(tiny_model())
@@ -425,18 +387,22 @@ def adapters(tmp_path_factory) -> dict[str, Path]:
     return {kind: folder / kind for kind in KINDS}
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+def loaded_from(kind: str, folder: Path) -> Compressor:
+    return COMPRESSORS.get(kind, Compressor).from_pretrained(tiny_model(), folder)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_saved_adapter_makes_the_same_memory(kind, adapters):
     settings = json.loads((adapters[kind] / "ccm_config.json").read_text())
     assert settings["kind"] == kind
-    loaded, made = Compressor.from_pretrained(tiny_model(), adapters[kind]), baseline(kind, slots=3)
+    loaded, made = loaded_from(kind, adapters[kind]), baseline(kind, slots=3)
     assert loaded.config == made.config and loaded.fingerprint() == made.fingerprint()
     ours, theirs = (c.compress([ROWS[0][0]]).rows[0].slots for c in (loaded, made))
     assert torch.equal(ours.keys, theirs.keys) and torch.equal(ours.values, theirs.values)
 
 
 def test_kinds_do_not_read_each_others_memories(adapters):
-    prints = {Compressor.from_pretrained(tiny_model(), folder).fingerprint() for folder in adapters.values()}
+    prints = {loaded_from(kind, folder).fingerprint() for kind, folder in adapters.items()}
     assert len(prints) == len(KINDS)
 
 
@@ -445,15 +411,17 @@ def test_a_method_takes_adapters_of_its_kind_alone(kind, adapters):
     run = get_method(kind, adapter=str(adapters[kind])).open(tiny_model())
     assert run.reader.config.kind == kind
     for name, other in ((kind, "ccm"), ("ccm-concat", kind)):
-        with pytest.raises(ConfigError, match=f"method {name}: adapter .* is of kind '{other}'"):
+        with pytest.raises(MismatchError, match=f"adapter .* is of kind '{other}', expected "):
             get_method(name, adapter=str(adapters[other])).open(tiny_model())
+        with pytest.raises(ConfigError, match=f"method {name}: got a compressor of kind '{other}'"):
+            get_method(name).bind(loaded_from(other, adapters[other]))
 
 
 def test_adapters_from_before_there_were_kinds_are_ccm(adapters, tmp_path):
     for file in adapters["ccm"].iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     settings = json.loads((tmp_path / "ccm_config.json").read_text())
-    del settings["kind"], settings["conditional"]
+    del settings["kind"]
     (tmp_path / "ccm_config.json").write_text(json.dumps(settings))
     old, new = (Compressor.from_pretrained(tiny_model(), folder) for folder in (tmp_path, adapters["ccm"]))
     assert old.fingerprint() == new.fingerprint()
@@ -485,10 +453,10 @@ def test_gisting_reads_the_whole_history_again(adapters):
 @pytest.mark.parametrize("kind", BASELINES)
 def test_baselines_have_slots_only(kind, adapters):
     rule = RULE.get(kind, "concat")
-    for change in ({"window": 8}, {"sink": 2}, {"comp_positions": "slot"}, {"conditional": False}):
+    for change in ({"window": 8}, {"sink": 2}):
         with pytest.raises(ConfigError, match=kind):
-            CompressorConfig(kind=kind, rule=rule, **change)
-    compressor = Compressor.from_pretrained(tiny_model(), adapters[kind])
+            COMPRESSORS[kind](tiny_model(), CompressorConfig(kind=kind, rule=rule, **change))
+    compressor = loaded_from(kind, adapters[kind])
     with pytest.raises(ConfigError, match="slots only"):
         compressor.compress([ROWS[0][0]], window=8)
     with pytest.raises(ConfigError, match="slots only"):
@@ -500,11 +468,16 @@ def test_baselines_have_slots_only(kind, adapters):
 
 
 def test_bad_kinds_are_refused():
-    with pytest.raises(ConfigError, match="unknown kind 'gist': expected one of autocompressor, ccm"):
-        CompressorConfig(kind="gist")
+    with pytest.raises(
+        ConfigError, match=r"unknown compressor\.kind 'gist': expected one of autocompressor, ccm"
+    ):
+        TrainConfig(compressor=CompressorConfig(kind="gist"))
+    for made_by, kind in ((Compressor, "gisting"), (COMPRESSORS["gisting"], "ccm")):
+        with pytest.raises(ConfigError, match=f"kind: got '{kind}', expected '{made_by.kind}'"):
+            made_by(tiny_model(), CompressorConfig(kind=kind, sink=0, rule="replace"))
     for kind, rule in (("gisting", "concat"), ("autocompressor", "mean")):
         with pytest.raises(ConfigError, match=f"got '{rule}', expected .*replace with kind '{kind}'"):
-            CompressorConfig(kind=kind, rule=rule)
+            COMPRESSORS[kind](tiny_model(), CompressorConfig(kind=kind, rule=rule))
     with pytest.raises(ConfigError, match="gradient_checkpointing"):
         TrainConfig(compressor=CompressorConfig(kind="autocompressor"), gradient_checkpointing=True)
 
@@ -544,10 +517,17 @@ def test_a_run_from_before_there_were_kinds_goes_on(logs, tmp_path):
     runs.trainer(tmp_path, logs, steps=2).run()
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     saved = json.loads(state["config"])
-    for name in ("compressor.kind", "compressor.conditional"):
-        del saved[name]
+    del saved["compressor.kind"]
+    saved |= {"compressor.comp_positions": "after", "compressor.conditional": True}  # options of the past
     torch.save({**state, "config": json.dumps(saved)}, tmp_path / "checkpoint.pt")
     assert runs.trainer(tmp_path, logs, steps=3).step == 2
+    torch.save(
+        {**state, "config": json.dumps({**saved, "compressor.conditional": False})},
+        tmp_path / "checkpoint.pt",
+    )
+    with pytest.raises(ConfigError, match=r"compressor\.conditional: it has False"):
+        runs.trainer(tmp_path, logs, steps=3)
+    torch.save({**state, "config": json.dumps(saved)}, tmp_path / "checkpoint.pt")
     with pytest.raises(ConfigError, match=r"compressor\.kind: it has ccm, got compressive"):
         settings = {"slots": 2, "kind": "compressive", "rule": "mean"}
         runs.trainer(tmp_path, logs, compressor=settings, window_choices=())
@@ -560,7 +540,7 @@ def test_the_recipes_differ_in_the_compressor_alone():
     for name, config in recipes.items():
         assert replace(config, compressor=shared.compressor) == shared
         ours = config.compressor
-        assert ours.kind == METHODS[name].kind
+        assert ours.kind == METHODS[name].made_by.kind
         assert replace(ours, kind="ccm", rule="concat") == shared.compressor
     assert shared.objective == "distill" and shared.data == {"chitchat": {"turns": [10]}}
 
@@ -576,7 +556,8 @@ def test_the_recipes_train_as_many_parameters_as_they_say():
             num_attention_heads=9,
             num_key_value_heads=3,
         )
-        compressor = Compressor(model, load_recipe(path).compressor)
+        config = load_recipe(path).compressor
+        compressor = COMPRESSORS.get(config.kind, Compressor)(model, config)
         counts[path.stem] = sum(p.numel() for p in compressor.trainable_parameters())
         assert f"{counts[path.stem]:,} parameters" in path.read_text()
     assert max(counts.values()) < 1.01 * min(counts.values())

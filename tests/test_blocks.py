@@ -10,7 +10,8 @@ from tiny import tiny_compressor
 from torch import Tensor, nn
 
 from ccm import blocks
-from ccm.attention import _grouped, additive
+from ccm.attention import additive
+from ccm.blocks import grouped
 
 
 def whole(query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
@@ -39,7 +40,7 @@ def test_blocks_give_the_same_and_the_same_gradient(queries: int) -> None:
     cut = blocks.cut(additive(visible, torch.float64))
     assert sum(part.queries for part in cut) == queries
     assert len({len(part.columns) for part in cut}) > 1 or queries <= blocks.BLOCK * blocks.TOGETHER
-    own = blocks.attend(_grouped, nn.Module(), query, key, value, cut, scaling=0.25)
+    own = blocks.attend(grouped, nn.Module(), query, key, value, cut, scaling=0.25)
     expected = whole(query, key, value, visible)
     torch.testing.assert_close(own, expected)
     upstream = torch.randn(expected.shape, generator=generator).double()

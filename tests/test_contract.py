@@ -22,10 +22,10 @@ ROWS = random_rows([[5, 4, 7, 3, 8], [2, 11, 3, 13, 4], [4, 6, 3], [9]])
 
 
 @lru_cache(maxsize=2)  # parameters are ordered so that neighbours share one
-def compressor_for(family: str, backend: str, rule: str, comp_positions: str = "after") -> Compressor:
+def compressor_for(family: str, backend: str, rule: str) -> Compressor:
     name, _, overflow = rule.partition("-")
     options = {"blocks": 2, "overflow": overflow} if name == "bounded" else {}
-    return tiny_compressor(family, backend, rule=name, rule_options=options, comp_positions=comp_positions)
+    return tiny_compressor(family, backend, rule=name, rule_options=options)
 
 
 @torch.no_grad()
@@ -90,13 +90,6 @@ def test_parallel_equals_recurrent(family, backend, rule, sink, window, record_p
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
 def test_other_rules(backend, rule, sink, window, record_property):
     check(compressor_for("llama", backend, rule), sink, window, record_property)
-
-
-@pytest.mark.parametrize(("sink", "window"), SIZES)
-@pytest.mark.parametrize("rule", ["concat", "mean", "bounded-drop"])
-@pytest.mark.parametrize("family", ["llama", "mistral"])
-def test_comp_tokens_at_the_place_of_their_slots(family, rule, sink, window, record_property):
-    check(compressor_for(family, "sdpa", rule, "slot"), sink, window, record_property)
 
 
 _SCALED = {"factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 64}

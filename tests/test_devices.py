@@ -22,10 +22,11 @@ from ccm.compressor import Compressor, CompressorConfig
 from ccm.errors import CCMError, ConfigError, MissingPackageError, UnsupportedModelError
 from ccm.memory import Memory
 from ccm.methods import as_method
+from ccm.methods.baselines import BASELINES
 from ccm.placement import Loading, place
 from ccm.planning.plan import Load, plan
 from ccm.serving.engine import PaddedEngine
-from ccm.serving.engine.batch import Batch
+from ccm.serving.engine.padded import run
 from ccm.serving.service import Service, Settings
 from ccm.serving.store import open_store
 from ccm.session import Session
@@ -219,8 +220,8 @@ def test_what_is_quantized_already_is_not_quantized_again(tmp_path, monkeypatch)
 TWO = {"embed_tokens": 0, "rotary_emb": 0, "layers.0": 0, "layers.1": 1, "layers.2": 1, "norm": 1}
 SPREADS = [
     ("llama", {}, {}),
-    ("llama", {}, {"rule": "mean", "conditional": False}),
-    ("mistral", {}, {"comp_positions": "slot"}),
+    ("llama", {}, {"rule": "mean"}),
+    ("mistral", {}, {}),
     ("gemma2", {"backend": "eager"}, {"rule": "ema"}),
     ("qwen3", {}, {"kind": "autocompressor"}),
     ("llama", {}, {"kind": "compressive"}),
@@ -244,8 +245,8 @@ def answers(compressor: Compressor, **sizes: int) -> list[torch.Tensor]:
     device = compressor.model.device
     parallel = compressor(rows, **sizes).logits
     new = compressor.generate([rows[0][0]], memory[0], max_new_tokens=5, do_sample=False)
-    batch, served = Batch.over(compressor, memory).run(torch.tensor([[5, 6], [7, 8]], device=device))
-    _, later = batch.select([1]).run(torch.tensor([[9]], device=device))
+    batch, served = run(compressor, compressor.live(memory), torch.tensor([[5, 6], [7, 8]], device=device))
+    _, later = run(compressor, batch.select([1]), torch.tensor([[9]], device=device))
     assert {tensor.device for tensor in (logits, parallel, new, served, later)} == {device}
     return [logits, parallel, new, served, later]
 
@@ -254,10 +255,11 @@ def answers(compressor: Compressor, **sizes: int) -> list[torch.Tensor]:
 def test_a_model_on_two_cards_answers_as_on_one(family, options, config):
     sizes = {} if config.get("kind") else {"sink": 2, "window": 6}
     settings = CompressorConfig(**{"slots": 2, **config})
+    made_by = BASELINES.get(settings.kind, Compressor)
     model = tiny_model(family, **options)
-    expected = answers(scramble(Compressor(model, settings)), **sizes)
+    expected = answers(scramble(made_by(model, settings)), **sizes)
     with pretended_devices():
-        compressor = scramble(Compressor(spread(tiny_model(family, **options)), settings))
+        compressor = scramble(made_by(spread(tiny_model(family, **options)), settings))
         assert [str(device) for device in compressor.devices] == ["xla:0", "xla:1", "xla:1"]
         for mine, right in zip(answers(compressor, **sizes), expected, strict=True):
             assert isinstance(mine, Pretend)

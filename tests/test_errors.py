@@ -66,7 +66,6 @@ def test_rotary_embeddings_that_depend_on_length_are_refused(kind):
             {"rule": "bounded", "rule_options": {"overflow": "spill"}},
             "unknown overflow 'spill': .*drop, merge",
         ),
-        ({"comp_positions": "before"}, "unknown comp_positions 'before': expected one of after, slot"),
     ],
 )
 def test_bad_settings(settings, message):
@@ -169,11 +168,29 @@ def test_a_damaged_adapter_is_refused(folder, file):
 def test_an_adapter_with_unknown_or_missing_settings_is_refused(folder):
     path = folder / "ccm_config.json"
     good = json.loads(path.read_text())
-    damaged = [{**good, "from_the_future": 1}, {**good, "rule": "?"}, {"base_model": good["base_model"]}, [1]]
+    damaged = [{**good, "rule": "?"}, {"base_model": good["base_model"]}, [1]]
     for bad in (*damaged, {k: v for k, v in good.items() if k != "base_model"}):
         path.write_text(json.dumps(bad))
         with pytest.raises(ConfigError, match="incomplete or damaged"):
             Compressor.from_pretrained(tiny_model(), folder)
+
+
+def test_settings_of_the_past_are_accepted_at_the_value_that_is_left(folder):
+    path = folder / "ccm_config.json"
+    good = json.loads(path.read_text())
+    assert not {"comp_positions", "conditional"} & good.keys()
+    expected = Compressor.from_pretrained(tiny_model(), folder).fingerprint()
+    path.write_text(json.dumps({**good, "comp_positions": "after", "conditional": True}))
+    assert Compressor.from_pretrained(tiny_model(), folder).fingerprint() == expected
+    for name, value in (("comp_positions", "slot"), ("conditional", False)):
+        path.write_text(json.dumps({**good, name: value}))
+        with pytest.raises(
+            MismatchError, match=f"{name} is {value!r}, only .* is left; train the adapter anew"
+        ):
+            Compressor.from_pretrained(tiny_model(), folder)
+    path.write_text(json.dumps({**good, "from_the_future": 1}))
+    with pytest.raises(MismatchError, match="written by a newer ccm: it sets 'from_the_future'"):
+        Compressor.from_pretrained(tiny_model(), folder)
 
 
 def test_what_may_be_changed_of_a_trained_adapter(folder):

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +38,7 @@ from ccm.evaluation.share import turn_nll
 from ccm.evaluation.suites import SUITES, Plan, get_suite, in_order, own_suite, parse_method, split_methods
 from ccm.evaluation.tasks import EvalTask, list_tasks
 from ccm.methods import Run, get_method, list_methods
+from ccm.methods.baselines import BASELINES
 from ccm.storage.adapter_folder import shipped_adapters
 
 ENTRY = 2 * 3 * 2 * 8 * 4  # keys and values, 3 layers, 2 KV heads of 8, fp32: bytes of one token
@@ -301,26 +301,6 @@ def test_streams_are_summed_over_blocks_of_read_tokens(monkeypatch: pytest.Monke
     assert [s["steps"] for s in pooled["steps"]] == [8, 8, 8, 8, 8, 1]
     assert [s["tokens"] for s in pooled["steps"]] == [56, 120, 184, 248, 312, 320]
     assert pooled["entries"] == every["entries"]
-
-
-@pytest.mark.parametrize("text", ["full", "streaming-llm:sink=2,window=14", "concat:sink=2,window=16"])
-def test_a_segment_of_a_stream_runs_once(
-    text: str, adapters: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    item = stream_item(12)
-    opened = open_run(text, adapters)
-    passes: list[int] = []
-    opened.reader.model.base_model.register_forward_pre_hook(
-        lambda module, args, kwargs: passes.append(kwargs["past_key_values"].get_seq_length()),
-        with_kwargs=True,
-    )
-    once = run_item(opened, item)
-    ran = len(passes)
-    passes.clear()
-    monkeypatch.setattr(type(opened.reader), "reading_ahead", lambda self: nullcontext())
-    assert no_clock(run_item(opened, item)) == no_clock(once)
-    # all of the 12 but the first, whose memory was asked once more to see whether it has an effect
-    assert len(passes) - ran == 11
 
 
 # ---------------------------------------------------------------------- records
@@ -706,7 +686,7 @@ def test_methods_as_they_are_written() -> None:
 def test_an_adapter_is_opened_as_what_it_is(adapters: dict[str, str], tmp_path: Path) -> None:
     assert parse_method(adapters["merge"]).method() == get_method("ccm-concat", adapter=adapters["merge"])
     assert parse_method(adapters["merge"] + ":slots=1").method().bind(tiny_model()).sizes()["slots"] == 1
-    compressor = Compressor(tiny_model(), CompressorConfig(slots=2, kind="gisting-online"))
+    compressor = BASELINES["gisting-online"](tiny_model(), CompressorConfig(slots=2, kind="gisting-online"))
     compressor.save_pretrained(tmp_path / "gist")
     spec = parse_method(str(tmp_path / "gist"))
     assert spec.method() == get_method("gisting-online", adapter=spec.name)

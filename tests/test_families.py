@@ -11,7 +11,7 @@ from family_models import FAMILIES, REFUSED, family_config, family_model, known
 from test_contract import BROKEN, ROWS, distance, parallel, recurrent
 from tiny import history, scramble, tiny_model
 
-from ccm import attention, families, rotary, trial, twin
+from ccm import attention, families, hooks, rotary, trial, twin
 from ccm.compressor import Compressor, CompressorConfig
 from ccm.errors import ConfigError, UnsupportedModelError
 from ccm.head import run_head
@@ -241,7 +241,7 @@ def test_a_trial_that_fails_is_a_refusal(name, break_it, reason, untested, monke
 
 
 def test_a_plan_that_is_lost_is_a_refusal(untested, monkeypatch):
-    monkeypatch.setattr(attention, "bridge", lambda model, names: None)
+    monkeypatch.setattr(hooks, "bridge", lambda model, names: None)
     with pytest.raises(
         UnsupportedModelError, match="'stablelm' is not supported: a small model of its config fails"
     ):

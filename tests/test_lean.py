@@ -203,9 +203,8 @@ def reason(caplog: pytest.LogCaptureFixture) -> str:
         (lambda: tiny_compressor("gpt_neox"), "written in another way"),
         (lambda: tiny_compressor("phi3"), "written in another way"),
         (lambda: tiny_compressor(kind="gisting", rule="replace"), "another kind"),
-        (lambda: tiny_compressor(conditional=False), "another kind"),
     ],
-    ids=["gpt_neox", "phi3", "gisting", "unconditional"],
+    ids=["gpt_neox", "phi3", "gisting"],
 )
 def test_other_shapes_run_their_own_layers(
     compressor: Any, why: str, caplog: pytest.LogCaptureFixture

@@ -16,9 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny import history, pad, random_rows, tiny_compressor, tiny_model
 
+from ccm.accounting import describe
 from ccm.compressor import Compressor
 from ccm.errors import ConfigError, MemoryFileError, MismatchError, StorageError
-from ccm.memory import KV, Memory, describe
+from ccm.memory import KV, Memory
 from ccm.reader import Reader
 from ccm.rotary import rotate, unrotate
 from ccm.rules import RULES, get_rule

@@ -34,10 +34,11 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     made = {}
     for name in list_methods():
         if issubclass(METHODS[name], Trained):
-            kind = METHODS[name].kind
+            made_by = METHODS[name].made_by
+            kind = made_by.kind
             rule = "replace" if kind == "gisting" else "mean" if name == "ccm-merge" else "concat"
             config = CompressorConfig(slots=3, sink=0, rule=rule, kind=kind)
-            scramble(Compressor(model(), config)).save_pretrained(folder / name)
+            scramble(made_by(model(), config)).save_pretrained(folder / name)
             made[name] = str(folder / name)
     return made
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from ccm import cli
 from ccm.compressor import Compressor, CompressorConfig
 from ccm.errors import ConfigError, StorageError, UnsupportedModelError
+from ccm.live import Live
 from ccm.planning import measure
 from ccm.planning.plan import Load, Plan, plan
 from ccm.serving.store import Usage, codec, open_store
@@ -90,7 +91,7 @@ def test_figures_are_what_a_real_conversation_has(
     held = next(f for f in made.sections["A conversation"] if f.name == "memory_kv_bytes").note
     assert held == f"{stats['sink']} sink, {stats['slots']} slots in fp32, {stats['window']} window"
 
-    cache, *_ = session.memory.to_cache(compressor.rotary, dtype)
+    cache = Live.over(session.memory, compressor.rotary, dtype).cache
     nbytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     weights = sum(p.nbytes for name, p in model.named_parameters() if "lora_" not in name)
     assert made["weight_bytes"] == weights

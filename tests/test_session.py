@@ -11,9 +11,10 @@ import transformers
 from tiny import scramble, tiny_model, tiny_tokenizer
 
 import ccm
+from ccm.accounting import reach_in_words
 from ccm.compressor import Compressor, CompressorConfig
 from ccm.errors import ConfigError, MemoryFileError, MismatchError
-from ccm.session import BEHIND, CHAT, Session, reach_in_words
+from ccm.session import BEHIND, CHAT, Session
 from ccm.turns import render, turns_of
 
 TOKENIZER = tiny_tokenizer()

@@ -12,7 +12,7 @@ from tiny import history, random_rows, scramble, tiny_compressor, tiny_model, ti
 
 from ccm.compressor import Compressor, CompressorConfig
 from ccm.errors import ConfigError
-from ccm.kinds import KINDS
+from ccm.methods.baselines import BASELINES
 from ccm.session import Session
 from ccm.storage.adapter_folder import read_config, shipped_adapters
 
@@ -22,7 +22,7 @@ ROWS = random_rows([[2, 9, 5, 6], [7, 3, 1, 4]])
 def test_new_compressors_have_a_sink_and_baselines_none():
     assert CompressorConfig().sink == CompressorConfig(slots=2, window=8).sink == 4
     assert CompressorConfig(sink=0).sink == 0 and CompressorConfig(sink=1).sink == 1
-    assert {CompressorConfig(kind=kind, rule="replace").sink for kind in set(KINDS) - {"ccm"}} == {0}
+    assert {CompressorConfig(kind=kind, rule="replace").sink for kind in BASELINES} == {0}
     with pytest.raises(ConfigError, match="sink: got -1"):
         CompressorConfig(sink=-1)
 

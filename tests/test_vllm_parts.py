@@ -16,7 +16,7 @@ import torch
 from tiny import random_rows, tiny_compressor, tiny_model
 
 from ccm.errors import ConfigError, MismatchError, MissingPackageError, UnsupportedModelError
-from ccm.reader import model_fingerprint
+from ccm.live import Live
 from ccm.serving.engine import EngineError, OverloadedError, Sampling
 from ccm.serving.store import NotFoundError, Snapshot, codec, open_store
 from ccm.serving.vllm.checkpoint import Checkpoint
@@ -24,6 +24,7 @@ from ccm.serving.vllm.client import Call, VllmServer
 from ccm.serving.vllm.engine import _options
 from ccm.serving.vllm.loader import Loader, heads_of
 from ccm.serving.vllm.reference import KEY, Reference
+from ccm.storage.fingerprint import model_fingerprint
 
 REFERENCE = Reference("alice", "s", 3, 7)
 
@@ -92,7 +93,7 @@ def test_a_worker_gets_its_heads_of_what_the_cache_would_hold(stored, dtype):
     compressor, folder, store, memory, reference = stored
     checkpoint = Checkpoint(str(folder), compressor.model.config)
     rotary = checkpoint.rotary(dtype)
-    cache, _, _ = memory.to_cache(rotary, dtype)
+    cache = Live.over(memory, rotary, dtype).cache
     for rank in range(2):
         loader = Loader(store, rotary, dtype, checkpoint.fingerprint(), heads_of(rank, 2, 2))
         keys, values = loader.load(reference)

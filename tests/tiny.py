@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from ccm.compressor import Compressor, CompressorConfig
+from ccm.methods.baselines import BASELINES
 
 VOCAB = 97
 SLIDING = 6  # shorter than the rows, and than some segments
@@ -72,7 +73,8 @@ def tiny_compressor(
 ) -> Compressor:
     """A compressor with an adapter that matters, on a model of its own with the given settings."""
     base = tiny_model(family, backend, **(model or {}))
-    return scramble(Compressor(base, CompressorConfig(**{"slots": 2, "sink": 0, **config})))
+    made_by = BASELINES.get(config.get("kind", "ccm"), Compressor)
+    return scramble(made_by(base, CompressorConfig(**{"slots": 2, "sink": 0, **config})))
 
 
 def scramble(compressor: Compressor, seed: int = 5) -> Compressor:

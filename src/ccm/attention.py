@@ -1,27 +1,20 @@
-"""The one attention function that ``ccm`` registers with transformers.
+"""What attention does beyond the model's own: a plan for every pass.
 
-It runs after rotary embedding and cache update. Without a plan it is the model's own backend, bit for bit. With a
-:class:`ParallelPlan` it puts the states of the memory in front of the keys; with a :class:`RecurrentPlan` it
-keeps a sliding window from dropping the memory. Then the model's own backend runs.
+It acts after rotary embedding and cache update (``ccm.hooks`` brings it there). A :class:`ParallelPlan` puts the
+states of the memory in front of the keys; a :class:`RecurrentPlan` keeps a sliding window from dropping the memory.
+Then the model's own backend runs.
 """
 
 from __future__ import annotations
 
-import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .blocks import Blocks, cut
-from .blocks import attend as in_blocks
-from .pooling import Chunks, Pooling, chunks
 from .rotary import Rotary, Tables, rotate, unrotate
 from .rules import Rule
 from .segments import Layout
@@ -100,8 +93,6 @@ class ParallelPlan(Plan):
     slot_tables: dict[str | None, Tables]
     text_tables: dict[str | None, Tables]
     query_tables: dict[str | None, Tables]
-    pooling: Pooling | None
-    chunks: Chunks | None
     held: int  # sink tokens of the row that has most
     _by_window: dict[int | None, Tensor] = field(default_factory=dict)
     _blocks: dict[int, list[Blocks]] = field(default_factory=dict)
@@ -118,23 +109,14 @@ class ParallelPlan(Plan):
         rule: Rule,
         rotary: Rotary,
         dtype: torch.dtype,
-        pooling: Pooling | None = None,
-        conditional: bool = True,
     ) -> ParallelPlan:
         groups, n = layout.comp_index.shape[1:]
-        comp_position = layout.rope_position
-        parts = None
-        if pooling is None:
-            comp_position = comp_position.gather(1, layout.comp_index.flatten(1))
-        elif groups:
-            start, stop = layout.comp_index.flatten(1), layout.chunk_stop.flatten(1)
-            parts = chunks(start, stop, layout.segment.shape[1])
-        adapted = layout.adapted if conditional else layout.segment >= 0
+        comp_position = layout.rope_position.gather(1, layout.comp_index.flatten(1))
         place = rule.placed(groups, n).place if groups else torch.empty(0, dtype=torch.long)
         slot_position = layout.sink.unsqueeze(1) + place.to(layout.sink.device)
         return cls(
             adapter=adapter,
-            gate=adapted.flatten().nonzero().squeeze(1) if groups else None,
+            gate=(layout.comp >= 0).flatten().nonzero().squeeze(1) if groups else None,
             layout=layout,
             rule=rule,
             mask=additive(parallel_mask(layout, rule), dtype),
@@ -143,8 +125,6 @@ class ParallelPlan(Plan):
             slot_tables=rotary.tables(slot_position),
             text_tables=rotary.tables(layout.text_position) if layout.windowed else {},
             query_tables=rotary.tables(layout.position) if layout.windowed else {},
-            pooling=pooling,
-            chunks=parts,
             held=int(layout.sink.max()),
         )
 
@@ -175,8 +155,6 @@ class ParallelPlan(Plan):
     def _slots(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Position-free keys, and values, of the slots of all groups: (B, Hkv, G n, D), fp32."""
         tables = _heads(self.comp_tables[self.layer_types[layer]])
-        if self.pooling is not None:
-            return self.pooling(layer, self.chunks, unrotate(key, *tables), value)
         index = self.layout.comp_index.flatten(1)[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[3])
         return unrotate(key.gather(2, index), *tables), value.gather(2, index).float()
 
@@ -238,23 +216,6 @@ class RecurrentPlan(Plan):
         return query, key, value, additive(visible, query.dtype)
 
 
-def carry(model: nn.Module) -> None:
-    """Let a pass of the model find the plan that its cache carries: ``generate`` takes no argument for it."""
-    if _bring_plan not in model._forward_pre_hooks.values():
-        model.register_forward_pre_hook(_bring_plan, with_kwargs=True)
-
-
-def _bring_plan(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-    # named "cache" since transformers 5.24
-    cache: Any = kwargs.get("cache", kwargs.get("past_key_values"))
-    if (plan := getattr(cache, PLAN, None)) is None:
-        return None
-    # for beams and returned sequences ``generate`` repeats the tokens, but not the cache
-    if cache.layers and (repeat := len(kwargs["input_ids"]) // len(cache.layers[0].keys)) > 1:
-        cache.batch_repeat_interleave(repeat)
-    return args, {**kwargs, PLAN: plan}
-
-
 def _moved(value: Any, device: torch.device) -> Any:
     """A part of a plan, with all tensors inside, on another device."""
     if isinstance(value, Tensor | Layout):
@@ -270,104 +231,3 @@ def _moved(value: Any, device: torch.device) -> Any:
 def _heads(tables: Tables) -> Tables:
     """(B, T, R) -> (B, 1, T, R)."""
     return tables._replace(cos=tables.cos.unsqueeze(1), sin=tables.sin.unsqueeze(1))
-
-
-def _grouped(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, **kwargs: Any
-) -> tuple[Tensor, None]:
-    """softmax(q k^T scaling + mask) v, the query heads of a key head as the rows of one matrix.
-
-    A processor takes a third to a fifth of the time of torch's fused attention for it, above all backward in
-    bfloat16 (docs/experiments.md). Scores are rounded to the type of the model: for training, not for measuring.
-    Queries come in blocks, so the weights that are kept for the gradient are small.
-    """
-    batch, heads, width, _ = query.shape
-    groups = key.shape[1]
-    rows = (query * scaling).reshape(batch, groups, -1, query.shape[3])
-    scores = (rows @ key.transpose(2, 3)).view(batch, groups, -1, width, key.shape[2])
-    weights = (scores + mask.unsqueeze(2)).softmax(-1)
-    out = weights.view(batch, groups, -1, key.shape[2]) @ value
-    return out.view(batch, heads, width, -1).transpose(1, 2), None
-
-
-def _wrap(
-    backend: Callable[[nn.Module], Callable[..., Any]], on_cpu: Callable[..., Any] | None = None
-) -> Callable[..., Any]:
-    """An attention function that lets the plan of the pass, if any, act before the backend.
-
-    ``on_cpu`` takes the place of the backend in training on a processor.
-    """
-
-    def attend(
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Any,
-        ccm_plan: Plan | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        run = backend(module)
-        if ccm_plan is None:
-            return run(module, query, key, value, attention_mask, **kwargs)
-        if ccm_plan.queries is not None:
-            ccm_plan.queries[int(module.layer_idx)] = query
-        if module.layer_idx == ccm_plan.stop_at:
-            raise StatesDone
-        ccm_plan = ccm_plan.on(query.device)
-        query, key, value, mask = ccm_plan.extend(
-            module, query, key, value, attention_mask, kwargs.get("sliding_window")
-        )
-        trained = isinstance(ccm_plan, ParallelPlan) and torch.is_grad_enabled()
-        if on_cpu and trained and query.is_cpu and not kwargs.get("dropout"):
-            run = on_cpu
-        blocks = ccm_plan.blocks(mask)
-        if not blocks:
-            return run(module, query, key, value, mask, **kwargs)
-        return in_blocks(run, module, query, key, value, blocks, **kwargs), None
-
-    return attend
-
-
-class _Carrier(tuple[Tensor, ...]):
-    """Position embeddings, and a plan."""
-
-    plan: Plan
-
-
-def bridge(model: PreTrainedModel, attention: Sequence[str]) -> None:
-    """Bring the plan to attention modules whose layers hand on nothing but what they know.
-
-    It goes along with the position embeddings, which every layer hands on. So it travels with the pass, whatever
-    thread that is on, and is there again when gradient checkpointing runs a layer once more.
-    """
-    if model.__dict__.get("_ccm_bridge"):
-        return
-    model.__dict__["_ccm_bridge"] = True
-
-    def put(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        if (plan := kwargs.get(PLAN)) is None:
-            return None
-        carrier = _Carrier(kwargs["position_embeddings"])
-        carrier.plan = plan
-        return args, {**kwargs, "position_embeddings": carrier}
-
-    def take(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        return args, {**kwargs, PLAN: getattr(kwargs["position_embeddings"], "plan", None)}
-
-    for name in attention:
-        model.get_submodule(name.rsplit(".", 1)[0]).register_forward_pre_hook(put, with_kwargs=True)
-        model.get_submodule(name).register_forward_pre_hook(take, with_kwargs=True)
-
-
-def _own_eager(module: nn.Module) -> Callable[..., Any]:
-    """The family's own eager attention, with its soft-capping."""
-    return sys.modules[type(module).__module__].eager_attention_forward
-
-
-def register() -> None:
-    """Register both backends and their mask functions (without one, transformers drops causality)."""
-    AttentionInterface.register("ccm_sdpa", _wrap(lambda module: ALL_ATTENTION_FUNCTIONS["sdpa"], _grouped))
-    AttentionInterface.register("ccm_eager", _wrap(_own_eager))
-    AttentionMaskInterface.register("ccm_sdpa", sdpa_mask)
-    AttentionMaskInterface.register("ccm_eager", eager_mask)

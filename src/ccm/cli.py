@@ -214,7 +214,8 @@ def inspect(
     """Show what a memory file holds, and that it is intact."""
     from rich.table import Table
 
-    from .memory import Memory, describe
+    from .accounting import describe
+    from .memory import Memory
     from .storage.fingerprint import made_by
 
     memory, metadata = Memory.load(file)

@@ -19,26 +19,24 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import LoraConfig, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from . import attention, gate, soft_prompts
+from . import attention, gate
 from .config import SINK, CompressorConfig
 from .errors import ConfigError, MismatchError
 from .families import resolve_targets
 from .head import run_head
-from .kinds import KINDS
 from .memory import KV, Memory, Row
-from .pooling import Pooling
-from .reader import Ids, Reader, model_fingerprint
+from .reader import Ids, Reader
 from .rules import get_rule, names_of
 from .segments import Layout, lay_out
 from .storage import adapter_folder, base_stage
-from .storage.fingerprint import mismatch
+from .storage.fingerprint import mismatch, model_fingerprint
 from .twin import text_config
 from .window import joined, overflow
 
@@ -81,7 +79,7 @@ class Compressor(Reader):
 
     The model is changed in place: closed LoRA layers are injected and its attention backend is wrapped. As
     long as no COMP token runs, its outputs stay the same bit for bit. Once made, it may be used by many threads at a
-    time (``ccm.threads``).
+    time (``ccm.gate``).
 
     Args:
         model: a causal language model of a supported family (``ccm.families``).
@@ -95,6 +93,10 @@ class Compressor(Reader):
         MismatchError: the base adapter does not fit the model, or the model has another one.
     """
 
+    #: What blocks are made from, and the file of an adapter that has the weights for it beside the LoRA.
+    kind: ClassVar[str] = "ccm"
+    part: ClassVar[str] = "comp_embeddings"
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -104,8 +106,9 @@ class Compressor(Reader):
         super().__init__(model)
         self.base_parameters = [] if base_adapter is None else base_stage.attach(model, base_adapter)
         self.config = config or CompressorConfig()
+        if self.config.kind != self.kind:
+            raise ConfigError(f"CompressorConfig.kind: got {self.config.kind!r}, expected {self.kind!r}")
         self.rule = get_rule(self.config.rule, **self.config.rule_options)
-        self.kind = KINDS[self.config.kind]
         self.adapter = f"ccm{len(getattr(model, 'peft_config', {}))}"
         lora = LoraConfig(
             r=self.config.rank,
@@ -119,10 +122,8 @@ class Compressor(Reader):
             self.lora_parameters = gate.attach(model, lora, self.adapter, self.family.attention)
             # COMP embeddings start like words of the vocabulary: same mean, same spread
             table = model.get_input_embeddings().weight.detach().float()
-            comp = 0 if self.kind.pooled else self.config.slots
-            noise = torch.randn(comp, table.shape[1]).to(table.device)
+            noise = torch.randn(self.config.slots, table.shape[1]).to(table.device)
             self.comp_embeddings = nn.Parameter(table.mean(0) + table.std(0) * noise)
-        self.pooling = Pooling(*self.kv_shape()[:2]).to(model.device) if self.kind.pooled else None
         self._prints: tuple[Any, tuple[str, ...]] | None = None
         ends = model.generation_config.eos_token_id
         known = (text_config(model.config).bos_token_id, *(ends if isinstance(ends, list) else [ends]))
@@ -132,14 +133,13 @@ class Compressor(Reader):
     # ------------------------------------------------------------------ the two ways to run
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """The adapter's parameters: LoRA matrices, and COMP embeddings or what takes their place."""
-        return [*self.lora_parameters, *self.slot_parameters().values()]
+        """The adapter's parameters: LoRA matrices and COMP embeddings."""
+        return [*self.lora_parameters, self.slot_parameter]
 
-    def slot_parameters(self) -> dict[str, nn.Parameter]:
-        """What the adapter has beside its LoRA, by name: the COMP embeddings (n, d), or the weights of a pooling."""
-        if self.pooling is not None:
-            return {"pooling": self.pooling.curve}
-        return {"comp_embeddings": self.comp_embeddings}
+    @property
+    def slot_parameter(self) -> nn.Parameter:
+        """What the adapter has beside its LoRA: the COMP embeddings (n, d)."""
+        return self.comp_embeddings
 
     def forward(
         self,
@@ -164,31 +164,18 @@ class Compressor(Reader):
 
     def lay_out(self, segments: Sequence[Sequence[Sequence[int]]], **sizes: int | None) -> Layout:
         """The rows as a :class:`Layout` on the model's device."""
-        chosen = {name: self._size(name, sizes.get(name)) for name in ("slots", "sink", "window")}
-        layout = lay_out(
-            segments, rule=self.rule, comp_positions=self.config.comp_positions, kind=self.kind, **chosen
-        )
+        chosen = {name: self.size(name, sizes.get(name)) for name in ("slots", "sink", "window")}
+        layout = lay_out(segments, rule=self.rule, **chosen)
         self.check_length(int(layout.rope_position.max()) + 1)
         self.check_ids(layout.input_ids)
         return layout.to(self.model.device)
 
     def hidden(self, layout: Layout) -> Tensor:
         """Last hidden states (B, Q, d) of one parallel pass."""
-        if self.kind.sequential and layout.comp_index.shape[1]:
-            return soft_prompts.hidden(self, layout)
-        plan = attention.ParallelPlan.build(
-            self.adapter,
-            layout,
-            self.rule,
-            self.rotary,
-            self.model.dtype,
-            self.pooling,
-            self.config.conditional,
-        )
+        plan = attention.ParallelPlan.build(self.adapter, layout, self.rule, self.rotary, self.model.dtype)
         embeds = self.model.get_input_embeddings()(layout.input_ids)
-        if len(self.comp_embeddings):
-            comp = self.comp_embeddings.to(embeds.dtype)[layout.comp.clamp(min=0)]
-            embeds = torch.where((layout.comp >= 0).unsqueeze(-1), comp, embeds)
+        comp = self.comp_embeddings.to(embeds.dtype)[layout.comp.clamp(min=0)]
+        embeds = torch.where((layout.comp >= 0).unsqueeze(-1), comp, embeds)
         return self.body(
             inputs_embeds=embeds,
             attention_mask=plan.mask,
@@ -224,59 +211,43 @@ class Compressor(Reader):
             slots, sink, window: other sizes than the configured ones.
 
         Raises:
-            ConfigError: an empty segment, or one longer than the model's context; or the adapter compresses a whole
-                history at once, and the memory holds a part of it already.
+            ConfigError: an empty segment, or one longer than the model's context.
             MismatchError: the memory was made by another model or adapter.
         """
-        ids, mask, _, memory = self._prepare(input_ids, memory, attention_mask)
-        if self.kind.whole and memory.steps:
-            raise ConfigError(
-                f"kind {self.config.kind!r} compresses a whole history at once; give all of it, without a memory"
-            )
-        n = self._size("slots", slots)
-        self._check_room(memory, ids.shape[1], n)
-        sink, window = self._size("sink", sink), self._size("window", window)
+        ids, mask, _, memory = self.prepare(input_ids, memory, attention_mask)
+        n = self.size("slots", slots)
+        self.check_room(memory, ids.shape[1], n)
+        sink, window = self.size("sink", sink), self.size("window", window)
         if not sink:
             self._check_first(memory, ids, mask)
+        return self.advance(memory, ids, mask, n, sink, window)
+
+    def advance(self, memory: Memory, ids: Tensor, mask: Tensor, n: int, sink: int, window: int) -> Memory:
+        """:meth:`compress` of left-padded text (B, T), unchecked, with gradients."""
         lengths = mask.sum(1).tolist()
         at_once = all(
             not row.segments and length > window for row, length in zip(memory.rows, lengths, strict=True)
         )
         # what is folded at once needs no raw keys, but for those that stay as the sink
-        new = self._run(memory, ids, mask, n if at_once else 0, keep=sink if at_once else None)
+        new = self.blocks(memory, ids, mask, n, sink) if at_once else self.step(memory, ids, mask, None)
         rows = [
             joined(row, raw, length) for row, (raw, _), length in zip(memory.rows, new, lengths, strict=True)
         ]
         if at_once:
-            rows = [self._fold(row, block, sink) for row, (_, block) in zip(rows, new, strict=True)]
+            rows = [self.put(row, block, sink) for row, (_, block) in zip(rows, new, strict=True)]
         while full := [r for r, row in enumerate(rows) if overflow(row.segments, window)]:
             oldest = [replace(rows[r], window=rows[r].window.slice(0, rows[r].segments[0])) for r in full]
             none = ids.new_empty(len(full), 0)
-            new = self._run(replace(memory, rows=tuple(oldest)), none, none.bool(), n)
+            new = self.blocks(replace(memory, rows=tuple(oldest)), none, none.bool(), n)
             for r, (_, block) in zip(full, new, strict=True):
-                rows[r] = self._fold(rows[r], block, sink)
+                rows[r] = self.put(rows[r], block, sink)
         return Memory(tuple(rows), self.fingerprint())
 
-    def _run(
+    def blocks(
         self, memory: Memory, ids: Tensor, mask: Tensor, n: int, keep: int | None = None
     ) -> list[tuple[KV, KV]]:
-        """Per row the raw KV of its text, or of the first ``keep`` tokens, and its block of n slots."""
-        if not n:
-            return self._step(memory, ids, mask, None)
-        if not self.kind.recursive:
-            memory = self.empty(len(memory))
-        if self.kind.sequential:
-            nothing = self.empty().rows[0].window
-            return [(nothing, block) for block in soft_prompts.blocks(self, memory, ids, mask, n)]
-        if self.pooling is not None:
-            texts = self._step(memory, ids, mask, None, gate=slice(0, None))
-            return [(text.slice(0, keep), self.pooling.block(text, n)) for text, _ in texts]
-        at = None
-        if self.config.comp_positions == "slot":
-            places = [self.rule.size(row.steps + 1, n) - n + row.sink.length for row in memory.rows]
-            at = torch.tensor(places, device=ids.device).unsqueeze(1)
-        comp = self.comp_embeddings[:n]
-        return self._step(memory, ids, mask, comp, at, keep, gate=slice(ids.shape[1], None))
+        """Per row the raw KV of its text, or of the first ``keep`` tokens, and h(t), its block of n slots."""
+        return self.step(memory, ids, mask, self.comp_embeddings[:n], keep, gate=slice(ids.shape[1], None))
 
     def know(self, tokenizer: Any) -> None:
         """Learn the tokenizer's special tokens: a text that begins with one needs no sink, attention rests on it."""
@@ -285,7 +256,7 @@ class Compressor(Reader):
 
     def _check_first(self, memory: Memory, ids: Tensor, mask: Tensor) -> None:
         """Warn, once, of a conversation that begins with an ordinary token, none of which will stay."""
-        if self._warned or self.config.kind != "ccm":
+        if self._warned or self.kind != "ccm":
             return
         new = [r for r, row in enumerate(memory.rows) if not row.steps and not row.segments]
         if any(int(ids[r][mask[r]][0]) not in self._special for r in new):
@@ -297,13 +268,7 @@ class Compressor(Reader):
                 SINK,
             )
 
-    def _adapter(self) -> str:
-        return self.adapter
-
-    def _gate(self, gate: slice | None) -> slice | None:
-        return gate if self.config.conditional else slice(0, None)
-
-    def _fold(self, row: Row, block: KV, sink: int) -> Row:
+    def put(self, row: Row, block: KV, sink: int) -> Row:
         """Put the block of the oldest raw segment into the slots and let go of its raw tokens."""
         row = self.counted(row)
         step, length = row.steps + 1, row.segments[0]
@@ -335,7 +300,7 @@ class Compressor(Reader):
 
     def fingerprints(self) -> tuple[str, ...]:
         """What a memory of this pair may carry, today's first: an alias of the rule once had a hash of its own."""
-        state = [*self.slot_parameters().values(), *self.lora_parameters, *self.base_parameters]
+        state = [self.slot_parameter, *self.lora_parameters, *self.base_parameters]
         # weights made under inference_mode have no version, and cannot change in place outside it
         version = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in state)
         if self._prints is None or self._prints[0] != version:
@@ -346,10 +311,10 @@ class Compressor(Reader):
         return self._prints[1]
 
     def _hash(self, rule: str, state: Sequence[Tensor]) -> str:
-        # sizes may change while a memory lives; the rule and where COMP tokens sit may not
-        meaning: list[Any] = [rule, self.config.rule_options, self.config.comp_positions]
-        if self.config.kind != "ccm" or not self.config.conditional:
-            meaning += [self.config.kind, self.config.conditional]
+        # sizes may change while a memory lives; the rule may not; "after" and True stand for options of the past
+        meaning: list[Any] = [rule, self.config.rule_options, "after"]
+        if self.kind != "ccm":
+            meaning += [self.kind, True]
         sha = hashlib.sha256(json.dumps(meaning, sort_keys=True).encode())
         for parameter in state:
             sha.update(parameter.detach().float().cpu().numpy().tobytes())
@@ -369,7 +334,15 @@ class Compressor(Reader):
         Raises:
             StorageError: it cannot be written.
         """
-        adapter_folder.save(self, Path(folder), dtype)
+        adapter_folder.save(
+            Path(folder),
+            self.model,
+            self.adapter,
+            self.config,
+            {self.part: self.slot_parameter.detach().to(dtype).cpu()},
+            tuned=bool(self.base_parameters),
+            dtype=dtype,
+        )
 
     @classmethod
     def from_pretrained(
@@ -392,17 +365,17 @@ class Compressor(Reader):
             ConfigError: there is no such adapter, or it is damaged.
             MismatchError: it was trained for another model.
         """
-        found = adapter_folder.read(name, model, changes)
+        found = adapter_folder.read(name, model, changes, cls.kind, cls.part)
         compressor = cls(model, found.config, base_adapter=base_adapter or found.base)
-        compressor.load_weights(found.lora, found.slots)
+        compressor.load_weights(found.lora, found.slots[cls.part])
         return compressor
 
-    def load_weights(self, lora: dict[str, Tensor], slots: dict[str, Tensor]) -> None:
+    def load_weights(self, lora: dict[str, Tensor], slots: Tensor) -> None:
         """Put trained weights in place.
 
         Args:
             lora: by PEFT's names.
-            slots: as :meth:`slot_parameters`; of (n, d) COMP embeddings the first ``config.slots`` are used.
+            slots: as :attr:`slot_parameter`; of (n, d) COMP embeddings the first ``config.slots`` are used.
 
         Raises:
             MismatchError: some weights are missing or fit nowhere.
@@ -413,16 +386,14 @@ class Compressor(Reader):
             raise MismatchError(
                 f"the adapter's weights do not fit: {(missing or result.unexpected_keys)[:2]}"
             )
-        for name, parameter in self.slot_parameters().items():
-            parameter.data.copy_(slots[name][: len(parameter)])
+        self.slot_parameter.data.copy_(slots[: len(self.slot_parameter)])
 
     # ------------------------------------------------------------------ small things
 
-    def _size(self, name: str, value: int | None) -> int:
+    def size(self, name: str, value: int | None = None) -> int:
+        """Slots, sink or window: the configured number unless another one is given, which is checked."""
         most = self.config.slots if name == "slots" else None
         value = getattr(self.config, name) if value is None else value
         if value < (name == "slots") or (most is not None and value > most):
             raise ConfigError(f"{name}: got {value}, expected {'1' if most else '0'} to {most or 'any size'}")
-        if name != "slots" and value and self.config.kind != "ccm":
-            raise ConfigError(f"{name}: got {value}, expected 0: kind {self.config.kind!r} has slots only")
         return value

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from .errors import ConfigError, UnknownNameError
-from .kinds import KINDS
+from .errors import ConfigError
 from .rules import get_rule
 
 #: First raw tokens that stay unless a configuration says otherwise.
@@ -26,11 +25,8 @@ class CompressorConfig:
         window: recent raw tokens that stay beside the slots.
         rank, alpha: of the conditional LoRA.
         target_modules: "attention", "all" (feed-forward too) or a list of module names.
-        comp_positions: where COMP tokens are computed, "after" their segment or at the place of their "slot".
         seed: of the initial weights.
-        kind: what slots are made from (``ccm.kinds``): "ccm", or that of a baseline.
-        conditional: the adapter acts on what makes slots alone; false lets it act on every token that is read beside
-            a memory, so that the generator is not the base model any more.
+        kind: what slots are made from: "ccm", or that of a baseline (``ccm.methods.baselines``).
     """
 
     slots: int = 4
@@ -41,10 +37,8 @@ class CompressorConfig:
     rank: int = 8
     alpha: float = 16.0
     target_modules: str | tuple[str, ...] = "attention"
-    comp_positions: str = "after"
     seed: int = 0
     kind: str = "ccm"
-    conditional: bool = True
 
     def __post_init__(self) -> None:
         if self.sink is None:
@@ -55,26 +49,4 @@ class CompressorConfig:
                 raise ConfigError(
                     f"CompressorConfig.{name}: got {value!r}, expected a whole number >= {least}"
                 )
-        if self.comp_positions not in ("after", "slot"):
-            raise UnknownNameError("comp_positions", self.comp_positions, ["after", "slot"])
         get_rule(self.rule, **self.rule_options)
-        if self.kind not in KINDS:
-            raise UnknownNameError("kind", self.kind, list(KINDS))
-        if self.kind != "ccm":
-            self._check_baseline()
-
-    def _check_baseline(self) -> None:
-        if self.sink or self.window:
-            raise ConfigError(
-                f"CompressorConfig: kind {self.kind!r} has slots only, got sink={self.sink}, window={self.window}; "
-                "leave them 0, or take kind 'ccm'"
-            )
-        if self.comp_positions != "after" or not self.conditional:
-            raise ConfigError(
-                f"CompressorConfig: kind {self.kind!r} needs comp_positions 'after' and conditional true"
-            )
-        rules = KINDS[self.kind].rules
-        if rules and self.rule not in rules:
-            raise ConfigError(
-                f"CompressorConfig.rule: got {self.rule!r}, expected {' or '.join(rules)} with kind {self.kind!r}"
-            )

@@ -10,6 +10,7 @@ zero gradients.
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,7 +24,6 @@ from transformers import PreTrainedModel
 
 from .attention import PLAN, Places, Plan
 from .errors import ConfigError
-from .threads import PerThread
 
 
 class _AddRows(torch.autograd.Function):
@@ -43,12 +43,19 @@ class _AddRows(torch.autograd.Function):
         return grad, grad.flatten(0, 1).index_select(0, places), None
 
 
-class LayerGate(PerThread):
-    """The gate of one decoder layer: which tokens of the pass that this thread runs the adapter applies to."""
+class LayerGate(threading.local):
+    """The gate of one decoder layer: which tokens of the pass that this thread runs the adapter applies to.
+
+    Nothing is locked, so passes of several threads run side by side on one model. Copies of a model share its gates,
+    as they share the threads.
+    """
 
     def __init__(self, adapter: str):
         self.adapter = adapter
         self.places: Places | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerGate:
+        return self
 
     def read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         plan: Plan | None = kwargs.get(PLAN)

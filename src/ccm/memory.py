@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from .errors import MemoryFileError, MismatchError
 from .rotary import Rotary, rotate
@@ -195,41 +194,6 @@ class Memory:
         same = all(new is old for new, old in zip(rows, self.rows, strict=True))
         return self if same else replace(self, rows=tuple(rows))
 
-    def to_cache(
-        self, rotary: Rotary, dtype: torch.dtype, devices: Sequence[torch.device] = ()
-    ) -> tuple[DynamicCache, Tensor, Tensor]:
-        """The memory as past keys and values at canonical positions, left-padded over the batch.
-
-        Args:
-            rotary: of the model that reads it.
-            dtype: of that model.
-            devices: of its layers, if they are on several.
-
-        Returns:
-            the cache with (B, H, m, D) per layer, a (B, m) bool mask of real entries, and a (B, m) bool mask of
-            the entries that are sink or slots.
-        """
-        width = self.length
-        rows = {id(row): row for row in self.rows}  # a memory that many options read is placed once
-        placed = {key: row.placed(rotary, dtype) for key, row in rows.items()}
-        parts = [placed[id(row)] for row in self.rows]
-        device = parts[0].keys.device
-        valid = torch.zeros(len(self), width, dtype=torch.bool, device=device)
-        folded = torch.zeros_like(valid)
-        keys, values = [], []
-        for r, (row, kv) in enumerate(zip(self.rows, parts, strict=True)):
-            pad = width - kv.length
-            valid[r, pad:] = True
-            folded[r, pad : width - row.window.length] = True
-            keys.append(torch.nn.functional.pad(kv.keys, (0, 0, pad, 0)))
-            values.append(torch.nn.functional.pad(kv.values, (0, 0, pad, 0)))
-        cache = DynamicCache()
-        if width:
-            for layer, (k, v) in enumerate(zip(torch.stack(keys, 1), torch.stack(values, 1), strict=True)):
-                place = devices[layer] if devices else device
-                cache.update(k.to(place), v.to(place), layer)
-        return cache, valid, folded
-
     def check_finite(self) -> None:
         """Raises MemoryFileError if a value is NaN or infinite."""
         for r, row in enumerate(self.rows):
@@ -287,23 +251,3 @@ class Memory:
         memory = Memory(tuple(made), metadata["fingerprint"])
         memory.check_finite()
         return memory
-
-
-def describe(memory: Memory) -> list[dict[str, Any]]:
-    """Counters and sizes of each row, for people and for JSON."""
-    return [
-        {
-            "sink": row.sink.length,
-            "slots": row.slots.length,
-            "window": row.window.length,
-            "steps": row.steps,
-            "tokens_folded": row.tokens,
-            "tokens_dropped": row.dropped,
-            "tokens_merged": row.merged,
-            "segments_merged": row.merged_segments,
-            "reach": row.reach,
-            "notes": len(row.notes),
-            "nbytes": memory[r].nbytes,
-        }
-        for r, row in enumerate(memory.rows)
-    ]

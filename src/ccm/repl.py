@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
+from .accounting import reach_in_words
 from .errors import CCMError, ConfigError, UnknownNameError
 from .messages import Thought
-from .session import Session, reach_in_words
+from .session import Session
 
 #: Cool enough for a model of 135 M parameters to stay on its subject, and a penalty against loops.
 SAMPLING: dict[str, Any] = {

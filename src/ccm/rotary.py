@@ -10,16 +10,14 @@ write the tables of their angles in three ways; which it is, and in which layers
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .errors import UnsupportedModelError
-
-if TYPE_CHECKING:
-    from .families import Family
 
 #: Key of the tables of layers that do not rotate.
 UNROTATED = "unrotated"
@@ -113,13 +111,11 @@ def per_layer(module: nn.Module, config: Any) -> list[str | None]:
 class Rotary:
     """Tables of cos and sin from the model's own rotary embedding, for every kind of layer it has."""
 
-    def __init__(self, model: PreTrainedModel, family: Family):
-        self.module = find(model.get_submodule(family.body))
-        self.dtype, self.way = model.dtype, family.way
+    def __init__(self, model: PreTrainedModel, body: str, way: Way, rotated: Sequence[bool]):
+        self.module = find(model.get_submodule(body))
+        self.dtype, self.way = model.dtype, way
         kinds = per_layer(self.module, model.config.get_text_config(decoder=True))
-        self.layer_types = [
-            kind if turns else UNROTATED for kind, turns in zip(kinds, family.rotated, strict=True)
-        ]
+        self.layer_types = [kind if turns else UNROTATED for kind, turns in zip(kinds, rotated, strict=True)]
 
     @torch.no_grad()
     def tables(self, positions: Tensor) -> dict[str | None, Tables]:

@@ -8,9 +8,6 @@ last is followed by its group of COMP tokens; for two segments and two slots a r
     comp      -1 -1 -1  0  1 -1 -1
     folded     0  0  0  0  0  1  1      how many groups this token sees as slots
 
-Baselines that do not compress what was read (``ccm.kinds``) put a second copy of the segment behind it, which is what
-their slots are made from.
-
 Two position frames are used. The *text* frame counts text tokens from the start of the row. The *canonical*
 frame is the one of inference: sink tokens, then slots at fixed places, then live text. Rotary attention only
 sees differences, so raw text may be rotated in either frame, but slots only exist in the canonical one.
@@ -25,8 +22,6 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigError
-from .kinds import KINDS, Kind
-from .pooling import bounds
 from .rules import Rule
 from .window import overflow
 
@@ -39,31 +34,24 @@ class Layout:
         input_ids: (B, Q) token ids, 0 at COMP tokens and padding.
         segment: (B, Q) index of the segment, -1 on padding.
         comp: (B, Q) index of a COMP token in its group, -1 on text.
-        copy: (B, Q) true on the second copy of a text, which is only there to be compressed.
         folded: (B, Q) number of groups that the token sees as slots.
         text_position: (B, Q) position in the text frame.
         position: (B, Q) position in the canonical frame.
-        comp_index: (B, G, n) column of each COMP token, 0 where a row has fewer groups; of pooled kinds, first
-            column of each chunk.
-        chunk_stop: (B, G, n) column behind each chunk, of pooled kinds.
+        comp_index: (B, G, n) column of each COMP token, 0 where a row has fewer groups.
         sink: (B,) raw tokens that stay at the start of the row.
         windowed: whether any token sees raw text of an earlier segment.
-        kind: what slots are made from.
         spans: per row, the (start, stop) columns of each segment's text.
     """
 
     input_ids: Tensor
     segment: Tensor
     comp: Tensor
-    copy: Tensor
     folded: Tensor
     text_position: Tensor
     position: Tensor
     comp_index: Tensor
-    chunk_stop: Tensor
     sink: Tensor
     windowed: bool
-    kind: Kind
     spans: tuple[tuple[tuple[int, int], ...], ...]
 
     @property
@@ -71,19 +59,14 @@ class Layout:
         """(B, Q) positions at which the model rotates queries and keys."""
         return self.text_position if self.windowed else self.position
 
-    @property
-    def adapted(self) -> Tensor:
-        """(B, Q) true on the tokens that the adapter makes slots of."""
-        return self.copy if self.kind.pooled else self.comp >= 0
-
     def to(self, device: torch.device | str) -> Layout:
         moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.__dict__.items()}
         return Layout(**moved)
 
 
-#: (token id, segment, comp, copy, folded, text position, canonical position)
-Token = tuple[int, int, int, int, int, int, int]
-PADDING: Token = (0, -1, -1, 0, 0, 0, 0)
+#: (token id, segment, comp, folded, text position, canonical position)
+Token = tuple[int, int, int, int, int, int]
+PADDING: Token = (0, -1, -1, 0, 0, 0)
 
 
 def folded_before(lengths: Sequence[int], window: int) -> list[int]:
@@ -104,8 +87,6 @@ def lay_out(
     rule: Rule,
     sink: int = 0,
     window: int = 0,
-    comp_positions: str = "after",
-    kind: Kind = KINDS["ccm"],
 ) -> Layout:
     """Lay out rows of segments of token ids.
 
@@ -115,8 +96,6 @@ def lay_out(
         rule: how the memory changes with each block; it knows how many slots there are after a step.
         sink: first tokens of the first segment that stay raw.
         window: raw tokens of the newest whole segments that stay beside the slots.
-        comp_positions: "after" puts COMP tokens behind their segment, "slot" at the place of their slots.
-        kind: what slots are made from; those with a second copy of the text take no sink and no window.
 
     Raises:
         ConfigError: no row, a row without a segment, or an empty segment.
@@ -125,7 +104,7 @@ def lay_out(
         raise ConfigError(f"segments: got {len(rows)} rows, one without a segment; give at least one each")
     laid: list[list[Token]] = []
     spans: list[tuple[tuple[int, int], ...]] = []
-    groups: list[list[list[tuple[int, int]]]] = []
+    groups: list[list[list[int]]] = []
     sinks: list[int] = []
     for r, row in enumerate(rows):
         lengths = [len(segment) for segment in row]
@@ -143,31 +122,20 @@ def lay_out(
 
         tokens: list[Token] = []
         row_spans: list[tuple[int, int]] = []
-        row_groups: list[list[tuple[int, int]]] = []
+        row_groups: list[list[int]] = []
         for j, segment in enumerate(row):
             start = len(tokens)
             moved = shift(folded[j])
             for text, token in enumerate(segment, offsets[j]):
-                tokens.append((token, j, -1, 0, folded[j], text, text + moved))
+                tokens.append((token, j, -1, folded[j], text, text + moved))
             row_spans.append((start, len(tokens)))
             if j + 1 == len(row):
                 break
-            seen = j if kind.recursive else 0
-            moved = shift(j) if kind.recursive else 0  # all before the segment that is being folded is folded
-            if kind.copied:
-                for text, token in enumerate(segment, offsets[j]):
-                    tokens.append((token, j, -1, 1, seen, text, text + moved))
-            at = len(tokens)
-            if kind.pooled:
-                at -= lengths[j]
-                row_groups.append([(at + start, at + stop) for start, stop in bounds(lengths[j], slots)])
-                continue
-            row_groups.append([(column, column + 1) for column in range(at, at + slots)])
+            row_groups.append(list(range(len(tokens), len(tokens) + slots)))
+            moved = shift(j)  # all before the segment that is being folded is folded
             first = offsets[j] + lengths[j]
-            if comp_positions == "slot":
-                first = (held if j else 0) + rule.size(j + 1, slots) - slots - moved
             for i in range(slots):
-                tokens.append((0, j, i, 0, seen, first + i, first + i + moved))
+                tokens.append((0, j, i, j, first + i, first + i + moved))
         laid.append(tokens)
         spans.append(tuple(row_spans))
         groups.append(row_groups)
@@ -176,21 +144,17 @@ def lay_out(
     width = max(map(len, laid))
     most = max(map(len, groups))
     grid = torch.tensor([tokens + [PADDING] * (width - len(tokens)) for tokens in laid])
-    input_ids, segment_of, comp, copy, folds, text_position, position = grid.unbind(-1)
-    padded = [row_groups + [[(0, 1)] * slots] * (most - len(row_groups)) for row_groups in groups]
-    made_of = torch.tensor(padded, dtype=torch.long).view(len(rows), most, slots, 2)
+    input_ids, segment_of, comp, folds, text_position, position = grid.unbind(-1)
+    padded = [row_groups + [[0] * slots] * (most - len(row_groups)) for row_groups in groups]
     return Layout(
         input_ids=input_ids,
         segment=segment_of,
         comp=comp,
-        copy=copy.bool(),
         folded=folds,
         text_position=text_position,
         position=position,
-        comp_index=made_of[..., 0],
-        chunk_stop=made_of[..., 1],
+        comp_index=torch.tensor(padded, dtype=torch.long).view(len(rows), most, slots),
         sink=torch.tensor(sinks),
         windowed=window > 0,
-        kind=kind,
         spans=tuple(spans),
     )

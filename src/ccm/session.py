@@ -15,8 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-
+from .accounting import counters
 from .answers import Answer, AnswerReader
 from .compressor import Compressor
 from .dialogue import Dialogue, Dialogues, Step
@@ -25,7 +24,7 @@ from .memory import Memory
 from .messages import Message
 from .methods import Method, as_method
 from .template import answer_ends, template_of
-from .writer import Writer
+from .writer import Streamed, Writer
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +136,7 @@ class Session:
         """An answer behind its head."""
         ends, texts = answer_ends(self.tokenizer, self.method.reader.model)
         reader = AnswerReader(self.template, tuple(head), bool(self.dialogue.tools))
-        written = _Written(Writer(self.template.decode, texts), reader, ends, streamer)
+        written = Streamed(Writer(self.template.decode, texts), reader, ends, streamer)
         options: dict[str, Any] = {
             "max_new_tokens": 256,
             "eos_token_id": sorted(ends) or None,
@@ -257,45 +256,6 @@ class Session:
         return session
 
 
-def counters(memory: Memory, method: Method) -> dict[str, int]:
-    """What the memory of one conversation holds and stands for, and what full context would hold.
-
-    ``reach`` is how many of the newest tokens are still told apart. ``reach_when_full`` is what it comes to once old
-    segments are merged or dropped, or the model's context is full: with segments as long as those so far, or, before
-    the first one, as long as they may be.
-    """
-    row = method.counted(memory.rows[0])
-    seen = row.tokens + row.window.length
-    return {
-        "sink": row.sink.length,
-        "slots": row.slots.length,
-        "window": row.window.length,
-        "tokens_seen": seen,
-        "tokens_folded": row.tokens,
-        "tokens_dropped": row.dropped,
-        "tokens_merged": row.merged,
-        "segments_merged": row.merged_segments,
-        "reach": row.reach,
-        "reach_when_full": method.apart(row),
-        "nbytes": memory.nbytes,
-        "full_context_nbytes": seen * method.reader.kv_bytes_per_token(),
-    }
-
-
-def reach_in_words(stats: dict[str, int]) -> str:
-    """How far back a memory tells things apart, from its :func:`counters`."""
-    lost = stats["tokens_merged"] + stats["tokens_dropped"]
-    if lost:
-        return f"reaches back {_about(stats['reach'])} tokens"
-    return f"reaches back to the start, {_about(stats['reach_when_full'])} tokens when full"
-
-
-def _about(count: int) -> str:
-    """Two digits of a count are enough: segments differ in length."""
-    digits = max(0, len(str(count)) - 2)
-    return f"~{round(count, -digits):,}"
-
-
 def say_losses(before: Memory, after: Memory, method: Method) -> None:
     """Warn of what one turn has lost, if the method has a word for it."""
     if lost := method.losses(before.rows[0], after.rows[0]):
@@ -312,45 +272,3 @@ def resumed(dialogues: Dialogues, state: Mapping[str, Any], memory: Memory) -> D
         return dialogues.resume(state["dialogue"])
     said = memory.rows[0].tokens + memory.rows[0].window.length
     return replace(dialogues.begin(), past="assistant" if said else "")
-
-
-class _Written:
-    """An answer as ``generate`` writes it: a transformers streamer, and what stops it at a text."""
-
-    def __init__(self, writer: Writer, reader: AnswerReader, ends: frozenset[int], streamer: Any):
-        self.writer, self.reader, self.ends = writer, reader, ends
-        self.also = streamer if hasattr(streamer, "put") else None
-        self.emit: Callable[[str], None] | None = None if self.also else streamer
-        self._prompt = True
-
-    def put(self, value: torch.Tensor) -> None:
-        if self.also:
-            self.also.put(value)
-        if self._prompt:  # generate() sends the prompt first
-            self._prompt = False
-            return
-        for token in value.flatten().tolist():
-            self.add(token)
-
-    def add(self, token: int) -> None:
-        if token not in self.ends and not self.writer.stopped:
-            self._tell(self.writer.put(token))
-
-    def end(self) -> None:
-        if self.also:
-            self.also.end()
-        self._tell(self.writer.end())
-        for piece in self.reader.end():
-            self._emit(piece)
-
-    def stops(self, ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        """For ``generate``: whether a text that ends a turn has been written."""
-        return torch.full((len(ids),), self.writer.stopped, device=ids.device)
-
-    def _tell(self, piece: str) -> None:
-        for part in self.reader.feed(piece):
-            self._emit(part)
-
-    def _emit(self, piece: str) -> None:
-        if self.emit:
-            self.emit(piece)

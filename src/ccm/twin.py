@@ -49,6 +49,12 @@ def head_size(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def kv_shape(config: Any) -> tuple[int, int, int]:
+    """Layers, KV heads and their size, from a model's config."""
+    config = text_config(config)
+    return config.num_hidden_layers, kv_heads(config), head_size(config)
+
+
 def shrunk(config: PretrainedConfig, layers: int) -> PretrainedConfig:
     """The config of a tiny model whose decoder has the first layers of this one."""
     config = copy.deepcopy(config)

@@ -11,8 +11,7 @@ slot each, no sink and no window, rows are queries and columns are keys; M1, M2 
     c                  x  x | . . . . x          c                  .  x | . . . . x
 
 A sink adds columns in front, seen by every query that has something folded; a recent window lets text see the
-raw text of the segments that are not folded yet. Where a second copy of the text is compressed (``ccm.kinds``), COMP
-tokens see that copy, and the copy itself alone, with or without memory.
+raw text of the segments that are not folded yet.
 """
 
 from __future__ import annotations
@@ -32,17 +31,10 @@ def parallel_mask(layout: Layout, rule: Rule) -> Tensor:
     seen = layout.folded.unsqueeze(-1)  # (B, Q, 1)
     order = torch.arange(width, device=device)
 
-    comp, copy = layout.comp >= 0, layout.copy
+    comp = layout.comp >= 0
     same = layout.segment.unsqueeze(-1) == layout.segment.unsqueeze(1)
     in_window = layout.segment.unsqueeze(1) >= seen
-    comp_query = comp.unsqueeze(-1)
-    if layout.kind.copied:
-        # copies, and the COMP tokens behind them, see copies and no other text; nobody else does
-        aside = (comp | copy).unsqueeze(-1)
-        in_window = in_window & ~aside
-        read = aside if layout.kind.whole else aside & same
-        in_window = torch.where(copy.unsqueeze(1), read, in_window)
-    visible = torch.where(comp.unsqueeze(1), same & comp_query, in_window)
+    visible = torch.where(comp.unsqueeze(1), same & comp.unsqueeze(-1), in_window)
     visible = visible & (order.unsqueeze(0) <= order.unsqueeze(1))  # causal
     visible = visible & (layout.segment >= 0).unsqueeze(1)
     visible = visible | torch.eye(width, dtype=torch.bool, device=device)  # no empty row: padding sees itself

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .answers import AnswerReader
 
 
 class Writer:
@@ -60,3 +65,45 @@ class Writer:
             (n for stop in self.stop for n in range(1, len(stop)) if self.text.endswith(stop[:n])), default=0
         )
         return len(self.text) - len(self.text[: len(self.text) - begun].rstrip())
+
+
+class Streamed:
+    """An answer as ``generate`` writes it: a transformers streamer, and what stops it at a text."""
+
+    def __init__(self, writer: Writer, reader: AnswerReader, ends: frozenset[int], streamer: Any):
+        self.writer, self.reader, self.ends = writer, reader, ends
+        self.also = streamer if hasattr(streamer, "put") else None
+        self.emit: Callable[[str], None] | None = None if self.also else streamer
+        self._prompt = True
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.also:
+            self.also.put(value)
+        if self._prompt:  # generate() sends the prompt first
+            self._prompt = False
+            return
+        for token in value.flatten().tolist():
+            self.add(token)
+
+    def add(self, token: int) -> None:
+        if token not in self.ends and not self.writer.stopped:
+            self._tell(self.writer.put(token))
+
+    def end(self) -> None:
+        if self.also:
+            self.also.end()
+        self._tell(self.writer.end())
+        for piece in self.reader.end():
+            self._emit(piece)
+
+    def stops(self, ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """For ``generate``: whether a text that ends a turn has been written."""
+        return torch.full((len(ids),), self.writer.stopped, device=ids.device)
+
+    def _tell(self, piece: str) -> None:
+        for part in self.reader.feed(piece):
+            self._emit(part)
+
+    def _emit(self, piece: str) -> None:
+        if self.emit:
+            self.emit(piece)

@@ -27,7 +27,7 @@ from ..data.rows import ConversationRow, held_out_rows
 from ..errors import ConfigError
 from ..methods import Method, get_method
 from ..methods.compressed import Compressed
-from ..reader import base_name
+from ..storage.fingerprint import base_name
 from .protocol import State, run_item
 from .share import Nll, bootstrap_share, recovered_share
 from .suites import MethodSpec

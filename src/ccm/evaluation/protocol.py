@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -76,8 +75,7 @@ def run_item(
         the record: "item"; "queries", each with "step", "index", "kind", "tag" and its scores; "steps", with
         "tokens" taken in, "kv_bytes", "kv_entries", "fold_seconds" of the last append and "ttft_seconds" of the
         first query's first forward pass (for a choice, of reading its prompt); "entries", those held after each
-        append; "peak_kv_bytes", the largest cache of keys and values while segments were taken in; "seconds"; of a
-        stream, whose segments are read by the very pass that scores them, "fold_seconds" are those beside it;
+        append; "peak_kv_bytes", the largest cache of keys and values while segments were taken in; "seconds";
         "changed": whether tokens of a query get other logits than with nothing taken in (None: nothing was asked).
 
     Raises:
@@ -94,33 +92,28 @@ def run_item(
     bare, run, begin, measured = run, run.fork(), 0, _nothing(item)
     if resume is not None:
         run, begin, measured = resume.run.fork(), resume.step + 1, dict(resume.measured)
-    stream = all(query.tag == STREAM for queries in item.queries.values() for query in queries)
-    with run.reader.reading_ahead() if stream else nullcontext():
-        for t in range(begin, last + 1):
-            started = _now(run)
-            step: dict[str, Any] = {"step": t, "fold_seconds": 0.0}
-            if t:
-                if entries:
-                    run.resize(entries[t - 1])
-                with _CacheWatch(run.reader.model) as watch:
-                    run.append(item.segments[t - 1])
-                    held = run.kv_bytes
-                step["fold_seconds"] = _now(run) - started
-                measured["tokens"] += len(item.segments[t - 1])
-                measured["entries"] = [*measured["entries"], run.memory.length]
-                measured["peak_kv_bytes"] = max(measured["peak_kv_bytes"], watch.peak, held)
-            if queries := item.queries.get(t):
-                asked = run.fork()
-                with _CacheWatch(run.reader.model) as watch:
-                    found, step["ttft_seconds"] = _ask(asked, t, queries, tokenizer)
-                if stream:  # what scores a segment also reads it
-                    measured["peak_kv_bytes"] = max(measured["peak_kv_bytes"], watch.peak)
-                step |= {"kv_bytes": asked.kv_bytes, "kv_entries": asked.memory.length}
-                if t and not measured["changed"]:
-                    measured["changed"] = _differs(asked, bare.fork(), queries[0])
-                _add(measured, step, found)
-            measured["seconds"] += _now(run) - started
-            on_step(State(t, run.fork(), dict(measured)))
+    for t in range(begin, last + 1):
+        started = _now(run)
+        step: dict[str, Any] = {"step": t, "fold_seconds": 0.0}
+        if t:
+            if entries:
+                run.resize(entries[t - 1])
+            with _CacheWatch(run.reader.model) as watch:
+                run.append(item.segments[t - 1])
+                held = run.kv_bytes
+            step["fold_seconds"] = _now(run) - started
+            measured["tokens"] += len(item.segments[t - 1])
+            measured["entries"] = [*measured["entries"], run.memory.length]
+            measured["peak_kv_bytes"] = max(measured["peak_kv_bytes"], watch.peak, held)
+        if queries := item.queries.get(t):
+            asked = run.fork()
+            found, step["ttft_seconds"] = _ask(asked, t, queries, tokenizer)
+            step |= {"kv_bytes": asked.kv_bytes, "kv_entries": asked.memory.length}
+            if t and not measured["changed"]:
+                measured["changed"] = _differs(asked, bare.fork(), queries[0])
+            _add(measured, step, found)
+        measured["seconds"] += _now(run) - started
+        on_step(State(t, run.fork(), dict(measured)))
     return {k: v for k, v in measured.items() if k != "tokens"}
 
 

@@ -19,9 +19,9 @@ from transformers import PreTrainedModel
 from .. import __version__
 from ..errors import ConfigError, MismatchError
 from ..methods import Method
-from ..reader import base_name, model_fingerprint
 from ..storage import base_stage
 from ..storage.atomic import write_atomically
+from ..storage.fingerprint import base_name, model_fingerprint
 from . import summary
 from .items import Generation, Item, Likelihood
 from .protocol import State, run_item

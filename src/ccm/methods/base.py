@@ -28,8 +28,8 @@ from transformers import PreTrainedModel
 
 from ..errors import ConfigError, MemoryFileError
 from ..memory import KV, Memory, Row
-from ..reader import Ids, Reader, model_fingerprint
-from ..storage.fingerprint import mismatch
+from ..reader import Ids, Reader
+from ..storage.fingerprint import mismatch, model_fingerprint
 from ..window import joined, without
 
 #: Longest segment folded at once, in tokens.

@@ -23,12 +23,12 @@ class Trained(Method):
     """An adapter of one kind behind the protocol. An option that is None is the adapter's own.
 
     Attributes:
-        kind: what the adapter makes slots from (``ccm.kinds``); others are refused.
+        made_by: the compressor that the adapter is for; others are refused.
         adapter: a shipped adapter's name, a folder or a hub id; empty is the one of the method's name.
         slots: slots per segment, the first k of the adapter's n; None is all of them.
     """
 
-    kind: ClassVar[str] = "ccm"
+    made_by: ClassVar[type[Compressor]] = Compressor
     whole: ClassVar[bool] = True
     adapter: str = ""
     slots: int | None = None
@@ -39,7 +39,7 @@ class Trained(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._at_least(slots=1)
-        if self.kind != "ccm" and (self.sink or self.window):
+        if self.made_by.kind != "ccm" and (self.sink or self.window):
             raise ConfigError(
                 f"method {self.name}: got sink={self.sink}, window={self.window}, expected 0: it has slots only"
             )
@@ -48,16 +48,14 @@ class Trained(Method):
         """The adapter on a model, loaded once; or a compressor that has it already.
 
         Raises:
-            ConfigError: there is no such adapter, it is of another kind, or it has fewer slots.
-            MismatchError: it was trained for another model.
+            ConfigError: there is no such adapter, or it has fewer slots.
+            MismatchError: it is of another kind, or was trained for another model.
         """
         compressor = model if isinstance(model, Compressor) else self._load(model)
         config = compressor.config
-        if config.kind != self.kind:
-            name = self.adapter or self.name
+        if config.kind != self.made_by.kind:
             raise ConfigError(
-                f"method {self.name}: adapter {name} is of kind {config.kind!r}, expected {self.kind!r}; give one "
-                f"that was trained with compressor.kind={self.kind}"
+                f"method {self.name}: got a compressor of kind {config.kind!r}, expected {self.made_by.kind!r}"
             )
         if self.slots is not None and self.slots > config.slots:
             raise ConfigError(
@@ -70,7 +68,7 @@ class Trained(Method):
 
     def _load(self, model: PreTrainedModel | Reader) -> Compressor:
         base = model.model if isinstance(model, Reader) else model
-        return shared_compressor(base, self.adapter or self.name, **self._changes())
+        return shared_compressor(base, self.adapter or self.name, self.made_by, **self._changes())
 
     def _changes(self) -> dict[str, Any]:
         """Settings of the adapter that are other than its own."""
@@ -163,12 +161,14 @@ class CCMMerge(Compressed):
     """CCM-merge: n slots in all."""
 
 
-def shared_compressor(model: PreTrainedModel, adapter: str, **changes: Any) -> Compressor:
+def shared_compressor(
+    model: PreTrainedModel, adapter: str, made_by: type[Compressor] = Compressor, **changes: Any
+) -> Compressor:
     """The compressor of a model and an adapter, loaded once and kept with the model."""
     known = model.__dict__.setdefault("_ccm_compressors", {})
     key = adapter, json.dumps(changes, sort_keys=True)
     if key not in known:
-        known[key] = Compressor.from_pretrained(model, adapter, **changes)
+        known[key] = made_by.from_pretrained(model, adapter, **changes)
     return known[key]
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ..errors import ConfigError
-from ..kinds import KINDS
 from ..messages import Message
 from ..methods.compressed import CCM
 from ..models import load_config
@@ -134,7 +133,7 @@ def plan(
     if store and not measured:
         raise ConfigError("a store is only measured: leave --store or --no-measure out")
     config = read_config(adapter)
-    if KINDS[config.kind].whole:
+    if config.kind in BASELINES and BASELINES[config.kind].whole:
         raise ConfigError(
             f"adapter {adapter}: kind {config.kind!r} compresses a whole history at once and serves no conversations"
         )

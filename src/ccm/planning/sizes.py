@@ -11,9 +11,8 @@ from ..config import CompressorConfig
 from ..errors import ConfigError
 from ..families import get_family
 from ..models import random_model
-from ..reader import kv_shape
 from ..rules import get_rule
-from ..twin import text_config
+from ..twin import kv_shape, text_config
 
 #: Bits of a quantized weight: 4-bit ones share a float32 among 64, 8-bit ones one among a row.
 BITS = {"4bit": 4.5, "8bit": 8}

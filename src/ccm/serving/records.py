@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..accounting import counters
 from ..dialogue import Dialogue, Dialogues
 from ..errors import MismatchError
 from ..memory import Memory
 from ..messages import Message
 from ..methods import Method
-from ..session import counters, resumed, say_losses
+from ..session import resumed, say_losses
 from . import transcript
 from .metrics import Metrics
 from .settings import Settings

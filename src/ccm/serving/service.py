@@ -19,7 +19,7 @@ from ..dialogue import Dialogues
 from ..errors import ConfigError
 from ..messages import Message
 from ..methods import Method
-from ..reader import base_name
+from ..storage.fingerprint import base_name
 from ..template import template_of
 from . import history, resends
 from .conversations import Conversations, View

@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -22,19 +22,17 @@ from transformers import PreTrainedModel
 
 from ..config import CompressorConfig
 from ..errors import ConfigError, MismatchError, StorageError, UnknownNameError
-from ..kinds import KINDS
-from ..reader import base_name, model_fingerprint, shape_fingerprint
 from . import base_stage
 from .atomic import write_atomically
-
-if TYPE_CHECKING:
-    from ..compressor import Compressor
+from .fingerprint import base_name, model_fingerprint, shape_fingerprint
 
 log = logging.getLogger(__name__)
 
 SHIPPED = Path(__file__).parent.parent / "adapters"
 #: What may differ from the way an adapter was trained.
 CHANGEABLE = ("slots", "rule", "rule_options", "sink", "window")
+#: Settings of the past that adapters may name, at the one value that is left.
+RETIRED = {"comp_positions": "after", "conditional": True}
 
 
 @dataclass(frozen=True)
@@ -54,19 +52,26 @@ class AdapterFiles:
     base: Path | None
 
 
-def save(compressor: Compressor, folder: Path, dtype: torch.dtype) -> None:
-    """See :meth:`ccm.Compressor.save_pretrained`."""
-    model = compressor.model
-    lora = {name: weight.to(dtype) for name, weight in base_stage.weights(model, compressor.adapter).items()}
-    slots = {name: p.detach().to(dtype).cpu() for name, p in compressor.slot_parameters().items()}
+def save(
+    folder: Path,
+    model: PreTrainedModel,
+    adapter: str,
+    config: CompressorConfig,
+    slots: dict[str, Tensor],
+    *,
+    tuned: bool,
+    dtype: torch.dtype,
+) -> None:
+    """See :meth:`ccm.Compressor.save_pretrained`; ``tuned`` says whether there is a first stage."""
+    lora = {name: weight.to(dtype) for name, weight in base_stage.weights(model, adapter).items()}
     base = {"name": base_name(model), "fingerprint": model_fingerprint(model)}
-    tuned = {"base_adapter": True} if compressor.base_parameters else {}
-    settings = json.dumps({"base_model": base, **tuned, **asdict(compressor.config)}, indent=2) + "\n"
-    peft_config = model.peft_config[compressor.adapter]
+    stages = {"base_adapter": True} if tuned else {}
+    settings = json.dumps({"base_model": base, **stages, **asdict(config)}, indent=2) + "\n"
+    peft_config = model.peft_config[adapter]
     peft_config.base_model_name_or_path = base_name(model)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if compressor.base_parameters:
+        if tuned:
             base_stage.save(model, folder / base_stage.FOLDER)
         write_atomically(folder / "adapter_model.safetensors", to_bytes(lora, {"format": "pt"}))
         for name, weights in slots.items():
@@ -79,20 +84,30 @@ def save(compressor: Compressor, folder: Path, dtype: torch.dtype) -> None:
         raise StorageError(f"cannot write the adapter to {folder}: {error.strerror or error}") from error
 
 
-def read(name: str | os.PathLike[str], model: PreTrainedModel, changes: dict[str, Any]) -> AdapterFiles:
-    """The files of an adapter for ``model``, with some settings changed.
+def read(
+    name: str | os.PathLike[str],
+    model: PreTrainedModel,
+    changes: dict[str, Any],
+    kind: str = "ccm",
+    part: str = "comp_embeddings",
+) -> AdapterFiles:
+    """The files of an adapter of one kind for ``model``, with some settings changed; ``part`` is its own file.
 
     Raises:
-        ConfigError: there is no such adapter, it is damaged, or a change is not possible.
-        MismatchError: it was trained for another model.
+        ConfigError: there is no such adapter, it is of another kind or damaged, or a change is not possible.
+        MismatchError: it was trained for another model, or written by another version of this library.
     """
     folder = find(name)
     try:
         config, base, two_stages, weights = _settings(folder)
+        if config.kind != kind:
+            raise MismatchError(
+                f"adapter {name} is of kind {config.kind!r}, expected {kind!r}; a baseline opens by the method of "
+                "its kind, get_method(kind, adapter=name), an adapter of CCM by ccm-concat"
+            )
         folder = find(weights) if weights else folder
         tuned = folder / base_stage.FOLDER if two_stages else None
         lora = load_file(folder / "adapter_model.safetensors")
-        part = "pooling" if KINDS[config.kind].pooled else "comp_embeddings"
         slots = {part: load_file(folder / f"{part}.safetensors")[part]}
         fingerprint, trained_on = base["fingerprint"], base["name"]
     except (OSError, TypeError, ValueError, KeyError, SafetensorError) as error:
@@ -123,6 +138,7 @@ def read_config(name: str | os.PathLike[str]) -> CompressorConfig:
 
     Raises:
         ConfigError: there is no such adapter, or it is damaged.
+        MismatchError: another version of this library wrote it.
     """
     folder = find(name)
     try:
@@ -136,6 +152,15 @@ def _settings(folder: Path) -> tuple[CompressorConfig, dict[str, str], bool, str
     settings = json.loads((folder / "ccm_config.json").read_text())
     base, two_stages = settings.pop("base_model"), settings.pop("base_adapter", False)
     weights = settings.pop("weights", None)
+    for name, left in RETIRED.items():
+        if (value := settings.pop(name, left)) != left:
+            raise MismatchError(
+                f"{folder}: {name} is {value!r}, only {left!r} is left; train the adapter anew"
+            )
+    if unknown := sorted(set(settings) - {field.name for field in fields(CompressorConfig)}):
+        raise MismatchError(
+            f"{folder} was written by a newer ccm: it sets {', '.join(unknown)!r}; read it with that version"
+        )
     if isinstance(settings["target_modules"], list):
         settings["target_modules"] = tuple(settings["target_modules"])
     return CompressorConfig(**{"sink": 0, **settings}), base, two_stages, weights

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import ConfigError, MismatchError, StorageError
-from ..reader import is_spread, model_fingerprint
+from ..live import is_spread
 from .atomic import write_atomically
+from .fingerprint import model_fingerprint
 
 #: Where an adapter folder keeps it, and its name among the model's adapters.
 FOLDER, NAME = "base", "base"

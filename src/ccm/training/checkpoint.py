@@ -12,19 +12,21 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError, MismatchError, StorageError
+from ..storage import adapter_folder
 from ..storage.atomic import write_atomically
 from .config import FREE, TrainConfig, flat
 
 FORMAT = "ccm-training/2"
 FILE, LOG = "checkpoint.pt", "log.jsonl"
 #: Settings that older checkpoints do not name, and what they were.
-LATER = {
+LATER: dict[str, Any] = {
     "compressor.kind": "ccm",
-    "compressor.conditional": True,
     "recall_from": "text",
     "packed": None,
     "sink_choices": [],
 }
+#: Settings of the past that checkpoints may name, at the one value that is left.
+RETIRED = {f"compressor.{name}": value for name, value in adapter_folder.RETIRED.items()}
 
 
 def save(folder: Path, config: TrainConfig, fingerprint: str, state: dict[str, Any]) -> None:
@@ -63,9 +65,9 @@ def load(folder: Path, config: TrainConfig, fingerprint: str) -> dict[str, Any] 
         raise ConfigError(
             f"{path}: got format {state.get('format')!r}, expected {FORMAT!r}; give another folder"
         )
-    if different := _differences(
-        {**LATER, **json.loads(state["config"])}, json.loads(json.dumps(flat(config), default=str))
-    ):
+    saved = {**LATER, **json.loads(state["config"])}
+    saved = {name: value for name, value in saved.items() if (name, value) not in RETIRED.items()}
+    if different := _differences(saved, json.loads(json.dumps(flat(config), default=str))):
         raise ConfigError(
             f"{folder} holds a run with another configuration ({'; '.join(different)}); "
             "give another folder, or the settings of that run"

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..config import CompressorConfig
 from ..errors import ConfigError, UnknownNameError
-from ..kinds import KINDS
+from ..methods.baselines import BASELINES
 from ..rules import get_rule
 
 STAGES = ("memory", "base")
@@ -171,9 +171,11 @@ class TrainConfig:
                     f"TrainConfig.{name}: got {getattr(self, name)}, but compressor.kind "
                     f"{self.compressor.kind!r} is trained with slots of its own rule only; leave it empty"
                 )
-        if KINDS[self.compressor.kind].sequential and self.gradient_checkpointing:
+        if (kind := self.compressor.kind) not in ("ccm", *BASELINES):
+            raise UnknownNameError("compressor.kind", kind, ["ccm", *BASELINES])
+        if kind != "ccm" and self.gradient_checkpointing:
             raise ConfigError(
-                f"TrainConfig.gradient_checkpointing: compressor.kind {self.compressor.kind!r} is trained over a "
+                f"TrainConfig.gradient_checkpointing: compressor.kind {kind!r} is trained over a "
                 "cache, which checkpointing drops; set it false"
             )
         self._check_data()

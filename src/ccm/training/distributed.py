@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from ..errors import ConfigError, MissingPackageError
 from ..families import get_family
-from ..reader import is_spread
+from ..live import is_spread
 from .config import TrainConfig, flat
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..compressor import Compressor
 from ..data.packed import ArrayRow
-from ..reader import is_spread
+from ..live import is_spread
 from ..rules import Rule
 from ..segments import Layout
 from .intervals import BLOCK, Packed, moved, pack, up
@@ -170,7 +170,7 @@ class Lean(Engine):
         self, rows: Sequence[ArrayRow], rule: Rule | None = None, teacher: bool = False, **sizes: int
     ) -> _Behind:
         compressor, rule = self.compressor, rule or self.compressor.rule
-        chosen = {name: compressor._size(name, sizes.get(name)) for name in ("slots", "sink", "window")}
+        chosen = {name: compressor.size(name, sizes.get(name)) for name in ("slots", "sink", "window")}
         whole = None
         if teacher:
             flat = [ArrayRow(row.ids, row.roles, row.stops[-1:]) for row in rows]

@@ -26,9 +26,9 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import linear, pad, rms_norm
 from torch.utils.checkpoint import checkpoint
 
-from ..attention import _grouped, additive
+from ..attention import additive
 from ..blocks import attend as in_blocks
-from ..blocks import cut
+from ..blocks import cut, grouped
 from ..compressor import Compressor
 from ..rotary import Tables, rotate
 from ..twin import text_config
@@ -230,7 +230,7 @@ class LeanPass:
     """Passes of one compressor over packed rows.
 
     Args:
-        compressor: on its device, with COMP tokens behind their segments and a conditional adapter.
+        compressor: on its device, with an adapter of kind "ccm".
         fuse: compile what goes element by element.
         save_memory: keep no activations inside layers.
 
@@ -240,7 +240,7 @@ class LeanPass:
 
     def __init__(self, compressor: Compressor, fuse: bool = False, save_memory: bool = False):
         config = compressor.config
-        if config.kind != "ccm" or not config.conditional or config.comp_positions != "after":
+        if config.kind != "ccm":
             raise Unfit("the adapter is of another kind")
         self.compressor, self.save_memory = compressor, save_memory
         model = compressor.model
@@ -424,9 +424,9 @@ class _Frames:
             return out[0].transpose(0, 1).flatten(1)
         full, blocks = mask
         if not blocks:
-            out, _ = _grouped(None, query, key, value, full, layer.scale)  # type: ignore[arg-type]
+            out, _ = grouped(None, query, key, value, full, layer.scale)  # type: ignore[arg-type]
         else:
-            out = in_blocks(_grouped, None, query, key, value, blocks, scaling=layer.scale)  # type: ignore[arg-type]
+            out = in_blocks(grouped, None, query, key, value, blocks, scaling=layer.scale)  # type: ignore[arg-type]
         return out[0].flatten(1)
 
 

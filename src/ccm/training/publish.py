@@ -37,11 +37,13 @@ def card(adapter: Path, repository: str) -> str:
     record = json.loads((adapter / "training.json").read_text())
     figures = {k: v for k, v in record["report"].items() if isinstance(v, int | float)}
     table = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in figures.items())
-    use = (
-        f'compressor = ccm.Compressor.from_pretrained(model, "{repository}")'
-        if record["config"]["stage"] == "memory"
-        else f'compressor = ccm.Compressor(model, base_adapter="{repository}")'
-    )
+    kind = record["config"]["compressor"].get("kind", "ccm")
+    if record["config"]["stage"] != "memory":
+        use = f'compressor = ccm.Compressor(model, base_adapter="{repository}")'
+    elif kind == "ccm":
+        use = f'compressor = ccm.Compressor.from_pretrained(model, "{repository}")'
+    else:
+        use = f'run = ccm.get_method("{kind}", adapter="{repository}").open(model, tokenizer)'
     load = f'load_model("{record["base_model"]}")' if record["config"]["model"] else "load_default_model()"
     return f"""---
 base_model: {record["base_model"]}

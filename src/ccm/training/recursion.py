@@ -24,10 +24,6 @@ from .targets import TEXT, find_targets, marked, scored_from
 #: Per row the columns (start, stop) of every segment.
 Spans = Sequence[Sequence[tuple[int, int]]]
 
-# What inference runs, without its no_grad.
-_compress = Compressor.compress.__wrapped__
-_read = Compressor.read.__wrapped__
-
 
 def parallel_losses(
     compressor: Compressor, rows: Sequence[ConversationRow], objective: str = "distill", **sizes: int
@@ -70,6 +66,8 @@ def _recurrent_states(
 ) -> tuple[Tensor, Spans]:
     """Last hidden states (B, T, d) of the text of every row, right-padded, and where its segments are in it."""
     states: list[list[Tensor]] = [[] for _ in rows]
+    chosen = [compressor.size(name, sizes.get(name)) for name in ("slots", "sink", "window")]
+    device = compressor.model.device
     memories = [compressor.empty() for _ in rows]
     passes: list[Tensor] = []
     base = compressor.body
@@ -80,14 +78,16 @@ def _recurrent_states(
             alive = [r for r, row in enumerate(rows) if step < len(row)]
             segments = [rows[r][step] for r in alive]
             width = max(map(len, segments))
-            ids = torch.tensor([[0] * (width - len(s)) + list(s) for s in segments])
-            mask = torch.tensor([[0] * (width - len(s)) + [1] * len(s) for s in segments])
+            ids = torch.tensor([[0] * (width - len(s)) + list(s) for s in segments], device=device)
+            mask = torch.tensor(
+                [[0] * (width - len(s)) + [1] * len(s) for s in segments], device=device
+            ).bool()
             memory = Memory.stack([memories[r] for r in alive])
             passes.clear()
             if step + 1 < steps:
-                memory = _compress(compressor, ids, memory, mask, **sizes)
+                memory = compressor.advance(memory, ids, mask, *chosen)
             else:
-                _read(compressor, ids, memory, mask)
+                compressor.step(memory, ids, mask, None)
             # the first pass of a step is the one over the text, left-padded; with a window, folds come after it
             for place, (r, segment) in enumerate(zip(alive, segments, strict=True)):
                 states[r].append(passes[0][place, width - len(segment) : width])

@@ -23,10 +23,12 @@ from ..compressor import Compressor
 from ..data.packed import ArrayRow
 from ..errors import ConfigError
 from ..families import get_family, resolve_targets
-from ..reader import base_name, is_spread
+from ..live import is_spread
+from ..methods.baselines import BASELINES
 from ..rules import get_rule
 from ..storage import base_stage
 from ..storage.adapter_folder import CHANGEABLE, read_config
+from ..storage.fingerprint import base_name
 from ..twin import text_config
 from .config import TrainConfig
 from .engines import Padded, make_engine
@@ -99,6 +101,7 @@ class MemoryStage(Stage):
 
     def __init__(self, model: PreTrainedModel, config: TrainConfig, held_out: dict[str, list[Row]]):
         self.config = config
+        made_by = BASELINES.get(config.compressor.kind, Compressor)
         if config.init_from:
             if (kind := read_config(config.init_from).kind) != config.compressor.kind:
                 raise ConfigError(
@@ -106,11 +109,11 @@ class MemoryStage(Stage):
                     f"{config.compressor.kind!r}; give the same"
                 )
             changes = {name: getattr(config.compressor, name) for name in CHANGEABLE}
-            self.compressor = Compressor.from_pretrained(
+            self.compressor = made_by.from_pretrained(
                 model, config.init_from, base_adapter=config.base_adapter, **changes
             )
         else:
-            self.compressor = Compressor(model, config.compressor, base_adapter=config.base_adapter)
+            self.compressor = made_by(model, config.compressor, base_adapter=config.base_adapter)
         if self.compressor.base_parameters:  # frozen, and read twice a step
             base_stage.merge(model)
         if not is_spread(model):

@@ -27,8 +27,8 @@ from transformers import PreTrainedModel
 from ..data.packed import ArrayRow
 from ..errors import CCMError, ConfigError
 from ..models import bfloat16_units
-from ..reader import base_name, model_fingerprint
 from ..storage.atomic import write_atomically
+from ..storage.fingerprint import base_name, model_fingerprint
 from . import checkpoint
 from .config import TrainConfig
 from .distributed import Processes, compile_blocks, save_memory

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...live import Live
 from ...memory import Memory
 from ...methods import Method
+from ...reader import Reader
 from ..metrics import Metrics
 from .base import Sampling
-from .batch import Batch
 from .folding import FoldingEngine, Running, left_padded
 from .forms import Form
 from .sampling import Sampler
@@ -31,7 +32,7 @@ class _Row(Running):
     """A job with its sampler and, while a long prompt is read, what is read so far."""
 
     sampler: Sampler
-    reading: Batch | None = None
+    reading: Live | None = None
 
 
 class PaddedEngine(FoldingEngine[_Row]):
@@ -54,7 +55,7 @@ class PaddedEngine(FoldingEngine[_Row]):
         waiting: int = 64,
         metrics: Metrics | None = None,
     ):
-        self._batch: Batch | None = None  # its rows are those of ``_writing``, in that order
+        self._batch: Live | None = None  # its rows are those of ``_writing``, in that order
         context = method.reader.context
         super().__init__(method, tokenizer, rows=rows, waiting=waiting, context=context, metrics=metrics)
 
@@ -99,19 +100,19 @@ class PaddedEngine(FoldingEngine[_Row]):
         if short:
             self._read(short, None)
 
-    def _read(self, rows: list[_Row], batch: Batch | None) -> None:
+    def _read(self, rows: list[_Row], batch: Live | None) -> None:
         parts = [tuple(running.prompt[:CHUNK]) for running in rows]
         ids, mask = left_padded(parts, self.method.reader.model.device)
         if batch is None:
             held = self.method.recall(Memory.stack([running.memory for running in rows]))
-            batch = Batch.over(self.method.reader, held)
-        batch, logits = batch.run(ids, mask)
+            batch = self.method.reader.live(held)
+        batch, logits = run(self.method.reader, batch, ids, mask)
         for running, part in zip(rows, parts, strict=True):
             del running.prompt[: len(part)]
         if rows[0].prompt:  # more chunks to come, of a single long prompt
             rows[0].reading = batch
             return
-        self._batch = Batch.cat([self._batch, batch] if self._batch else [batch])
+        self._batch = Live.cat([self._batch, batch] if self._batch else [batch])
         self._writing += rows
         self._draw(rows, logits)
 
@@ -120,7 +121,7 @@ class PaddedEngine(FoldingEngine[_Row]):
         if self._batch is None:
             return
         tokens = torch.tensor([[running.token] for running in rows], device=self.method.reader.model.device)
-        self._batch, logits = self._batch.run(tokens)
+        self._batch, logits = run(self.method.reader, self._batch, tokens)
         self.metrics.occupancy.observe(len(rows))
         self._draw(rows, logits)
 
@@ -133,3 +134,14 @@ class PaddedEngine(FoldingEngine[_Row]):
         ]
         if ended:
             self._end(ended)
+
+
+def run(reader: Reader, batch: Live, ids: Tensor, mask: Tensor | None = None) -> tuple[Live, Tensor]:
+    """Read tokens (B, T), padded at the left where the mask is false, behind a batch that must not be used again.
+
+    Returns:
+        the batch with these tokens, and the logits (B, V) after the last one.
+    """
+    mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+    batch, call = batch.ahead(mask, reader.adapter)
+    return batch, reader.model(input_ids=ids, logits_to_keep=1, **call).logits[:, -1]

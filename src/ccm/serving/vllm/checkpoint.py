@@ -16,8 +16,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ...errors import UnsupportedModelError
 from ...families import get_family
 from ...models import random_model
-from ...reader import fingerprint_of, sampled_rows
 from ...rotary import Rotary
+from ...storage.fingerprint import fingerprint_of, sampled_rows
 from ...twin import text_config
 
 
@@ -39,7 +39,8 @@ class Checkpoint:
 
     def rotary(self, dtype: torch.dtype) -> Rotary:
         """Its rotary embedding on the CPU, as a model in ``dtype`` has it."""
-        rotary = Rotary(self.model, self.family)
+        family = self.family
+        rotary = Rotary(self.model, family.body, family.way, family.rotated)
         rotary.module = type(rotary.module)(config=text_config(self.model.config))
         rotary.dtype = dtype
         return rotary

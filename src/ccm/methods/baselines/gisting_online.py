@@ -10,13 +10,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .base import register
-from .compressed import Trained
+from torch import Tensor
+
+from ...memory import KV, Memory
+from ..base import register
+from ..compressed import Trained
+from .recurrent import Baseline
+
+
+class Alone(Baseline):
+    """h(t) from c(t) alone."""
+
+    kind = "gisting-online"
+
+    def blocks(
+        self, memory: Memory, ids: Tensor, mask: Tensor, n: int, keep: int | None = None
+    ) -> list[tuple[KV, KV]]:
+        return super().blocks(self.empty(len(memory)), ids, mask, n, keep)
 
 
 @register("gisting-online")
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GistingOnline(Trained):
     """n slots for every segment, each compressed alone."""
 
-    kind: ClassVar[str] = "gisting-online"
+    made_by: ClassVar[type[Baseline]] = Alone

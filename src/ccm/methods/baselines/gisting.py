@@ -3,21 +3,46 @@
 Whenever a segment arrives, the whole history c(1..t) is read again and compressed as one: an upper bound for what n
 slots can hold, at a cost that grows with the history, as does what must be stored beside the slots to do it.
 Simplified: the original tunes all weights; here a LoRA is trained, with the data, objective and steps of CCM, on
-every prefix of a row in one parallel pass.
+every prefix of a row.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..errors import ConfigError
-from ..memory import Memory
-from ..reader import Ids
-from .base import register, texts
-from .compressed import Trained
+from ...errors import ConfigError
+from ...memory import Memory
+from ...reader import Ids
+from ...segments import Layout
+from ..base import register, texts
+from ..compressed import Trained
+from .gisting_online import Alone
+from .recurrent import Baseline
+
+
+class Whole(Alone):
+    """h(t) from all of c(1..t)."""
+
+    kind = "gisting"
+    rules = ("replace",)
+    whole = True
+
+    def lay_out(self, segments: Sequence[Sequence[Sequence[int]]], **sizes: int | None) -> Layout:
+        layout = super().lay_out(segments, **sizes)
+        longest = max(sum(map(len, row[:-1])) for row in segments)
+        self.check_length(longest + layout.comp_index.shape[2])
+        return layout
+
+    def compress(self, input_ids: Ids, memory: Memory | None = None, *args: Any, **sizes: Any) -> Memory:
+        if memory is not None and memory.steps:
+            raise ConfigError(
+                f"kind {self.kind!r} compresses a whole history at once; give all of it, without a memory"
+            )
+        return super().compress(input_ids, memory, *args, **sizes)
 
 
 @register("gisting")
@@ -25,7 +50,7 @@ from .compressed import Trained
 class Gisting(Trained):
     """n slots in all, made anew from the whole history at every step. The history is in the row's notes."""
 
-    kind: ClassVar[str] = "gisting"
+    made_by: ClassVar[type[Baseline]] = Whole
 
     def fold(self, memory: Memory, ids: Ids, mask: Tensor | None = None, *, answered: bool = False) -> Memory:
         rows = []
