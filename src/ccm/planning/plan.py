@@ -11,6 +11,7 @@ import torch
 
 from ..errors import ConfigError
 from ..messages import Message
+from ..methods.baselines import BASELINES
 from ..methods.compressed import CCM
 from ..models import load_config
 from ..placement import AUTO, Placement, place
