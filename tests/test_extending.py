@@ -119,6 +119,6 @@ def test_the_table_becomes_a_page(
     )
     assert window and kept and window.kv_bytes == kept.kv_bytes
     assert main(["report", str(file), "--out", str(folder / "report")]) == 0
-    page = (folder / "report" / "results.md").read_text()
-    assert "| `low-norm:tokens=2` |" in page and "kinds-mine.png" in page
+    page = (folder / "report" / "results" / "mine.md").read_text()
+    assert "| `low-norm:tokens=2` |" in page and "of newest · oldest" in page
     assert "`low-norm` > `streaming-llm@low-norm`" in page

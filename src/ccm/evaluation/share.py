@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..compressor import Compressor
 from ..data.rows import ConversationRow
 
+N = TypeVar("N", float, np.ndarray, Tensor)
 #: (row, segment) -> logits (T_segment, V)
 SegmentLogits = Callable[[int, int], Tensor]
 
@@ -43,7 +46,8 @@ def turn_nll(logits: Tensor, ids: Sequence[int], content: tuple[int, int]) -> tu
     return float(nll), stop - start
 
 
-def recovered_share(none: float, full: float, method: float) -> float:
+def recovered_share(none: N, full: N, method: N) -> N:
+    """Of numbers, arrays or tensors of mean NLL, or of sums over the same tokens."""
     return (none - method) / (none - full)
 
 
@@ -55,7 +59,7 @@ def bootstrap_share(
     generator = torch.Generator().manual_seed(seed)
     picks = torch.randint(totals.shape[1], (draws, totals.shape[1]), generator=generator)
     n, f, m = totals[:, picks].sum(-1)
-    shares = ((n - m) / (n - f)).sort().values
+    shares = recovered_share(n, f, m).sort().values
     return float(shares[int(0.025 * draws)]), float(shares[int(0.975 * draws)])
 
 

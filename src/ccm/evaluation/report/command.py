@@ -16,30 +16,28 @@ EPILOG = "Example: ccm report results/eval --out docs"
 def report(
     paths: Annotated[
         list[Path] | None,
-        typer.Argument(
-            metavar="[PATH]...", help="Result files, or folders of them.", show_default="results/eval"
-        ),
+        typer.Argument(metavar="[PATH]...", help="Result files, or folders of them.", show_default="results"),
     ] = None,
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where results.md and figures/ go.")] = Path(
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where results.md and results/ go.")] = Path(
         "docs"
     ),
 ) -> None:
-    """Write the page of results, with tables and figures, from what ccm eval stored."""
+    """Write a summary, and a page for every suite, from what ccm eval and the benchmarks stored."""
     from rich.console import Console
 
+    from . import benchmarks
     from .load import load
-    from .page import FIGURES, PAGE, build
+    from .pages import FOLDER, PAGE, build
 
-    results = load(paths or [Path("results/eval")])
-    page, figures = build(results)
-    folder = out / FIGURES
+    paths = paths or [Path("results")]
+    results = load(paths)
+    files = build(results, benchmarks.load([path for path in paths if path.is_dir()]))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        (out / FOLDER).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise StorageError(f"cannot write to {folder}: {error.strerror or error}") from error
-    for name, content in figures.items():
-        write_atomically(folder / name, content)
-    write_atomically(out / PAGE, page.encode())
+        raise StorageError(f"cannot write to {out}: {error.strerror or error}") from error
+    for name, content in files.items():
+        write_atomically(out / name, content)
     suites = ", ".join(result.suite for result in results)
-    line = f"{out / PAGE}: suites {suites}; {len(figures)} figures in {folder}"
+    line = f"{out / PAGE}; a page and a picture in {out / FOLDER} of each suite: {suites}"
     Console().print(line, soft_wrap=True, highlight=False, markup=False)

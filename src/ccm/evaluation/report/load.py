@@ -5,15 +5,44 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ...errors import ConfigError, DataError
 
 SCHEMA = 1
+#: Resampling fewer items than this says nothing.
+FEW = 5
+#: A step as large as this is no number of segments: streams count the tokens that were read.
+STREAM_STEP = 1024
+#: Metrics and their titles, in the order in which a task's main one is chosen.
+TITLES = {
+    "accuracy": "accuracy",
+    "f1": "F1",
+    "em": "exact match",
+    "rouge_l": "ROUGE-L",
+    "perplexity": "perplexity",
+    "recovered_share": "recovered share",
+}
+
+
+class Estimate(NamedTuple):
+    """A number with its 95 % interval, and whether it rests on ``FEW`` items."""
+
+    value: float
+    low: float
+    high: float
+    sure: bool = True
+
+    @property
+    def verdict(self) -> str:
+        """Of a difference: "open" has both signs in its interval, is nothing but 0, or rests on too little."""
+        if not self.sure or self.low == self.high == 0:
+            return "open"
+        return "held" if self.low >= 0 else "not held" if self.high <= 0 else "open"
 
 
 @dataclass(frozen=True)
@@ -21,15 +50,13 @@ class Row:
     """One measured number.
 
     Attributes:
-        task, method: names.
+        task, method, metric: names.
         step: segments in the memory, in streams tokens read.
         tag: kind of query; "" is all of them.
-        metric: "perplexity", "accuracy", "recovered_share", ...
         value, ci_low, ci_high: the number and its 95 % interval.
         n: items behind it.
-        kv_bytes: mean bytes of the keys and values that were read at this step.
-        peak_kv_bytes: the most that was held.
-        fold_seconds, ttft_seconds, seconds: to take in a segment, to the first token, of the whole.
+        kv_bytes, peak_kv_bytes: of the keys and values read at this step (mean), and the most that was held.
+        fold_seconds, ttft_seconds: to take in a segment, and to the first token.
     """
 
     task: str
@@ -41,82 +68,78 @@ class Row:
     n: int
     ci_low: float | None = None
     ci_high: float | None = None
-    kv_bytes: float | None = None
-    peak_kv_bytes: float | None = None
-    fold_seconds: float | None = None
-    ttft_seconds: float | None = None
-    seconds: float | None = None
+    kv_bytes: float = 0.0
+    peak_kv_bytes: float = 0.0
+    fold_seconds: float = 0.0
+    ttft_seconds: float = 0.0
+
+    @property
+    def estimate(self) -> Estimate:
+        low, high = (self.value if end is None else end for end in (self.ci_low, self.ci_high))
+        return Estimate(self.value, low, high, self.n >= FEW)
 
 
 @dataclass(frozen=True)
 class Results:
-    """One file: the rows of a suite, and how they were made.
-
-    Attributes:
-        suite: name.
-        rows: all of them, in the order of the file.
-        about: everything else in the file, such as model, adapters, seeds, versions.
-        skipped: method -> why it has no rows.
-        warnings: what a reader of the rows must know.
-    """
+    """One file: the rows of a suite, and all else in it, such as model, adapters, versions."""
 
     suite: str
     rows: tuple[Row, ...]
     about: dict[str, Any] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)
-    warnings: tuple[str, ...] = ()
 
     @cached_property
-    def _index(self) -> dict[tuple[str, str, int, str, str], Row]:
-        return {(row.task, row.method, row.step, row.tag, row.metric): row for row in self.rows}
+    def _index(self) -> dict[tuple[str, str, str], dict[str, list[Row]]]:
+        found: dict[tuple[str, str, str], dict[str, list[Row]]] = {}
+        for row in sorted(self.rows, key=lambda row: (self.methods.index(row.method), row.step)):
+            found.setdefault((row.task, row.metric, row.tag), {}).setdefault(row.method, []).append(row)
+        return found
 
     @cached_property
     def tasks(self) -> list[str]:
-        return list(dict.fromkeys(row.task for row in self.rows))
+        return list(dict.fromkeys(row.task for row in self.rows if row.metric in TITLES))
 
     @cached_property
     def methods(self) -> list[str]:
         """Names, "none" and "full" first, the others as they come in the file."""
         names = dict.fromkeys(row.method for row in self.rows)
-        ends = [name for name in ("none", "full") if name in names]
-        return ends + [name for name in names if name not in ends]
-
-    def get(self, task: str, method: str, step: int, metric: str, tag: str = "") -> Row | None:
-        return self._index.get((task, method, step, tag, metric))
+        return sorted(names, key=lambda name: ("none", "full", name).index(name))  # stable
 
     def of(self, task: str, metric: str, tag: str = "") -> dict[str, list[Row]]:
         """method -> its rows of a task and metric by rising step; methods without any are left out."""
-        found: dict[str, list[Row]] = {}
-        for row in self.rows:
-            if (row.task, row.metric, row.tag) == (task, metric, tag):
-                found.setdefault(row.method, []).append(row)
-        return {m: sorted(found[m], key=lambda row: row.step) for m in self.methods if m in found}
+        return self._index.get((task, metric, tag), {})
 
     def steps(self, task: str, metric: str, tag: str = "") -> list[int]:
         return sorted({row.step for rows in self.of(task, metric, tag).values() for row in rows})
 
+    def get(self, task: str, method: str, metric: str, step: int, tag: str = "") -> Row | None:
+        return next((row for row in self.of(task, metric, tag).get(method, ()) if row.step == step), None)
+
     def last(self, task: str, method: str, metric: str, tag: str = "") -> Row | None:
         """A method's row at the last step that the task has."""
         steps = self.steps(task, metric, tag)
-        return self.get(task, method, steps[-1], metric, tag) if steps else None
+        return self.get(task, method, metric, steps[-1], tag) if steps else None
 
     def tags(self, task: str) -> list[str]:
         """Kinds of query, numbers in them by their size."""
         tags = {row.tag for row in self.rows if row.task == task and row.tag}
         return sorted(tags, key=lambda tag: re.sub(r"\d+", lambda digits: digits[0].zfill(9), tag))
 
-    def items(self, task: str, metric: str, step: int, tag: str = "") -> int:
-        """Items behind the numbers of a step, the most that a method has."""
-        key = task, metric, step, tag
-        return max(row.n for row in self.rows if (row.task, row.metric, row.step, row.tag) == key)
+    def is_stream(self, task: str) -> bool:
+        return self.steps(task, self.main(task))[-1] >= STREAM_STEP
 
-    def no_effect(self) -> list[tuple[str, str]]:
-        """(method, task) where the memory changed nothing."""
-        return [(row.method, row.task) for row in self.rows if row.metric == "no_effect" and row.value]
+    def main(self, task: str) -> str:
+        """What a task measures first."""
+        return next(metric for metric in TITLES if self.of(task, metric))
+
+    def yardstick(self, task: str) -> str:
+        """What tells methods apart: the recovered share in place of perplexities, but for streams."""
+        main = self.main(task)
+        shares = main == "perplexity" and not self.is_stream(task) and self.of(task, "recovered_share")
+        return "recovered_share" if shares else main
 
 
 def load(paths: Sequence[Path]) -> list[Results]:
-    """The results of files, and of folders with ``*.json`` in them, by name of the suite.
+    """The results of files, and of folders with files of ``ccm eval`` in them or in their ``eval``, by suite.
 
     Raises:
         DataError: no such file, none in a folder, or a file that is not what it should be; names file and key.
@@ -124,19 +147,19 @@ def load(paths: Sequence[Path]) -> list[Results]:
     """
     files: list[Path] = []
     for path in paths:
-        found = sorted(path.glob("*.json")) if path.is_dir() else [path]
+        inside = path / "eval" if (path / "eval").is_dir() else path
+        found = sorted(inside.glob("*.json")) if path.is_dir() else [path]
         if not found:
-            raise DataError(f"{path}: no *.json in this folder; run ccm eval quick first")
+            raise DataError(f"{inside}: no *.json in this folder; run ccm eval quick first")
         files += found
-    results = {file: read(file) for file in dict.fromkeys(files)}
-    by_suite: dict[str, Path] = {}
-    for file, result in results.items():
-        if result.suite in by_suite:
-            raise ConfigError(
-                f"{by_suite[result.suite]} and {file} both hold suite {result.suite!r}; name one"
-            )
-        by_suite[result.suite] = file
-    return sorted(results.values(), key=lambda result: result.suite)
+    by_suite: dict[str, tuple[Path, Results]] = {}
+    for file in dict.fromkeys(files):
+        results = read(file)
+        if results.suite in by_suite:
+            other = by_suite[results.suite][0]
+            raise ConfigError(f"{other} and {file} both hold suite {results.suite!r}; name one")
+        by_suite[results.suite] = file, results
+    return [by_suite[suite][1] for suite in sorted(by_suite)]
 
 
 def read(path: Path) -> Results:
@@ -151,67 +174,44 @@ def read(path: Path) -> Results:
         raise DataError(f"{path}: no such file; ccm eval SUITE writes one") from error
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: expected JSON as ccm eval writes it ({error})") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: got {_kind(content)}, expected an object with schema, suite and rows")
-    if content.get("schema") != SCHEMA:
-        raise DataError(f"{path}: schema is {content.get('schema')!r}, expected {SCHEMA}")
-    suite = _value(content, "suite", str, f"{path}")
-    rows = _value(content, "rows", list, f"{path}")
-    skipped = _value({"skipped": {}, **content}, "skipped", dict, f"{path}")
-    warnings = _value({"warnings": [], **content}, "warnings", list, f"{path}")
+    if _value(content, "schema", "int", f"{path}") != SCHEMA:
+        raise DataError(f"{path}: schema is {content['schema']}, expected {SCHEMA}")
+    suite, rows = (_value(content, *key, f"{path}") for key in (("suite", "str"), ("rows", "list")))
     if not rows:
         raise DataError(f"{path}: rows is empty, expected at least one")
-    parsed = tuple(_row(row, f"{path}: rows[{i}]") for i, row in enumerate(rows))
-    seen: dict[tuple[Any, ...], int] = {}
-    for i, row in enumerate(parsed):
-        key = (row.task, row.method, row.step, row.tag, row.metric)
-        if key in seen:
-            raise DataError(f"{path}: rows[{i}] and rows[{seen[key]}] are both {' / '.join(map(str, key))}")
-        seen[key] = i
-    told = ("schema", "suite", "rows", "skipped", "warnings")
-    about = {k: v for k, v in content.items() if k not in told}
-    return Results(
-        suite, parsed, about, {str(k): str(v) for k, v in skipped.items()}, tuple(map(str, warnings))
-    )
+    parsed: dict[tuple[Any, ...], Row] = {}
+    for i, entry in enumerate(rows):
+        row = _row(entry, f"{path}: rows[{i}]")
+        if parsed.setdefault((row.task, row.method, row.step, row.tag, row.metric), row) is not row:
+            raise DataError(f"{path}: rows[{i}] is there twice ({row.task}, {row.method}, {row.metric})")
+    about = {key: value for key, value in content.items() if key not in ("schema", "suite", "rows")}
+    return Results(suite, tuple(parsed.values()), about)
 
 
 def _row(row: Any, where: str) -> Row:
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: got {_kind(row)}, expected an object")
-    types: dict[str, type | tuple[type, ...]] = {"str": str, "int": int}
-    values = {}
-    for entry in fields(Row):
-        if entry.default is not MISSING and row.get(entry.name) is None:
-            continue
-        values[entry.name] = _value(row, entry.name, types.get(str(entry.type), (int, float)), where)
+    values = {
+        entry.name: _value(row, entry.name, str(entry.type).split(" | ")[0], where)
+        for entry in fields(Row)
+        if entry.default is MISSING or (isinstance(row, dict) and row.get(entry.name) is not None)
+    }
     if values["metric"] == "perplexity" and min(values["value"], values.get("ci_low", 1)) <= 0:
         raise DataError(f"{where}: value or ci_low of a perplexity is not above 0")
     return Row(**values)
 
 
-def _value(content: Mapping[str, Any], key: str, expected: type | tuple[type, ...], where: str) -> Any:
-    if key not in content:
+_KINDS: dict[str, tuple[Any, str]] = {
+    "str": (str, "text"),
+    "int": (int, "a whole number"),
+    "float": ((int, float), "a finite number"),
+    "list": (list, "a list"),
+}
+
+
+def _value(content: Any, key: str, kind: str, where: str) -> Any:
+    if not isinstance(content, dict) or key not in content:
         raise DataError(f"{where}: key {key!r} is missing")
-    value = content[key]
-    kinds = expected if isinstance(expected, tuple) else (expected,)
-    good = isinstance(value, kinds) and not isinstance(value, bool)
+    value, (expected, name) = content[key], _KINDS[kind]
+    good = isinstance(value, expected) and not isinstance(value, bool)
     if not good or (isinstance(value, float) and not math.isfinite(value)):
-        names = " or ".join(_NAMES[kind] for kind in kinds)
-        shown = value if isinstance(value, int | float | str | bool | None) else _kind(value)
-        raise DataError(f"{where}: {key} is {shown!r}, expected {names}")
+        raise DataError(f"{where}: {key} is {value!r}, expected {name}")
     return value
-
-
-_NAMES = {
-    str: "text", int: "a whole number", float: "a finite number", list: "a list", dict: "an object",
-    bool: "true or false", type(None): "null",
-}  # fmt: skip
-
-
-def _kind(value: Any) -> str:
-    return _NAMES[type(value)]
-
-
-def all_methods(results: Iterable[Results]) -> list[str]:
-    """Every method of several files once, "none" and "full" first."""
-    return list(dict.fromkeys(name for result in results for name in result.methods))

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
-from statistics import fmean
+from statistics import fmean, median, stdev
 
-from .load import Results
-from .measures import (
-    METRICS,
-    Estimate,
-    Finding,
-    Loss,
-    Metric,
-    estimate,
-    is_ccm,
-    is_stream,
-    kv_bytes,
-    losses,
-    metrics_of,
-    overall,
-    pooled,
-    slowdown,
+from .load import TITLES, Estimate, Results
+
+#: (better, worse): whether there is anything to keep, then what the paper shows, of methods that had the same short
+#: training
+ORDER = (
+    ("full", "none"),
+    ("ccm-concat-short", "ccm-merge-short"),
+    ("ccm-concat-short", "gisting-online"),
+    ("ccm-merge-short", "gisting-online"),
+    ("ccm-concat-short", "compressive"),
+    ("ccm-merge-short", "compressive"),
+    ("ccm-concat-short", "autocompressor"),
+    ("ccm-concat-short", "mean-pool"),
+    ("ccm-concat", "ccm-merge"),
 )
-
 MOST_POSITIONS = 6
+#: claim -> task -> how much better its left side is
+Claims = dict[str, dict[str, Estimate]]
+#: What stands for it in a title, step, kind of query
+Place = tuple[str, int, str]
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -33,221 +34,201 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def number(value: float, digits: int) -> str:
+def number(value: float, digits: int = 2, sign: bool = False) -> str:
     """With a real minus sign, never "-0.00"; large perplexities without decimals."""
-    digits = 0 if abs(value) >= 1000 else digits
-    text = f"{value:,.{digits}f}"
-    return text.lstrip("-") if not any(c in "123456789" for c in text) else text.replace("-", "\u2212")
+    text = f"{value:{'+' if sign else ''},.{0 if abs(value) >= 1000 else digits}f}"
+    return text.replace("-", "\u2212") if any(c in "123456789" for c in text) else text.lstrip("+-")
 
 
-def signed(value: float, digits: int = 3) -> str:
-    text = number(value, digits)
-    return text if text.startswith("\u2212") or not any(c in "123456789" for c in text) else f"+{text}"
-
-
-def with_interval(entry: Estimate, digits: int, sign: bool = False) -> str:
+def cell(found: Estimate | None, digits: int = 2, sign: bool = False) -> str:
     """The value, and its interval in small."""
-    show = signed if sign else number
-    text = show(entry.value, digits)
-    if entry.low == entry.high:
-        return text
-    return f"{text} <sub>{show(entry.low, digits)} to {show(entry.high, digits)}</sub>"
-
-
-def size(count: float | None) -> str:
-    """Bytes in MB, small ones in kB."""
-    if count is None:
+    if found is None:
         return ""
-    return f"{count / 1e6:,.2f} MB" if count >= 1e5 or not count else f"{count / 1e3:.1f} kB"
+    value, low, high = (number(part, digits, sign) for part in found[:3])
+    return value if found.low == found.high else f"{value} <sub>{low} to {high}</sub>"
 
 
-def duration(seconds: float | None) -> str:
-    if seconds is None:
-        return ""
-    return f"{seconds * 1e3:,.0f} ms" if seconds < 10 else f"{seconds:,.0f} s"
+def size(count: float) -> str:
+    return f"{count / 1e6:,.2f} MB"
+
+
+def _digits(metric: str) -> int:
+    return 1 if metric == "perplexity" else 2
+
+
+# ---------------------------------------------------------------------- what follows from rows
+
+
+def reached(results: Results, task: str, method: str) -> Estimate | None:
+    """What a method reaches at the last step; of a stream the perplexity over all blocks, as if independent."""
+    if not results.is_stream(task):
+        row = results.last(task, method, results.yardstick(task))
+        return row.estimate if row else None
+    logs = [[math.log(x) for x in row.estimate[:3]] for row in results.of(task, "perplexity").get(method, ())]
+    if not logs:
+        return None
+    mean = fmean(value for value, _, _ in logs)
+    below = math.hypot(*(value - low for value, low, _ in logs)) / len(logs)
+    above = math.hypot(*(high - value for value, _, high in logs)) / len(logs)
+    return Estimate(math.exp(mean), math.exp(mean - below), math.exp(mean + above))
+
+
+def gain(results: Results, task: str, better: str, worse: str) -> Estimate | None:
+    """How much better one method is than another at the last step, paired; None if they were not compared."""
+    metric = results.yardstick(task)
+    if results.is_stream(task):
+        return _over_blocks(results, task, better, worse)
+    if row := results.last(task, better, f"{metric} over {worse}"):
+        return row.estimate
+    if row := results.last(task, worse, f"{metric} over {better}"):
+        value, low, high, sure = row.estimate
+        return Estimate(-value, -high, -low, sure)
+    return None
+
+
+def _over_blocks(results: Results, task: str, better: str, worse: str) -> Estimate | None:
+    """The mean gain in nats over the blocks that both have, with the interval of a mean of independent numbers."""
+    own, other = (
+        {row.step: row.value for row in results.of(task, "perplexity").get(m, ())} for m in (better, worse)
+    )
+    gains = [math.log(other[step] / own[step]) for step in own.keys() & other.keys()]
+    if not gains:
+        return None
+    spread = stdev(gains) if len(gains) > 1 else 0.0
+    half = _student(len(gains) - 1) * spread / math.sqrt(len(gains))
+    mean = fmean(gains)
+    return Estimate(mean, mean - half, mean + half, len(gains) > 1)
+
+
+def _student(freedom: int) -> float:
+    """The two-sided 95 % quantile of Student's t, to within 0.01."""
+    small = (math.inf, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+    return small[freedom] if freedom < len(small) else 1.96 + 2.37 / freedom + 2.8 / freedom**2
+
+
+def claims(results: Results) -> Claims:
+    """The paper's order of methods, every memory against its window, growth of CCM with the time step."""
+    found: Claims = {}
+    windows = [(name.split("@", 1)[1], name) for name in results.methods if "@" in name]
+    for better, worse in (*ORDER, *windows):
+        for task in results.tasks:
+            by_definition = better == "full" and results.yardstick(task) == "recovered_share"
+            if not by_definition and (gained := gain(results, task, better, worse)):
+                found.setdefault(f"`{better}` > `{worse}`", {})[task] = gained
+    for row in results.rows:
+        name, _, first = row.metric.partition(" since ")
+        if first and name == results.main(row.task) and row.method.startswith(("full", "ccm-")):
+            found.setdefault(f"`{row.method}`: last t > first t", {})[row.task] = row.estimate
+    return found
 
 
 # ---------------------------------------------------------------------- tables
 
 
 def glance(results: Results) -> str:
-    """Methods against tasks: the recovered share where there is one, otherwise the task's main metric."""
-    columns: list[tuple[str, Callable[[str], str]]] = []  # title, method -> cell
+    """Methods against tasks at their last step, and what each method takes."""
+    header = ["method", "KV of full", "to fold a segment", "to the first token"]
     for task in results.tasks:
-        for metric in metrics_of(results, task)[:1]:
-            share = results.steps(task, "recovered_share")
-            if share and metric.name == "perplexity" and not is_stream(results, task):
-                columns.append((f"{task}: recovered share, t = {share[-1]}", partial(_share, results, task)))
-            else:
-                last = f", t = {results.steps(task, metric.name)[-1]}" if not is_stream(results, task) else ""
-                columns.append((f"{task}: {metric.title}{last}", partial(_reached, results, task, metric)))
-    rows = [
-        [f"`{method}`", _share_of_full(results, method), *(cell(method) for _, cell in columns)]
-        for method in results.methods
-    ]
-    return markdown(["method", "KV, share of full", *(title for title, _ in columns)], rows)
-
-
-def _share(results: Results, task: str, method: str) -> str:
-    row = results.last(task, method, "recovered_share")
-    return with_interval(estimate(row), 2) if row else ""
-
-
-def _reached(results: Results, task: str, metric: Metric, method: str) -> str:
-    found = overall(results, task, method, metric)
-    return with_interval(found, 1 if metric.name == "perplexity" else 2) if found else ""
-
-
-def _share_of_full(results: Results, method: str) -> str:
-    """KV bytes at the last step over those of full context, mean over tasks."""
-    shares = []
-    for task in results.tasks:
-        own, full = kv_bytes(results, task, method), kv_bytes(results, task, "full")
-        if own is not None and full:
-            shares.append(own / full)
-    return f"{100 * fmean(shares):.1f} %" if shares else ""
-
-
-def steps_table(results: Results, task: str, metric: Metric, extras: bool = True) -> str:
-    """Methods against time steps, with intervals; with ``extras`` KV bytes, recovered share and gap to full."""
-    steps = results.steps(task, metric.name)
-    wanted = {
-        "recovered share": ("recovered_share", 2, False),
-        "accuracy gap to full": ("accuracy_gap", 3, True),
-    }
-    more = {title: entry for title, entry in wanted.items() if extras and results.steps(task, entry[0])}
-    counted = [f"t = {step}, n = {results.items(task, metric.name, step)}" for step in steps]
-    header = ["method", *counted, *(("KV bytes",) if extras else ()), *more]
-    rows = []
-    for method, found in results.of(task, metric.name).items():
-        by_step = {row.step: row for row in found}
-        cells = [f"`{method}`"]
-        cells += [
-            with_interval(estimate(by_step[step]), metric.digits) if step in by_step else "" for step in steps
-        ]
-        if extras:
-            cells.append(size(kv_bytes(results, task, method)))
-        for name, digits, sign in more.values():
-            row = results.last(task, method, name)
-            cells.append(with_interval(estimate(row), digits, sign) if row else "")
-        rows.append(cells)
-    return markdown(header, rows)
-
-
-def stream_table(results: Results, task: str) -> str:
-    """Perplexity by position for a few positions and over all blocks; bytes; and whether a segment's time grows."""
-    steps = results.steps(task, "perplexity")
-    last = len(steps) - 1
-    places = sorted({round(i * last / (MOST_POSITIONS - 1)) for i in range(MOST_POSITIONS)})
-    shown = [steps[i] for i in places]
-    rows = []
-    for method, found in results.of(task, "perplexity").items():
-        by_step = {row.step: row for row in found}
-        whole = pooled(found)
-        cells = [f"`{method}`", with_interval(whole, 2) if whole else ""]
-        cells += [number(by_step[step].value, 1) if step in by_step else "" for step in shown]
-        end = found[-1]
-        slower = slowdown(found)
-        cells += [size(end.kv_bytes), size(end.peak_kv_bytes), "" if slower is None else number(slower, 2)]
-        rows.append([*cells, f"{end.step:,}"])
-    positions = (f"at {step:,}" for step in shown)
-    header = [
-        "method",
-        "all blocks",
-        *positions,
-        "KV bytes",
-        "peak",
-        "time, last quarter / first",
-        "tokens read",
-    ]
-    return markdown(header, rows)
-
-
-def costs_table(results: Results, task: str) -> str:
-    """What the memory takes at the last step: bytes held and at most, seconds to fold and to the first token."""
-    rows = []
-    for metric in metrics_of(results, task)[:1]:
-        for method, found in results.of(task, metric.name).items():
-            row = found[-1]
-            times = (row.fold_seconds, row.ttft_seconds, row.seconds)
-            rows.append([f"`{method}`", size(row.kv_bytes), size(row.peak_kv_bytes), *map(duration, times)])
-    return markdown(["method", "KV bytes", "peak", "to fold a segment", "to the first token", "in all"], rows)
-
-
-def kinds_table(results: Results, task: str, metric: Metric) -> str:
-    """Methods against kinds of query, each at its last step."""
-    tags = [tag for tag in results.tags(task) if results.steps(task, metric.name, tag)]
+        metric = results.yardstick(task)
+        n = max(rows[-1].n for rows in results.of(task, metric).values())
+        where = "" if results.is_stream(task) else f", t = {results.steps(task, metric)[-1]}, n = {n}"
+        header.append(f"{task}: {TITLES[metric]}{where}")
     rows = []
     for method in results.methods:
-        found = [results.last(task, method, metric.name, tag) for tag in tags]
-        if any(found):
-            rows.append([f"`{method}`", *(with_interval(estimate(row), 2) if row else "" for row in found)])
-    last = {tag: results.steps(task, metric.name, tag)[-1] for tag in tags}
-    counted = [f"{tag}, n = {results.items(task, metric.name, last[tag], tag)}" for tag in tags]
-    return markdown(["method", *counted], rows)
+        found = [cell(reached(results, t, method), _digits(results.yardstick(t))) for t in results.tasks]
+        rows.append([f"`{method}`", *_costs(results, method), *found])
+    return markdown(header, rows)
 
 
-def findings_table(results: Results, findings: Sequence[Finding]) -> str:
-    """Claims against tasks: the verdict, the difference with its interval, and how the KV bytes compare."""
-    by_task = sorted(findings, key=lambda finding: results.tasks.index(finding.task))
-    tasks = list(dict.fromkeys(f"{f.task} ({f.metric.lost})" for f in by_task))
-    by_claim: dict[str, dict[str, Finding]] = {}
-    for finding in findings:
-        by_claim.setdefault(finding.claim, {})[f"{finding.task} ({finding.metric.lost})"] = finding
-    rows = []
-    for claim, found in by_claim.items():
-        ratios = [f.kv[0] / f.kv[1] for f in found.values() if f.kv[0] and f.kv[1]]
-        cells = [
-            f"{f.verdict} {with_interval(f.gain, 2, sign=True)}" if (f := found.get(task)) else ""
-            for task in tasks
+def _costs(results: Results, method: str) -> list[str]:
+    """Means over tasks at their last step: KV bytes over those of full context, time to fold, to the first token."""
+    ends = [row for task in results.tasks if (row := results.last(task, method, results.main(task)))]
+    fulls = {task: row for task in results.tasks if (row := results.last(task, "full", results.main(task)))}
+    shares = [row.kv_bytes / fulls[row.task].kv_bytes for row in ends if row.task in fulls]
+    kv = f"{100 * fmean(shares):.1f} %" if shares else ""
+    return [
+        kv,
+        *(
+            f"{1e3 * fmean(s):,.0f} ms"
+            for s in zip(*((r.fold_seconds, r.ttft_seconds) for r in ends), strict=True)
+        ),
+    ]
+
+
+def claims_table(found: Claims) -> str:
+    """Claims against tasks: the verdict, and the difference with its interval."""
+    tasks = list(dict.fromkeys(task for of in found.values() for task in of))
+    rows = [
+        [claim, *(f"{of[t].verdict} {cell(of[t], sign=True)}" if t in of else "" for t in tasks)]
+        for claim, of in found.items()
+    ]
+    return markdown(["claim", *tasks], rows)
+
+
+def by_step(results: Results) -> str:
+    """Methods against tasks; a cell has all time steps."""
+    return _joined(results, "at t =", lambda task, name: [(str(t), t, "") for t in results.steps(task, name)])
+
+
+def by_kind(results: Results) -> str:
+    """Methods against tasks; a cell has all kinds of query, each at its last step."""
+
+    def places(task: str, name: str) -> list[Place]:
+        return [
+            (tag, steps[-1], tag) for tag in results.tags(task) if (steps := results.steps(task, name, tag))
         ]
-        rows.append([claim, f"{fmean(ratios):.1f}×" if ratios else "", *cells])
-    return markdown(["claim", "KV, left / right", *tasks], rows)
+
+    return _joined(results, "of", places)
 
 
-def losses_tables(results: Results) -> str:
-    """Where methods lose against full context: a table for each metric, kinds with the worst CCM loss first."""
-    everything = losses(results)
-    parts = []
-    for metric in METRICS.values():
-        kinds: dict[str, list[Loss]] = {}
-        for loss in everything:
-            if loss.metric is metric:
-                kinds.setdefault(loss.kind, []).append(loss)
-        if not kinds:
-            continue
-        rows = []
-        for kind in sorted(kinds, key=lambda kind: (-_worst(kinds[kind]), kind)):
-            listed = kinds[kind]
-            cells = [_name(loss) + " " + signed(-loss.lost.value, 2) for loss in listed]
-            rows.append([kind, number(listed[0].full, metric.digits), ", ".join(cells)])
-        header = [f"{metric.title}: task · kind", "full", f"difference to full in {metric.lost}, worst first"]
-        parts.append(markdown(header, rows))
-    return "\n\n".join(parts)
+def _joined(results: Results, word: str, places: Callable[[str, str], list[Place]]) -> str:
+    """Methods against tasks, a cell with the main metric at several places; empty if no task has them."""
+    columns: dict[str, tuple[str, str, list[Place]]] = {}
+    for task in results.tasks:
+        metric = results.main(task)
+        if not results.is_stream(task) and len(found := places(task, metric)) > 1:
+            title = f"{task}: {TITLES[metric]} {word} {' · '.join(label for label, _, _ in found)}"
+            columns[title] = task, metric, found
+    rows = []
+    for method in results.methods:
+        cells = []
+        for task, metric, found in columns.values():
+            ends = [results.get(task, method, metric, step, tag) for _, step, tag in found]
+            shown = " · ".join(number(row.value, _digits(metric)) if row else "?" for row in ends)
+            cells.append(shown if any(ends) else "")
+        if any(cells):
+            rows.append([f"`{method}`", *cells])
+    return markdown(["method", *columns], rows) if columns else ""
 
 
-def _worst(listed: list[Loss]) -> float:
-    """The largest loss of a CCM method, or of any if there is none."""
-    return max([loss.lost.value for loss in listed if is_ccm(loss.method)] or [listed[0].lost.value])
+def stream(results: Results, task: str) -> str:
+    """Perplexity over all blocks and at a few positions; bytes; and whether a segment's time grows."""
+    steps = results.steps(task, "perplexity")
+    shown = sorted({steps[round(i * (len(steps) - 1) / (MOST_POSITIONS - 1))] for i in range(MOST_POSITIONS)})
+    rows = []
+    for method, found in results.of(task, "perplexity").items():
+        at = [results.get(task, method, "perplexity", step) for step in shown]
+        seconds = [row.fold_seconds + row.ttft_seconds for row in found]
+        quarter = max(1, len(seconds) // 4)
+        first, last = median(seconds[:quarter]), median(seconds[-quarter:])
+        cells = [cell(reached(results, task, method)), *(number(row.value, 1) if row else "" for row in at)]
+        cells += [
+            size(found[-1].kv_bytes),
+            size(found[-1].peak_kv_bytes),
+            number(last / first) if first else "",
+        ]
+        rows.append([f"`{method}`", *cells])
+    header = ["method", "all blocks", *(f"at {step:,}" for step in shown)]
+    return markdown([*header, "KV", "peak", "time of a segment, last quarter / first"], rows)
 
 
-def _name(loss: Loss) -> str:
-    return f"**`{loss.method}`**" if is_ccm(loss.method) else f"`{loss.method}`"
+def about(results: Results) -> str:
+    """How the results were made, a line a key."""
+    told = ("skipped", "warnings")
+    return "\n".join(f"- {key}: {_flat(value)}" for key, value in results.about.items() if key not in told)
 
 
-def about_table(results: Results) -> str:
-    """How the results were made: everything in the file that is no row."""
-    rows: list[list[str]] = []
-    for key, value in results.about.items():
-        rows += _flat(key, value)
-    return markdown(["setting", "value"], rows).replace("| --- | ---: |", "| --- | --- |")
-
-
-def _flat(key: str, value: object) -> list[list[str]]:
-    """Nested settings as one line a leaf, keys joined by dots."""
+def _flat(value: object) -> str:
     if isinstance(value, dict):
-        return [line for name, inner in value.items() for line in _flat(f"{key}.{name}", inner)]
-    if isinstance(value, list) and any(isinstance(inner, dict | list) for inner in value):
-        return [line for i, inner in enumerate(value) for line in _flat(f"{key}.{i}", inner)]
-    shown = ", ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
-    return [[key, shown]]
+        return ", ".join(f"{key} {_flat(inner)}" for key, inner in value.items() if inner != {"options": {}})
+    return ", ".join(map(_flat, value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,155 @@
+"""What ``benchmarks/*.py`` stored in ``results/*.json``, as sections of the summary."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from ...errors import DataError
+from ..share import recovered_share
+from .tables import markdown, number, size
+
+#: name of a file -> its content
+Stored = Mapping[str, dict[str, Any]]
+_BASELINES, _WINDOW = "held_out_baselines", "window of the same bytes as "
+#: figures of benchmarks/held_out.py at the bytes of four slots, and the one beside a window
+_FIGURES = ("window as slots 4", "matching online, 4", "slots 4", "slots 4, window 64")
+
+
+def load(folders: Sequence[Path]) -> Stored:
+    """The files in folders that sections are made of.
+
+    Raises:
+        DataError: a file is not JSON.
+    """
+    found = {}
+    for path in (path for folder in folders for path in sorted(folder.rglob("*.json"))):
+        if path.stem in _SECTIONS or path.stem.startswith("held_out_"):
+            try:
+                found[path.stem] = json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise DataError(f"{path}: expected JSON as its benchmark writes it ({error})") from error
+    return found
+
+
+def sections(stored: Stored) -> list[str]:
+    """Title and table of every benchmark that is there."""
+    there = {name: section for name, section in _SECTIONS.items() if name in stored}
+    return [
+        part
+        for name, (title, table) in there.items()
+        for part in (f"## {title}", table(stored[name], stored))
+    ]
+
+
+def _range(value: float, ends: Sequence[float], digits: int = 3, sign: bool = False) -> str:
+    return f"{number(value, digits, sign)} ({' to '.join(number(end, 2, sign) for end in ends)})"
+
+
+def _quality(result: dict[str, Any], stored: Stored) -> str:
+    rows = []
+    for name, m in result["methods"].items():
+        shares = [f"{m['recovered_share']:.3f}", ""]
+        if beside := result["methods"].get(_WINDOW + name):
+            shares = [_range(method["recovered_share"], method["share_ci"]) for method in (m, beside)]
+        less = f"{m['times_less_kv']:.1f}×" if beside else ""
+        if not name.startswith(_WINDOW):
+            rows.append([name, size(m["kv_bytes"]), less, f"{m['perplexity']:.1f}", *shares])
+    header = ["method", "KV held", "times less", "perplexity", "recovered share", "window of the same bytes"]
+    return markdown(header, rows)
+
+
+def _held_out(result: dict[str, Any], stored: Stored) -> str:
+    """Recovered share by source, over the rows that all figures have."""
+    files = [_BASELINES, *(name for name in stored if name.startswith("held_out_") and name != _BASELINES)]
+    rows, shares = [], {}  # type: ignore[var-annotated]
+    for key, source in result["sources"].items():
+        nats = {
+            f"{'' if name == _BASELINES else name.removeprefix('held_out_')} {figure}": found
+            for name in files
+            for figure in ("none", "full", *_FIGURES)
+            if (found := stored[name]["sources"].get(key, {}).get("nats", {}).get(figure))
+        }
+        count = min(map(len, nats.values()))
+        sums = {title: sum(values[:count]) for title, values in nats.items()}
+        own = {
+            t: recovered_share(sums[" none"], sums[" full"], s)
+            for t, s in sums.items()
+            if t.endswith(("4", "64"))
+        }
+        for title, share in own.items():
+            shares.setdefault(title, {})[key] = share
+        rows.append((key, source["source"], count))
+    table = [
+        [name, *(number(of[key]) if key in of else "" for of in shares.values()), f"{count}"]
+        for key, name, count in rows
+    ]
+    mean = ["**mean**", *(f"**{number(fmean(of.values()))}**" for of in shares.values()), ""]
+    return markdown(["source", *(title.strip() for title in shares), "rows"], [*table, mean])
+
+
+def _foreign(result: dict[str, Any], stored: Stored) -> str:
+    parts = ("whole", "memory", "window_whole", "window_memory")
+    rows = [
+        [name, f"{m['keys']:.0f}", *(_range(m[part], m[f"{part}_ci"]) for part in parts)]
+        for name, m in result["adapters"].items()
+    ]
+    return markdown(["adapter", "keys", "recovered share", "memory alone", "window", "memory alone"], rows)
+
+
+def _reach(result: dict[str, Any], stored: Stored) -> str:
+    distances = list(dict.fromkeys(row["distance"] for row in result["rows"]))
+    beyond = {
+        gain["method"]: _range(gain["gain"], gain["gain_ci"], 2, True)
+        for gain in result["gain_beyond_the_window"]
+    }
+    rows = []
+    for name in result["methods"]:
+        own = [row for row in result["rows"] if row["method"] == name]
+        nats = [f"{number(row['evidence'], 2, True)} ({row['accuracy']:.1f})" for row in own]
+        rows.append([name, *nats, beyond.get(name, "")])
+    return markdown(
+        ["nats (accuracy)", *map(str, distances), "more than its window, where that has lost them"], rows
+    )
+
+
+def _growth(result: dict[str, Any], stored: Stored) -> str:
+    keys = ("nbytes_after_100", "nbytes_after_all", "full_context_nbytes")
+    rows = [
+        [row["session"], *(size(row[key]) for key in keys), f"{row['ratio']:.2f}"] for row in result["rows"]
+    ]
+    return markdown(
+        ["session", "after 100 turns", "after 1,000", "full context", "append, last / first"], rows
+    )
+
+
+def _fold_cost(result: dict[str, Any], stored: Stored) -> str:
+    segments = sorted({row["segment"] for row in result["rows"]})
+    ratios: dict[str, list[str]] = {}
+    for row in sorted(result["rows"], key=lambda row: (row["adapter"], row["memory_slots"], row["segment"])):
+        ratios.setdefault(f"{row['adapter']}, {row['memory_slots']} slots", []).append(f"{row['ratio']:.2f}")
+    return markdown(
+        ["adapter", *(f"{segment} tokens" for segment in segments)], [[k, *v] for k, v in ratios.items()]
+    )
+
+
+def _first_token(result: dict[str, Any], stored: Stored) -> str:
+    names = {"early": "2nd turn", "settled": "10th", "late": "100th", "stateless": "all of it read again"}
+    seconds = [f"{result['seconds'][name]['median']:.2f}" for name in names]
+    return markdown(["answer to the", *names.values()], [["seconds", *seconds]])
+
+
+#: name of a file -> title, and the table of its content
+_SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any], Stored], str]]] = {
+    "quality": ("Small talk: ten turns, scored from the fifth on", _quality),
+    "quality_40_turns": ("Small talk: turns 31 to 40", _quality),
+    _BASELINES: ("Other sources and formats: recovered share at the bytes of 4 slots", _held_out),
+    "foreign_memory": ("What only the own conversation can tell", _foreign),
+    "reach": ("Facts, so many turns back", _reach),
+    "growth": ("Memory: a thousand turns in one session", _growth),
+    "fold_cost": ("Speed: folding a segment, in times of prefilling it", _fold_cost),
+    "first_token": ("Speed: seconds to the first token of the server", _first_token),
+}
