@@ -26,7 +26,7 @@ import ccm
 from ccm.compressor import Compressor
 from ccm.data import load_chitchat
 from ccm.data.rows import ConversationRow, held_out_rows
-from ccm.evaluation.share import parallel_nll, reference_nll
+from ccm.evaluation.share import parallel_nll, recovered_share, reference_nll
 from ccm.storage import base_stage
 
 TURNS, ROWS, AWAY = 10, 96, 7
@@ -69,9 +69,9 @@ def shares(nll: dict[str, Sequence[float]], draws: int = 2000) -> dict[str, Any]
     def of(sums: torch.Tensor) -> dict[str, torch.Tensor]:
         none, full, full_foreign, own, other, window, window_foreign = sums
         return {
-            "whole": (none - own) / (none - full),
+            "whole": recovered_share(none, full, own),
             "memory": (other - own) / (full_foreign - full),
-            "window_whole": (none - window) / (none - full),
+            "window_whole": recovered_share(none, full, window),
             "window_memory": (window_foreign - window) / (full_foreign - full),
         }
 

@@ -8,7 +8,7 @@
 Every figure is stored row by row in ``results/``, as soon as it is there, under a hash of the rows; what is there is
 not measured again.
 
-    share = (none - own) / (none - full)                      of what the whole context tells
+    share = the recovered share                               of what the whole context tells
     told  = (foreign - own) / (full foreign - full)           of what only this context tells, in the last segment
 
 Windows and Attention Matching have the bytes that slots beside 4 sink tokens have at that moment, row by row.
@@ -37,6 +37,7 @@ import ccm
 from ccm.compressor import Compressor
 from ccm.data.packed import ArrayRow
 from ccm.errors import DataError
+from ccm.evaluation.share import recovered_share
 from ccm.reader import base_name, model_fingerprint
 from ccm.rules import get_rule
 from ccm.segments import lay_out
@@ -277,15 +278,15 @@ class Figures:
 # ---------------------------------------------------------------------- comparing
 
 
-def paired(found: dict[str, list[float]], seed: int, *figures: str) -> torch.Tensor | None:
-    """(a - b) / (c - d) of the rows of which all four are known: of all, then of rows drawn at random."""
+def drawn(found: dict[str, list[float]], seed: int, *figures: str) -> torch.Tensor | None:
+    """Sums of figures over the rows of which all are known: of all, then of rows drawn at random."""
     if not set(figures) <= found.keys():
         return None
     size = min(len(found[figure]) for figure in figures)
-    a, b, c, d = (torch.tensor(found[figure][:size], dtype=torch.float64) for figure in figures)
+    nats = torch.tensor([found[figure][:size] for figure in figures], dtype=torch.float64)
     picks = torch.randint(size, (DRAWS, size), generator=torch.Generator().manual_seed(seed))
     picks = torch.cat([torch.arange(size).unsqueeze(0), picks])
-    return (a - b)[picks].sum(1) / (c - d)[picks].sum(1)
+    return nats[:, picks].sum(-1)
 
 
 def compare(rows: Rows, stores: Sequence[Figures], figure: str, rivals: Sequence[str] = ()) -> dict[str, Any]:
@@ -297,14 +298,18 @@ def compare(rows: Rows, stores: Sequence[Figures], figure: str, rivals: Sequence
     draws: dict[str, list[torch.Tensor]] = {}
     for number, (name, part) in enumerate(rows.items()):
         found = {k: v for store in stores for k, v in store.of(part).items()}
-        wanted = {"share": ("none", figure), **{f"ahead of {rival}": (rival, figure) for rival in rivals}}
         values = {}
-        for key, (above, below) in wanted.items():
-            if (ratio := paired(found, number, above, below, "none", "full")) is not None:
-                values[key] = ratio
+        if (sums := drawn(found, number, "none", "full", figure)) is not None:
+            values["share"] = recovered_share(*sums)
+        for rival in rivals:
+            if (sums := drawn(found, number, "none", "full", figure, rival)) is not None:
+                none, full, own, other = sums
+                ahead = recovered_share(none, full, own) - recovered_share(none, full, other)
+                values[f"ahead of {rival}"] = ahead
         told = ("last, foreign", "last, own", "last, full foreign", "last, full")
-        if (ratio := paired(found, number, *told)) is not None:
-            values["told"] = ratio
+        if (sums := drawn(found, number, *told)) is not None:
+            foreign, own, full_foreign, full = sums
+            values["told"] = (foreign - own) / (full_foreign - full)
         if "share" in values:
             sources[name] = {key: interval(value) for key, value in values.items()}
             for key, value in values.items():

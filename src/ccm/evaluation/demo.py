@@ -1,4 +1,4 @@
-"""Held-out conversations, turn by turn, through every method at once.
+"""Held-out conversations, turn by turn, through every method.
 
 Each turn is scored by the base model reading what the method holds of the turns before, then taken in. The
 targets are the turns from the fifth on.
@@ -7,8 +7,7 @@ targets are the turns from the fifth on.
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,8 +27,10 @@ from ..data.rows import ConversationRow, held_out_rows
 from ..errors import ConfigError
 from ..methods import Method, get_method
 from ..methods.compressed import Compressed
-from ..reader import Reader, base_name
-from .share import Nll, bootstrap_share, recovered_share, turn_nll
+from ..reader import base_name
+from .items import Item, Likelihood
+from .protocol import State, run_item
+from .share import Nll, bootstrap_share, recovered_share
 from .suites import MethodSpec
 
 FIRST = 4  # index of the first target turn
@@ -45,40 +46,32 @@ class Player:
     same_bytes_as: str | None = None
 
 
-@dataclass(frozen=True)
-class Score:
-    """One turn under one method: summed NLL in nats, target tokens, KV bytes that were read, seconds."""
-
-    nll: float
-    tokens: int
-    kv_bytes: int
-    seconds: float
-
-
 @dataclass
 class Trace:
-    """All scores of one method: a list of turns for each conversation."""
+    """What was measured of one method: a record of :func:`run_item` for each conversation, the last one may grow."""
 
-    rows: list[list[Score]] = field(default_factory=list)
+    records: list[Mapping[str, Any]] = field(default_factory=list)
 
-    def targets(self) -> Nll:
-        """NLL of the target turns, a row per conversation that has reached them."""
-        scored = [row[FIRST:] for row in self.rows if len(row) > FIRST]
+    def targets(self, other: Trace | None = None) -> Nll:
+        """NLL of the target turns, a row per conversation that has reached them; as far as another trace goes."""
+        counts = [len(record["queries"]) for record in (other or self).records]
+        scored = [r["queries"][FIRST:n] for r, n in zip(self.records, counts, strict=False) if n > FIRST]
         return Nll(
-            tuple(sum(score.nll for score in row) for row in scored),
-            tuple(sum(score.tokens for score in row) for row in scored),
+            tuple(sum(turn["nll"] for turn in row) for row in scored),
+            tuple(sum(turn["tokens"] for turn in row) for row in scored),
         )
 
     def nll_at(self, turn: int) -> float:
-        scores = [row[turn] for row in self.rows]
-        return sum(score.nll for score in scores) / sum(score.tokens for score in scores)
+        turns = [record["queries"][turn] for record in self.records]
+        return float(sum(turn["nll"] for turn in turns) / sum(turn["tokens"] for turn in turns))
 
     def kv_bytes_at(self, turn: int) -> float:
-        return sum(row[turn].kv_bytes for row in self.rows) / len(self.rows)
+        return float(sum(record["steps"][turn]["kv_bytes"] for record in self.records) / len(self.records))
 
     @property
     def seconds(self) -> float:
-        return sum(score.seconds for row in self.rows for score in row)
+        steps = (step for record in self.records for step in record["steps"])
+        return float(sum(step["fold_seconds"] + step["ttft_seconds"] for step in steps))
 
 
 def choose_players(names: Sequence[str]) -> list[Player]:
@@ -112,31 +105,25 @@ def play(
     tokenizer: Any,
     rows: Sequence[ConversationRow],
     players: Sequence[Player],
-    on_turn: Callable[[int, int, dict[str, Trace]], None] = lambda row, turn, traces: None,
+    on_turn: Callable[[str, int, dict[str, Trace]], None] = lambda name, turn, traces: None,
 ) -> dict[str, Trace]:
     """Score every turn of every row under every player; a player comes after the one whose bytes it gets.
 
     Args:
-        on_turn: called with (row, turn, traces so far) before a turn is played.
+        on_turn: called with (player, turn, traces so far) when a turn is played.
     """
     traces = {player.name: Trace() for player in players}
-    per_token = Reader(model).kv_bytes_per_token()
     for r, row in enumerate(rows):
-        runs = {player.name: player.method.open(model, tokenizer) for player in players}
-        for trace in traces.values():
-            trace.rows.append([])
-        for turn, (ids, content) in enumerate(zip(row.segments, row.content, strict=True)):
-            on_turn(r, turn, traces)
-            for player in players:
-                run = runs[player.name]
-                started = time.perf_counter()
-                if turn:
-                    if player.same_bytes_as:
-                        run.resize(runs[player.same_bytes_as].kv_bytes // per_token)
-                    run.append(row.segments[turn - 1])
-                nll, tokens = turn_nll(run.logits(ids), ids, content)
-                seconds = time.perf_counter() - started
-                traces[player.name].rows[-1].append(Score(nll, tokens, run.kv_bytes, seconds))
+        turns = enumerate(zip(row.segments, row.content, strict=True))
+        item = Item(str(r), row.segments[:-1], {t: (Likelihood(*turn),) for t, turn in turns})
+        for name, method, other in ((p.name, p.method, p.same_bytes_as) for p in players):
+
+            def on_step(state: State, name: str = name, place: int = r) -> None:
+                traces[name].records[place:] = [state.measured]
+                on_turn(name, state.step, traces)
+
+            entries = traces[other].records[r]["entries"] if other else ()
+            run_item(method.open(model, tokenizer), item, entries=entries, on_step=on_step)
     return traces
 
 
@@ -215,24 +202,25 @@ class _View:
         self.progress = Progress(
             TextColumn("turns"), BarColumn(bar_width=None), MofNCompleteColumn(), TimeRemainingColumn()
         )
-        self.task = self.progress.add_task("", total=sum(len(row.segments) for row in rows))
+        self.task = self.progress.add_task("", total=len(players) * sum(len(row.segments) for row in rows))
         self.traces: dict[str, Trace] = {}
         self.panel = Panel("")
 
-    def on_turn(self, r: int, turn: int, traces: dict[str, Trace]) -> None:
+    def on_turn(self, name: str, turn: int, traces: dict[str, Trace]) -> None:
+        r = len(traces[name].records) - 1
         row = self.rows[r]
         ids, (start, stop) = row.segments[turn], row.content[turn]
         speaker, text = (
             self.tokenizer.decode(list(part), skip_special_tokens=True).strip()
             for part in (ids[:start], ids[start:stop])
         )
-        where = f"conversation {r + 1} of {len(self.rows)} · turn {turn + 1} of {len(row.segments)}"
+        where = f"conversation {r + 1} of {len(self.rows)} · {name} · turn {turn + 1} of {len(row.segments)}"
         line = Text.assemble(
             (f"{speaker} ", "bold cyan"), " ".join(text.split()), overflow="ellipsis", no_wrap=True
         )
         self.panel = Panel(line, title=where + (" · scored" if turn >= FIRST else ""), title_align="left")
         self.traces = traces
-        self.progress.update(self.task, completed=sum(len(row) for row in traces["none"].rows))
+        self.progress.advance(self.task)
 
     def __rich__(self) -> Group:
         if not self.traces:
@@ -251,34 +239,34 @@ def _table(players: Sequence[Player], traces: dict[str, Trace], final: bool = Fa
     columns = ("NLL", "per-\nplexity", "recovered\nshare", *interval, "KV bytes", "times\nless", "sec.")
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
-    if not traces:
-        return table
-    none, full = traces["none"].targets(), traces["full"].targets()
     for player in players:
-        trace = traces[player.name]
-        own, held = trace.targets(), _bytes_now(trace, final)
+        trace, full = traces[player.name], traces["full"]
+        if not trace.records:
+            continue
         cells = ["", "", "", *("" for _ in interval)]
-        if len(own.total) == len(none.total) == len(full.total) > 0:
-            share = recovered_share(none.mean, full.mean, own.mean)
+        none, whole, own = (t.targets(trace) for t in (traces["none"], full, trace))
+        if len(own.total) == len(whole.total) > 0:
+            share = recovered_share(none.mean, whole.mean, own.mean)
             cells[:3] = f"{own.mean:.3f}", f"{math.exp(own.mean):.2f}", f"{share:.3f}"
             if final and player.name not in ("none", "full"):
-                low, high = bootstrap_share(none, full, own)
+                low, high = bootstrap_share(none, whole, own)
                 cells[3] = f"{low:.2f}, {high:.2f}"
-        ratio = f"{_bytes_now(traces['full'], final) / held:.1f}×" if held else ""
-        style = "bold" if isinstance(player.method, Compressed) else None
+        held, most = (_bytes_now(t, trace, final) for t in (trace, full))
         table.add_row(
             player.name,
             *cells,
             decimal(round(held)) if held else "0",
-            ratio,
+            f"{most / held:.1f}×" if held and most else "",
             f"{trace.seconds:.1f}",
-            style=style,
+            style="bold" if isinstance(player.method, Compressed) else None,
         )
     return table
 
 
-def _bytes_now(trace: Trace, final: bool) -> float:
-    """At the end the mean over conversations at their last turn, before that what is held now."""
+def _bytes_now(trace: Trace, other: Trace, final: bool) -> float:
+    """At the end the mean over conversations at their last turn, before that what is held where another trace is."""
     if final:
         return trace.kv_bytes_at(-1)
-    return next((row[-1].kv_bytes for row in reversed(trace.rows) if row), 0)
+    place, turn = len(other.records) - 1, len(other.records[-1]["steps"]) - 1
+    steps = trace.records[place]["steps"] if place < len(trace.records) else ()
+    return float(steps[turn]["kv_bytes"]) if turn < len(steps) else 0.0

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from .metrics import Array, bootstrap
+from .share import recovered_share
 
 Record = Mapping[str, Any]
 #: item -> (what is summed, how many); by item, as items are what is resampled
@@ -206,9 +207,9 @@ def _ratio(metric: str) -> Callable[..., Array]:
 
 
 def _share(none: Array, n: Array, full: Array, f: Array, own: Array, m: Array) -> Array:
-    """(NLL_none - NLL_method) / (NLL_none - NLL_full); not a number where context is worth nothing at all."""
-    worth = none / n - full / f
-    return np.asarray((none / n - own / m) / np.where(np.abs(worth) > 1e-6, worth, np.nan))
+    """The recovered share; not a number where context is worth nothing at all."""
+    worth = np.abs(none / n - full / f) > 1e-6
+    return recovered_share(none / n, np.where(worth, full / f, np.nan), own / m)
 
 
 def _share_gap(*sums: Array) -> Array:

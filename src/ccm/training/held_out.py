@@ -1,9 +1,7 @@
 """How good an adapter is on rows that it never saw, at every budget that it was trained for.
 
-    recovered share = (NLL_none - NLL_memory) / (NLL_none - NLL_full)
-
-over the scored tokens of the later half of each row (from the fifth segment on in long ones). With several sources
-the three are means weighted like the mixture.
+The recovered share is over the scored tokens of the later half of each row (from the fifth segment on in long ones).
+With several sources its three NLL are means weighted like the mixture.
 """
 
 from __future__ import annotations
@@ -16,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..data.packed import ArrayRow
+from ..evaluation.share import recovered_share
 from ..rules import get_rule
 from .config import TrainConfig
 from .engines import Engine
@@ -123,7 +122,7 @@ class HeldOut:
                 nll,
             )
         )
-        return round((none - own) / (none - full), 4)
+        return round(recovered_share(none, full, own), 4)
 
 
 def _reference(engine: Engine, rows: Sequence[Row]) -> tuple[float, float]:
