@@ -17,7 +17,11 @@ import ccm.repl
 from ccm import cli
 from ccm.compressor import Compressor, CompressorConfig
 from ccm.data.chitchat import Conversation, Turn
-from ccm.evaluation.demo import choose_players
+from ccm.data.rows import ConversationRow
+from ccm.evaluation.demo import Player, choose_players
+from ccm.evaluation.demo import play as play_all
+from ccm.evaluation.share import turn_nll
+from ccm.methods import get_method
 from ccm.session import Session
 
 COMMANDS = ["chat", "demo", "train", "doctor", "memory", "memory inspect"]
@@ -306,6 +310,26 @@ def test_demo_without_matplotlib_says_what_to_install(
     assert play(home, "--turns", "5", "--plot", str(tmp_path / "demo.png")) == 0
     assert "pip install 'compressed-context-memory[plot]'" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
+
+
+def test_players_are_scored_on_every_turn_with_what_they_hold_of_those_before() -> None:
+    model = tiny_model()
+    segments = tuple(tuple(range(10 * i + 3, 10 * i + 9)) for i in range(3))
+    row = ConversationRow("a", segments, ((1, 6),) * 3)
+    players = [
+        Player("full", get_method("full")),
+        Player("window", get_method("window"), same_bytes_as="full"),
+    ]
+    seen: list[tuple[str, int]] = []
+    traces = play_all(model, None, [row, row], players, lambda name, turn, _: seen.append((name, turn)))
+    assert seen == [(name, turn) for _ in range(2) for name in ("full", "window") for turn in range(3)]
+    run = get_method("full").open(model)
+    for turn, ids in enumerate(segments):
+        nll, tokens = turn_nll(run.logits(ids), ids, (1, 6))
+        for trace in traces.values():  # a window of as many bytes as everything is everything
+            assert math.isclose(trace.nll_at(turn), nll / tokens, rel_tol=1e-5)
+            assert trace.kv_bytes_at(turn) == run.kv_bytes
+        run.append(ids)
 
 
 def test_a_window_plays_at_the_bytes_of_each_compressed_method() -> None:
