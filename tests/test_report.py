@@ -192,6 +192,10 @@ def test_perplexities_are_compared_by_recovered_share_and_streams_by_common_bloc
     blocks = found["stream"]  # the third block is of one method only
     assert blocks.value == pytest.approx((math.log(0.5) + math.log(0.25)) / 2)
     assert blocks.high - blocks.value == pytest.approx(12.71 * math.log(2) / 2)
+    one = claims(results(*stream[1:]))["`ccm-concat` > `ccm-merge`"]["stream"]
+    assert one.low == one.high == pytest.approx(math.log(0.25)) and one.verdict == "open", (
+        "one block proves nothing"
+    )
 
 
 def test_growth_is_of_ccm_and_of_full_context_in_the_main_metric() -> None:

@@ -102,7 +102,7 @@ def _over_blocks(results: Results, task: str, better: str, worse: str) -> Estima
 
 def _student(freedom: int) -> float:
     """The two-sided 95 % quantile of Student's t, to within 0.01."""
-    small = (math.inf, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+    small = (0.0, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
     return small[freedom] if freedom < len(small) else 1.96 + 2.37 / freedom + 2.8 / freedom**2
 
 
