@@ -25,7 +25,9 @@ import ccm
 from ccm.data import load_chitchat
 from ccm.data.rows import ConversationRow, held_out_rows
 from ccm.errors import ConfigError
+from ccm.evaluation.protocol import run_item
 from ccm.evaluation.share import Nll, bootstrap_share, parallel_nll, recovered_share, reference_nll, turn_nll
+from ccm.evaluation.tasks.conversation import row_item
 from ccm.methods.compressed import shared_compressor
 from ccm.session import CHAT
 
@@ -56,17 +58,12 @@ def window_nll(
     """Sink and recent tokens with the same number of keys at every turn."""
     totals, counts = [], []
     for row, budget in track(list(zip(rows, entries, strict=True)), description=f"window beside {name}"):
-        run = ccm.get_method("window").open(model, tokenizer)
-        total, count = 0.0, 0
-        for turn, (ids, content) in enumerate(zip(row.segments, row.content, strict=True)):
-            if turn:
-                run.resize(budget[turn])
-                run.append(row.segments[turn - 1])
-            if turn >= first:
-                nll, tokens = turn_nll(run.logits(ids), ids, content)
-                total, count = total + nll, count + tokens
-        totals.append(total)
-        counts.append(count)
+        item = row_item(row, range(first, len(row.segments)))
+        scored = run_item(ccm.get_method("window").open(model, tokenizer), item, entries=budget[1:])[
+            "queries"
+        ]
+        totals.append(sum(turn["nll"] for turn in scored))
+        counts.append(sum(turn["tokens"] for turn in scored))
     return Nll(tuple(totals), tuple(counts))
 
 

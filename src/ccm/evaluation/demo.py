@@ -28,10 +28,10 @@ from ..errors import ConfigError
 from ..methods import Method, get_method
 from ..methods.compressed import Compressed
 from ..reader import base_name
-from .items import Item, Likelihood
 from .protocol import State, run_item
 from .share import Nll, bootstrap_share, recovered_share
 from .suites import MethodSpec
+from .tasks.conversation import row_item
 
 FIRST = 4  # index of the first target turn
 DEFAULT = ("none", "full", "window", "ccm-concat", "ccm-merge")
@@ -114,8 +114,7 @@ def play(
     """
     traces = {player.name: Trace() for player in players}
     for r, row in enumerate(rows):
-        turns = enumerate(zip(row.segments, row.content, strict=True))
-        item = Item(str(r), row.segments[:-1], {t: (Likelihood(*turn),) for t, turn in turns})
+        item = row_item(row, range(len(row.segments)))
         for name, method, other in ((p.name, p.method, p.same_bytes_as) for p in players):
 
             def on_step(state: State, name: str = name, place: int = r) -> None:

@@ -154,7 +154,7 @@ class ContextMemoryLM(HFLM):
             run, live = self._read(context, self.tok_encode(context))
             ids = run.reader.generate(
                 [live],
-                run.memory,
+                run.recall([live]),
                 max_new_tokens=options.pop("max_gen_toks"),
                 stopping_criteria=stop_sequences_criteria(self.tokenizer, until, len(live), 1),
                 pad_token_id=self.tokenizer.pad_token_id,

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from ...data.chitchat import ChitChat, load_chitchat
 from ...data.conversation import Conversation
 from ...data.hub import DailyDialog, HubConversations, Soda
-from ...data.rows import render_turns
+from ...data.rows import ConversationRow, render_turns, row
 from ...data.topical_chat import TopicalChat, load_topical_chat
 from ...errors import DataError
 from ..items import Item, Likelihood
@@ -53,10 +53,14 @@ class ConversationTask(EvalTask):
 
 def conversation_item(talk: Conversation, tokenizer: Any, steps: Sequence[int]) -> Item:
     """One turn a segment; at each step that is shorter than the conversation the next turn is asked for."""
-    asked = [t for t in steps if t < len(talk.turns)]
-    turns = render_turns(talk, tokenizer)
-    queries = {t: (Likelihood(turns[t].ids, turns[t].content),) for t in asked}
-    return Item(talk.id, tuple(turn.ids for turn in turns[: asked[-1]]), queries)
+    return row_item(row(talk.id, render_turns(talk, tokenizer)), steps)
+
+
+def row_item(row: ConversationRow, steps: Sequence[int]) -> Item:
+    """The same of a conversation in tokens."""
+    asked = [t for t in steps if t < len(row.segments)]
+    queries = {t: (Likelihood(row.segments[t], row.content[t]),) for t in asked}
+    return Item(row.conversation, row.segments[: asked[-1]], queries)
 
 
 @register_task
