@@ -98,13 +98,16 @@ def test_the_committed_pages_are_what_the_stored_results_give() -> None:
     assert pages == {path.stem for path in (folder / "eval").glob("*.json")}, "a page without results"
 
 
-def test_shares_of_other_sources_are_of_the_rows_that_all_have() -> None:
+def test_shares_of_other_sources_are_of_the_rows_that_all_have(tmp_path: Path) -> None:
     nats = {"none": [10.0, 10.0, 99.0], "full": [6.0, 2.0, 99.0], "window as slots 4": [8.0, 7.0]}
     stores = {
         name: {"sources": {"k": {"source": "books", "nats": found}}}
         for name, found in (("held_out_baselines", nats), ("held_out_mine", {"slots 4": [7.0, 4.0, 99.0]}))
     }
-    title, table = benchmarks.sections(stores)
+    stored(tmp_path, made_up("reach"), "reach.json")  # a suite under the name of a benchmark
+    for name, content in stores.items():
+        stored(tmp_path, content, f"{name}.json")
+    title, table = benchmarks.sections(benchmarks.load([tmp_path]))
     assert "Other sources" in title
     assert table.splitlines()[0] == "| source | window as slots 4 | mine slots 4 | rows |"
     assert table.splitlines()[2] == "| books | 0.42 | 0.75 | 2 |"

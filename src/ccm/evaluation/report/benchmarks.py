@@ -26,13 +26,17 @@ def load(folders: Sequence[Path]) -> Stored:
         DataError: a file is not JSON.
     """
     found = {}
-    for path in (path for folder in folders for path in sorted(folder.rglob("*.json"))):
+    for path in (
+        path for folder in folders for part in ("", "serving") for path in (folder / part).glob("*.json")
+    ):
         if path.stem in _SECTIONS or path.stem.startswith("held_out_"):
             try:
-                found[path.stem] = json.loads(path.read_text(encoding="utf-8"))
+                content = json.loads(path.read_text(encoding="utf-8"))
             except (OSError, ValueError) as error:
                 raise DataError(f"{path}: expected JSON as its benchmark writes it ({error})") from error
-    return found
+            if "suite" not in content:  # of ccm eval, under the same name
+                found[path.stem] = content
+    return {name: found[name] for name in sorted(found)}
 
 
 def sections(stored: Stored) -> list[str]:
@@ -64,31 +68,28 @@ def _quality(result: dict[str, Any], stored: Stored) -> str:
 
 def _held_out(result: dict[str, Any], stored: Stored) -> str:
     """Recovered share by source, over the rows that all figures have."""
-    files = [_BASELINES, *(name for name in stored if name.startswith("held_out_") and name != _BASELINES)]
-    rows, shares = [], {}  # type: ignore[var-annotated]
+    others = [name for name in stored if name.startswith("held_out_") and name != _BASELINES]
+    shares: dict[str, dict[str, float]] = {}  # title -> source -> share
+    counts: dict[str, int] = {}
     for key, source in result["sources"].items():
         nats = {
-            f"{'' if name == _BASELINES else name.removeprefix('held_out_')} {figure}": found
-            for name in files
+            (name.removeprefix("held_out_").replace("baselines", ""), figure): found
+            for name in (_BASELINES, *others)
             for figure in ("none", "full", *_FIGURES)
             if (found := stored[name]["sources"].get(key, {}).get("nats", {}).get(figure))
         }
-        count = min(map(len, nats.values()))
+        count = counts[source["source"]] = min(map(len, nats.values()))
         sums = {title: sum(values[:count]) for title, values in nats.items()}
-        own = {
-            t: recovered_share(sums[" none"], sums[" full"], s)
-            for t, s in sums.items()
-            if t.endswith(("4", "64"))
-        }
-        for title, share in own.items():
-            shares.setdefault(title, {})[key] = share
-        rows.append((key, source["source"], count))
-    table = [
-        [name, *(number(of[key]) if key in of else "" for of in shares.values()), f"{count}"]
-        for key, name, count in rows
+        for (adapter, figure), own in sums.items():
+            if figure in _FIGURES:
+                share = recovered_share(sums["", "none"], sums["", "full"], own)
+                shares.setdefault(f"{adapter} {figure}".strip(), {})[source["source"]] = share
+    rows = [
+        [name, *(number(of[name]) if name in of else "" for of in shares.values()), f"{count}"]
+        for name, count in counts.items()
     ]
     mean = ["**mean**", *(f"**{number(fmean(of.values()))}**" for of in shares.values()), ""]
-    return markdown(["source", *(title.strip() for title in shares), "rows"], [*table, mean])
+    return markdown(["source", *shares, "rows"], [*rows, mean])
 
 
 def _foreign(result: dict[str, Any], stored: Stored) -> str:
