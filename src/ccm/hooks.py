@@ -15,7 +15,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .attention import PLAN, ParallelPlan, Plan, StatesDone
+from .attention import PLAN, Asked, ParallelPlan, Plan, StatesDone
 from .blocks import attend as in_blocks
 from .blocks import grouped
 
@@ -40,8 +40,8 @@ def _wrap(
         run = backend(module)
         if ccm_plan is None:
             return run(module, query, key, value, attention_mask, **kwargs)
-        if ccm_plan.queries is not None:
-            ccm_plan.queries[int(module.layer_idx)] = query
+        if ccm_plan.asked is not None:
+            ccm_plan.asked[int(module.layer_idx)] = Asked(query, kwargs)
         if module.layer_idx == ccm_plan.stop_at:
             raise StatesDone
         ccm_plan = ccm_plan.on(query.device)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from . import attention, hooks
+from .attention import Asked, Scoring
 from .errors import ConfigError
 from .families import choose_backend, get_family
 from .live import Live, layer_devices
@@ -92,21 +94,30 @@ class Reader(nn.Module):
             per row position-free keys and values (L, H, T, D), and position-free queries (L, Hq, w, D) in fp32.
         """
         ids, mask, _, memory = self.prepare(input_ids, memory, attention_mask)
-        seen: dict[int, Tensor] = {}
-        texts = self.step(memory, ids, mask, None, queries=seen)
+        seen: dict[int, Asked] = {}
+        texts = self.step(memory, ids, mask, None, asked=seen)
         start = torch.tensor([row.length for row in memory.rows], device=ids.device)
         result = []
         for r, (text, _) in enumerate(texts):
             first = 0 if newest < 0 else max(0, text.length - newest)
             queries = torch.stack(
                 [
-                    seen[i][r, :, seen[i].shape[2] - text.length + first :].to(ids.device)
+                    seen[i].queries[r, :, ids.shape[1] - text.length + first :].to(ids.device)
                     for i in range(len(seen))
                 ]
             )
             at = start[r] + torch.arange(first, text.length, device=ids.device)
             result.append((text, unrotate(queries, *self.rotary.stacked(at))))
         return result
+
+    @cached_property
+    def scoring(self) -> tuple[Scoring, ...]:
+        """How each layer makes scores of queries and keys."""
+        seen: dict[int, Asked] = {}
+        ids = torch.zeros(1, 1, dtype=torch.long, device=self.model.device)
+        with torch.no_grad():
+            self.step(self.empty(), ids, ids == 0, None, asked=seen)
+        return tuple(Scoring.of(seen[i]) for i in range(len(seen)))
 
     @torch.no_grad()
     def generate(
@@ -185,17 +196,17 @@ class Reader(nn.Module):
         comp: Tensor | None,
         keep: int | None = None,
         gate: slice | None = None,
-        queries: dict[int, Tensor] | None = None,
+        asked: dict[int, Asked] | None = None,
     ) -> list[tuple[KV, KV]]:
         """Run left-padded text (B, T), then embeddings (n, d) or (B, n, d), over the memory; the adapter acts on the
-        columns of ``gate``; ``queries`` is filled as :class:`ccm.attention.Plan` says.
+        columns of ``gate``; ``asked`` is filled as :class:`ccm.attention.Plan` says.
 
         Returns:
             per row the position-free KV of its text (of the first ``keep`` tokens), in the model's dtype, and of
             its COMP tokens, in fp32.
         """
         n = 0 if comp is None else comp.shape[-2]
-        cache, positions = self._pass(memory, ids, mask, comp, gate, queries)
+        cache, positions = self._pass(memory, ids, mask, comp, gate, asked)
         result = []
         for r in range(len(ids)):
             text = mask[r].nonzero().squeeze(1)[:keep]
@@ -219,7 +230,7 @@ class Reader(nn.Module):
         mask: Tensor,
         comp: Tensor | None,
         gate: slice | None,
-        queries: dict[int, Tensor] | None,
+        asked: dict[int, Asked] | None,
     ) -> tuple[DynamicCache, Tensor]:
         """One forward pass for its keys and values: the cache, and the positions (B, T + n) of what ran."""
         embeds = self.model.get_input_embeddings()(ids)
@@ -227,7 +238,7 @@ class Reader(nn.Module):
             embeds = torch.cat([embeds, comp.to(embeds.dtype).expand(len(ids), -1, -1)], dim=1)
             mask = torch.cat([mask, mask.new_ones(len(ids), comp.shape[-2])], dim=1)
         live, call = self.live(memory).ahead(mask, self.adapter, gate)
-        call[attention.PLAN].queries = queries
+        call[attention.PLAN].asked = asked
         if not torch.is_grad_enabled():  # what the last layer puts out is of no use here
             call[attention.PLAN].stop_at = len(self.family.attention) - 1
         with suppress(attention.StatesDone):
