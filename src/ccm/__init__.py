@@ -21,6 +21,7 @@ _WHERE = {
     "load_model": "models",
     "list_methods": "methods",
     "get_method": "methods",
+    "open_method": "methods",
 }
 
 __all__ = ["__version__", *_WHERE]

@@ -87,6 +87,9 @@ class Compressor(Reader):
         base_adapter: folder or hub id of a PEFT LoRA that tunes the base model itself (the paper's first stage);
             it is active on all tokens, and frozen.
 
+    Attributes:
+        source: the adapter that its weights are loaded from; empty if they are its own.
+
     Raises:
         UnsupportedModelError: the family cannot carry a memory.
         ConfigError: there is no such base adapter.
@@ -124,11 +127,12 @@ class Compressor(Reader):
             table = model.get_input_embeddings().weight.detach().float()
             noise = torch.randn(self.config.slots, table.shape[1]).to(table.device)
             self.comp_embeddings = nn.Parameter(table.mean(0) + table.std(0) * noise)
+        self.source = ""
         self._prints: tuple[Any, tuple[str, ...]] | None = None
         ends = model.generation_config.eos_token_id
         known = (text_config(model.config).bos_token_id, *(ends if isinstance(ends, list) else [ends]))
         self._special = {token for token in known if token is not None}
-        self._warned = False
+        self._warned = self._trained = False
 
     # ------------------------------------------------------------------ the two ways to run
 
@@ -215,6 +219,8 @@ class Compressor(Reader):
             MismatchError: the memory was made by another model or adapter.
         """
         ids, mask, _, memory = self.prepare(input_ids, memory, attention_mask)
+        if not self._trained:
+            self._check_trained()
         n = self.size("slots", slots)
         self.check_room(memory, ids.shape[1], n)
         sink, window = self.size("sink", sink), self.size("window", window)
@@ -253,6 +259,15 @@ class Compressor(Reader):
         """Learn the tokenizer's special tokens: a text that begins with one needs no sink, attention rests on it."""
         added = getattr(tokenizer, "added_tokens_decoder", {})
         self._special |= {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
+
+    def _check_trained(self) -> None:
+        """Warn, once, if the LoRA still is as it was made: its B matrices are zero."""
+        self._trained = True
+        if not any(up.any() for up in self.lora_parameters[1::2]):
+            log.warning(
+                "the compressor has no weights yet: its slots are noise; train it (ccm train), load an adapter "
+                "(Compressor.from_pretrained), or take a memory that needs no training (Session.open)"
+            )
 
     def _check_first(self, memory: Memory, ids: Tensor, mask: Tensor) -> None:
         """Warn, once, of a conversation that begins with an ordinary token, none of which will stay."""
@@ -368,6 +383,8 @@ class Compressor(Reader):
         found = adapter_folder.read(name, model, changes, cls.kind, cls.part)
         compressor = cls(model, found.config, base_adapter=base_adapter or found.base)
         compressor.load_weights(found.lora, found.slots[cls.part])
+        if not base_adapter and not changes.keys() & {"rule", "rule_options"}:
+            compressor.source = os.fspath(name)
         return compressor
 
     def load_weights(self, lora: dict[str, Tensor], slots: Tensor) -> None:

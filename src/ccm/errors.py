@@ -6,6 +6,9 @@ and exits with code 2.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from difflib import get_close_matches
+
 
 class CCMError(Exception):
     """Base of all errors raised by ``ccm``."""
@@ -19,7 +22,8 @@ class UnknownNameError(ConfigError):
     """A method, rule, task or adapter was asked for by a name that nobody registered."""
 
     def __init__(self, kind: str, got: str, known: list[str]):
-        super().__init__(f"unknown {kind} {got!r}: expected one of {', '.join(sorted(known))}")
+        guess = f" (did you mean {near}?)" if (near := nearest(got, known)) else ""
+        super().__init__(f"unknown {kind} {got!r}{guess}: expected one of {', '.join(sorted(known))}")
 
 
 class UnsupportedModelError(CCMError):
@@ -44,3 +48,8 @@ class DataError(CCMError):
 
 class StorageError(CCMError, OSError):
     """Writing failed (no space, no permission); nothing half-written is left behind."""
+
+
+def nearest(got: str, known: Sequence[str]) -> str:
+    """The known name that was probably meant; empty if there is none like it."""
+    return next(iter(get_close_matches(got, known, 1)), "")

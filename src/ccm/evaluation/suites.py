@@ -1,96 +1,45 @@
 """Which tasks and methods are measured together, and how methods are named.
 
-A method is written NAME, NAME:option=value,option=value, or NAME@OTHER: resized before each segment to as many keys
-and values as OTHER then holds on the same item, a window of equal bytes. NAME may be an adapter's folder or hub id.
+A method is written as everywhere (``methods.spec``), or METHOD@OTHER: resized before each segment to as many keys and
+values as OTHER then holds on the same item, a window of equal bytes.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..errors import ConfigError, UnknownNameError
-from ..methods import Method, get_method, list_methods
-from ..storage import adapter_folder
+from ..methods.spec import Spec, parse
 from .own_data import own_task
 from .tasks import EvalTask, get_task
 
 
 @dataclass(frozen=True)
-class MethodSpec:
+class MethodSpec(Spec):
     """A method as it is written.
 
     Attributes:
-        text: the whole of it; the method's name in results.
-        name: registered name, or an adapter.
-        options: of the method.
         same_as: text of the method whose number of keys it gets; "" gives it its own sizes.
     """
 
-    text: str
-    name: str
-    options: Mapping[str, Any] = field(default_factory=dict)
     same_as: str = ""
-
-    def method(self) -> Method:
-        """The method with its options; an adapter's is the one of its kind.
-
-        Raises:
-            UnknownNameError: neither a method nor an adapter.
-            ConfigError: an option that it does not have.
-        """
-        if self.name in list_methods() or not self._is_adapter():
-            return get_method(self.name, **self.options)
-        kind = _kind(self.name)
-        return get_method("ccm-concat" if kind == "ccm" else kind, **{"adapter": self.name, **self.options})
-
-    def _is_adapter(self) -> bool:
-        """Whether the name is that of a shipped adapter, a folder with one, or looks like a hub id."""
-        folder = Path(self.name) / "ccm_config.json"
-        return self.name in adapter_folder.shipped_adapters() or folder.is_file() or "/" in self.name
-
-
-def _kind(adapter: str) -> str:
-    """What an adapter makes slots from, which is also the name of a method (of two for "ccm")."""
-    path = adapter_folder.find(adapter) / "ccm_config.json"
-    try:
-        return str(json.loads(path.read_text()).get("kind", "ccm"))
-    except (OSError, ValueError, AttributeError) as error:
-        raise ConfigError(f"adapter {adapter}: {path} is missing or damaged ({error})") from error
 
 
 def parse_method(text: str) -> MethodSpec:
     """Read a method as it is written on the command line; its name is not looked up yet.
 
     Raises:
-        ConfigError: it is not NAME[:option=value,...][@OTHER].
+        ConfigError: it is not NAME[:option=value,…][@OTHER].
     """
     own, at, same_as = text.strip().partition("@")
-    name, _, given = own.partition(":")
-    options: dict[str, Any] = {}
-    for pair in filter(None, given.split(",")):
-        key, _, value = (part.strip() for part in pair.partition("="))
-        *parents, last = key.split(".")
-        try:
-            place = options
-            for part in parents:
-                place = place.setdefault(part, {})
-            place[last] = yaml.safe_load(value)
-        except (TypeError, AttributeError, yaml.YAMLError):
-            last = ""
-        if not last or not value:
-            raise ConfigError(
-                f"method {text!r}: got {pair!r}, expected option=value, such as ccm-concat:slots=2,window=64"
-            )
-    if not name.strip() or bool(at) != bool(same_as.strip()):
+    if bool(at) != bool(same_as.strip()):
         raise ConfigError(f"method {text!r}: expected NAME, NAME:option=value or NAME@OTHER")
-    return MethodSpec(text.strip(), name.strip(), options, same_as.strip())
+    spec = parse(own)
+    return MethodSpec(text.strip(), spec.name, spec.options, same_as.strip())
 
 
 def split_methods(text: str) -> list[str]:

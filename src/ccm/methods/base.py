@@ -12,14 +12,14 @@ What no longer fits the window leaves it, and :meth:`Method.keep` says what it b
 batches and files are the same for all.
 
 To add a method, write one file with a dataclass under :func:`register` that has :meth:`Method.keep`. In this folder
-it has a name in ``ccm chat``, ``ccm serve``, ``ccm eval`` and the tests; elsewhere see docs/extending.md.
+it has a name everywhere, also in the tests; from elsewhere ``--memory ./mine.py`` takes it (docs/extending.md).
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -164,6 +164,17 @@ class Method:
             f"method {self.name} cannot be given the size of another method: expected one with a window, such as "
             "streaming-llm"
         )
+
+    @property
+    def text(self) -> str:
+        """The method as it is written (``methods.spec``): its name, and the options that differ from its defaults."""
+        pairs = []
+        for entry in fields(self):
+            default = entry.default_factory() if callable(entry.default_factory) else entry.default
+            if entry.init and (value := getattr(self, entry.name)) != default:
+                inner = value.items() if isinstance(value, dict) else ()
+                pairs += [f"{entry.name}.{k}={v}" for k, v in inner] or [f"{entry.name}={value}"]
+        return self.name + (":" + ",".join(pairs) if pairs else "")
 
     def sizes(self) -> dict[str, int]:
         """What one conversation may keep, by option."""
@@ -317,9 +328,16 @@ class Method:
 
 
 def register(*names: str) -> Callable[[_M], _M]:
-    """Class decorator: make a method known under its name, and further names for the same thing."""
+    """Class decorator: make a method known under its name, and further names for the same thing.
+
+    Raises:
+        ConfigError: another module has a method of that name.
+    """
 
     def put(method: _M) -> _M:
+        for name in names:
+            if (other := METHODS.get(name, method).__module__) != method.__module__:
+                raise ConfigError(f"a method {name!r} is registered already, by {other}: take another name")
         method.name = names[0]
         METHODS.update(dict.fromkeys(names, method))
         return method

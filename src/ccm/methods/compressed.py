@@ -105,6 +105,12 @@ class Trained(Method):
             return None
         return self.sink + rule.size(rule.blocks + 1, self.slots or 0) + self.window
 
+    @property
+    def text(self) -> str:
+        if not self.adapter:
+            return super().text
+        return self.adapter + replace(self, adapter="").text.removeprefix(self.name)
+
     def sizes(self) -> dict[str, int]:
         return {"slots": self.slots or 0, **super().sizes()}
 
@@ -190,5 +196,5 @@ def shared_compressor(
 def as_method(memory: Method | Compressor, tokenizer: Any = None, **options: Any) -> Method:
     """A bound method with some options changed; a compressor is one of CCM."""
     if isinstance(memory, Compressor):
-        return CCM(**options).bind(memory, tokenizer)
+        return CCM(adapter=memory.source, **options).bind(memory, tokenizer)
     return memory.resized(**options) if options else memory

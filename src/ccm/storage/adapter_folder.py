@@ -126,11 +126,17 @@ def read(
     if trained_width != width or fingerprint.split(".")[0] != shape_fingerprint(model):
         raise MismatchError(
             f"adapter {name} is for {trained_on} (hidden size {trained_width}), "
-            f"got {base_name(model)} (hidden size {width}); load that model or train an adapter for this one"
+            f"got {base_name(model)} (hidden size {width}); load that model, train an adapter for this one, or take a "
+            "memory that needs no training"
         )
     if fingerprint != model_fingerprint(model):
         log.warning("adapter %s was trained on other weights of %s; quality may differ", name, trained_on)
     return AdapterFiles(config, lora, slots, tuned)
+
+
+def is_for(name: str, model: PreTrainedModel) -> bool:
+    """Whether an adapter was trained on this very model."""
+    return _settings(find(name))[1]["fingerprint"] == model_fingerprint(model)
 
 
 def read_config(name: str | os.PathLike[str]) -> CompressorConfig:

@@ -1,0 +1,80 @@
+"""Which memory a conversation has when nobody names one."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..reader import base_name
+from ..storage import adapter_folder
+from .base import METHODS, Method
+from .compressed import Compressed
+from .spec import Spec, parse
+
+log = logging.getLogger(__name__)
+
+#: Stands for the best memory that there is for a model.
+DEFAULT = "default"
+#: The shipped adapter for conversations; it is taken for the model that it was trained on.
+ADAPTER = "ccm-chat"
+#: Memories that need no training, the best one first.
+UNTRAINED = ("attention-matching", "snapkv", "streaming-llm")
+#: What an adapter keeps beside its slots in a conversation: the first tokens as attention sink, the newest turns raw.
+CHAT = {"sink": 4, "window": 64}
+
+
+def default_memory(model: PreTrainedModel) -> str:
+    """The best memory for a model: the adapter that was trained for it, else one that needs no training."""
+    if adapter_folder.is_for(ADAPTER, model):
+        return ADAPTER
+    return next(name for name in UNTRAINED if name in METHODS)
+
+
+def checked(text: str | None) -> Spec:
+    """A memory as it is written, None for the default. Raises before a model is loaded what can be told without one.
+
+    Raises:
+        UnknownNameError: no such method, and no such adapter.
+        ConfigError: it is not written as expected, or an option that cannot be used.
+    """
+    spec = parse(text or DEFAULT)
+    if spec.name != DEFAULT:
+        spec.method()
+    return spec
+
+
+def open_method(memory: str | Spec | None, model: PreTrainedModel, tokenizer: Any = None) -> Method:
+    """A memory for conversations, on a model.
+
+    An adapter that does not say otherwise keeps a sink and a window beside its slots (:data:`CHAT`).
+
+    Args:
+        memory: as it is written, such as "snapkv:tokens=256", "ccm-chat", "./my-adapter" or "./mine.py"; None or
+            "default" is the best one for the model, and the log says so if it was not trained for it.
+        model: of a supported family.
+        tokenizer: of the model, for methods that look at text.
+
+    Raises:
+        ConfigError: it is not written as expected, there is no such method, or an option that cannot be used.
+        MismatchError: an adapter for another model.
+        UnsupportedModelError: the model cannot carry a memory.
+    """
+    spec = memory if isinstance(memory, Spec) else parse(memory or DEFAULT)
+    if spec.name == DEFAULT:
+        best = parse(default_memory(model))
+        spec = replace(best, options={**best.options, **spec.options})
+        if best.name != ADAPTER:
+            log.warning(
+                "no adapter was trained for %s: its memory is %s, which needs no training; to train one that may keep "
+                "more: ccm train --init %s --out recipe.yaml",
+                base_name(model),
+                best.text,
+                model.name_or_path or "MODEL",
+            )
+    method = spec.method()
+    if isinstance(method, Compressed):
+        method = replace(method, **{name: n for name, n in CHAT.items() if getattr(method, name) is None})
+    return method.bind(model, tokenizer)
