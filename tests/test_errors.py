@@ -196,7 +196,9 @@ def test_settings_of_the_past_are_accepted_at_the_value_that_is_left(folder):
 def test_what_may_be_changed_of_a_trained_adapter(folder):
     fewer = Compressor.from_pretrained(tiny_model(), folder, slots=1, window=8, sink=1, rule="mean")
     assert history(fewer, random_rows([[5, 6]])[0]).slots == 1
-    with pytest.raises(UnknownNameError, match="'windw' .did you mean window.*: expected one of rule, rule_options"):
+    with pytest.raises(
+        UnknownNameError, match=r"'windw' .did you mean window.*: expected one of rule, rule_options"
+    ):
         Compressor.from_pretrained(tiny_model(), folder, windw=3)
     with pytest.raises(UnknownNameError, match="'rank'"):
         Compressor.from_pretrained(tiny_model(), folder, rank=2)

@@ -19,6 +19,7 @@ from .evaluation.command import EPILOG as _EVAL_EPILOG
 from .evaluation.command import evaluate
 from .evaluation.report.command import EPILOG as _REPORT_EPILOG
 from .evaluation.report.command import report
+from .memory_option import Adapter, MemoryName, Sink, Slots, Window, memory_name
 from .placement import AUTO, Device, DeviceMap, Dtype, LoadIn, Loading, ModelName
 from .planning.command import EPILOG as _PLAN_EPILOG
 from .planning.command import plan
@@ -105,48 +106,47 @@ def _options(
 # ---------------------------------------------------------------------- chat
 
 
-@app.command(epilog="Example: ccm chat --window 128 --system 'You are a travel agent.'")
+@app.command(epilog="Example: ccm chat --model ./my-model --memory streaming-llm:window=512")
 def chat(
     model: ModelName = None,
-    adapter: Annotated[str, typer.Option(help="Shipped adapter, folder or hub id.")] = "ccm-chat",
+    memory: MemoryName = None,
     device: Device = AUTO,
     dtype: Dtype = AUTO,
     load_in: LoadIn = None,
     device_map: DeviceMap = None,
-    slots: Annotated[
-        int | None, typer.Option(help="Slots per segment.", show_default="the adapter's")
-    ] = None,
-    sink: Annotated[int | None, typer.Option(help="First raw tokens that stay.", show_default="4")] = None,
-    window: Annotated[
-        int | None, typer.Option(help="Newest raw tokens that stay.", show_default="64")
-    ] = None,
     load: Annotated[Path | None, typer.Option(metavar="FILE", help="Continue a saved session.")] = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="System message at the start.")] = None,
+    adapter: Adapter = None,
+    slots: Slots = None,
+    sink: Sink = None,
+    window: Window = None,
 ) -> None:
     """Talk with a model whose memory does not grow with the conversation; /help inside lists the commands."""
-    sizes: dict[str, Any] = {"slots": slots, "sink": sink, "window": window}
-    if load and (system or any(value is not None for value in sizes.values())):
-        raise ConfigError(
-            "--load brings its own budget and past: leave --slots, --sink, --window and --system out"
-        )
+    named = memory_name(memory, adapter, slots=slots, sink=sink, window=window)
     loading = Loading(model, device, dtype, load_in, device_map)
     loading.check()
-    from .compressor import Compressor
+    from .methods.default import checked, open_method
     from .repl import Repl
-    from .session import CHAT, Session
+    from .session import Session, saved_memory
 
+    spec = checked(named)
+    if load and (system or spec.options):
+        raise ConfigError(
+            f"--load {load} brings its own past and sizes: leave --system out, and the options of the memory"
+        )
+    if load and named is None:
+        spec = saved_memory(load)
     console = _console()
     language_model, tokenizer = loading.load()
-    compressor = Compressor.from_pretrained(language_model, adapter)
+    method = open_method(spec, language_model, tokenizer)
 
     def begin() -> Session:
-        chosen = {name: value for name, value in sizes.items() if value is not None}
-        session = Session(compressor, tokenizer, **{**CHAT, **chosen})
+        session = Session(method, tokenizer)
         if system:
             session.append(system, role="system")
         return session
 
-    session = Session.load(load, compressor, tokenizer) if load else begin()
+    session = Session.load(load, method, tokenizer) if load else begin()
     Repl(session, begin, console).run()
 
 

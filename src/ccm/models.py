@@ -124,8 +124,28 @@ def load_model(
             config = _config(str(name))
             options = _options(config, str(name), where)
             model = _auto_class(config).from_pretrained(name, config=config, **options, **_OPTIONS)
-            tokenizer = AutoTokenizer.from_pretrained(name, **_OPTIONS)
+            tokenizer = load_tokenizer(str(name))
     return _frozen(model), tokenizer
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a causal language model, without its weights.
+
+    Args:
+        name: as for :func:`load_model`.
+
+    Raises:
+        ConfigError, UnsupportedModelError, StorageError: as for :func:`load_model`.
+    """
+    if _is_default(name):
+        with _quiet(), _load_errors(DEFAULT_MODEL):
+            tokenizer = AutoTokenizer.from_pretrained(_converted(progress=True), local_files_only=True)
+        tokenizer.name_or_path, tokenizer.chat_template = DEFAULT_MODEL, CHAT_TEMPLATE
+        return tokenizer
+    with _quiet(), _load_errors(name):
+        if is_gguf(name):
+            return AutoTokenizer.from_pretrained(Path(name).parent, gguf_file=Path(name).name, **_OPTIONS)
+        return AutoTokenizer.from_pretrained(name, **_OPTIONS)
 
 
 def load_config(name: str | None = None) -> PretrainedConfig:
@@ -168,10 +188,8 @@ def _default(where: Placement, progress: bool = True) -> tuple[PreTrainedModel, 
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         options = _options(config, DEFAULT_MODEL, where)
         model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model.config._name_or_path = model.name_or_path = tokenizer.name_or_path = DEFAULT_MODEL
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return _frozen(model), tokenizer
+    model.config._name_or_path = model.name_or_path = DEFAULT_MODEL
+    return _frozen(model), load_tokenizer(DEFAULT_MODEL)
 
 
 def _frozen(model: PreTrainedModel) -> PreTrainedModel:

@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from .accounting import counters
 from .answers import Answer, AnswerReader
 from .compressor import Compressor
@@ -22,14 +24,15 @@ from .dialogue import Dialogue, Dialogues, Step
 from .errors import ConfigError, MemoryFileError
 from .memory import Memory
 from .messages import Message
-from .methods import Method, as_method
+from .methods import Method, as_method, open_method
+from .methods.default import CHAT as CHAT
+from .methods.spec import parse
+from .models import load_tokenizer
 from .template import answer_ends, template_of
 from .writer import Streamed, Writer
 
 log = logging.getLogger(__name__)
 
-#: The budget for chats: the newest turns raw, the first tokens as attention sink, slots for all the rest.
-CHAT = {"sink": 4, "window": 64}
 #: Positions left free behind an answer that fills the context: for what the template ends it with.
 BEHIND = 16
 
@@ -44,13 +47,13 @@ class Session:
         tools: that the model may call, in the form of chat templates:
             ``{"type": "function", "function": {"name": …, "parameters": …}}``.
         options: of the method, in place of its own: a compressor has slots, sink, window and segment (the longest
-            text folded at once). :data:`CHAT` is a good budget for chats.
+            text folded at once). :data:`CHAT` is a good budget for chats with one.
 
     Attributes:
         last: the newest answer, with its thoughts and the calls of tools that it asks for.
 
     Example:
-        >>> session = ccm.Session(compressor, tokenizer)
+        >>> session = ccm.Session.open(model, tokenizer)
         >>> session.append("My cat is called Miso.", role="user")
         >>> session.generate("What is my cat called?", max_new_tokens=20)
     """
@@ -72,6 +75,34 @@ class Session:
         self.dialogues = Dialogues(self.template)
         self.dialogue = self.dialogues.begin(tools)
         self._before: Memory | None = self.memory  # from before the open messages, while they may change
+
+    @classmethod
+    def open(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: Any = None,
+        memory: str | None = None,
+        *,
+        tools: Sequence[dict[str, Any]] = (),
+        **options: int | None,
+    ) -> Session:
+        """A session on any model, trained for or not.
+
+        Args:
+            model: of a supported family.
+            tokenizer: of the model; None loads it from where the model is from.
+            memory: as ``--memory`` of the command line, such as "snapkv:tokens=256"; None is the best that there is
+                for the model (``methods.default``).
+            tools, options: as above.
+
+        Raises:
+            ConfigError: there is no such memory, or no tokenizer where the model is from.
+            MismatchError: an adapter for another model.
+            UnsupportedModelError: the model cannot carry a memory.
+        """
+        if tokenizer is None:
+            tokenizer = load_tokenizer(model.name_or_path)
+        return cls(open_method(memory, model, tokenizer), tokenizer, tools=tools, **options)
 
     # ------------------------------------------------------------------ the loop
 
@@ -230,7 +261,12 @@ class Session:
         Raises:
             StorageError: it cannot be written; an older file is intact.
         """
-        state = {"budget": self.method.sizes(), "turns": self.turns, "dialogue": self.dialogue.as_dict()}
+        state = {
+            "memory": self.method.text,
+            "budget": self.method.sizes(),
+            "turns": self.turns,
+            "dialogue": self.dialogue.as_dict(),
+        }
         self.memory.save(path, {"session": json.dumps(state)})
 
     @classmethod
@@ -246,7 +282,7 @@ class Session:
         method.check(memory, 1)
         try:
             state = json.loads(metadata["session"])
-            session = cls(method, tokenizer, **state["budget"])
+            session = cls(method, tokenizer, **_options(state))
             session.turns = state["turns"]
             session.dialogue = resumed(session.dialogues, state, memory)
         except (KeyError, TypeError, ValueError) as error:
@@ -254,6 +290,11 @@ class Session:
         session.memory = session.method.admit(memory)
         session._before = None
         return session
+
+
+def _options(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the method of a saved session is set to; files from before any method could be saved have sizes alone."""
+    return parse(state["memory"]).options if "memory" in state else state["budget"]
 
 
 def say_losses(before: Memory, after: Memory, method: Method) -> None:

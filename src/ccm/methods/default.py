@@ -68,13 +68,14 @@ def open_method(memory: str | Spec | None, model: PreTrainedModel, tokenizer: An
         spec = replace(best, options={**best.options, **spec.options})
         if best.name != ADAPTER:
             log.warning(
-                "no adapter was trained for %s: its memory is %s, which needs no training; to train one that may keep "
-                "more: ccm train --init %s --out recipe.yaml",
+                "no adapter was trained for %s: its memory is %s, which needs no training; to train one, which may "
+                "keep more: ccm train --init %s --out recipe.yaml",
                 base_name(model),
                 best.text,
                 model.name_or_path or "MODEL",
             )
     method = spec.method()
     if isinstance(method, Compressed):
-        method = replace(method, **{name: n for name, n in CHAT.items() if getattr(method, name) is None})
+        sizes: dict[str, Any] = {name: n for name, n in CHAT.items() if getattr(method, name) is None}
+        method = replace(method, **sizes)
     return method.bind(model, tokenizer)

@@ -49,12 +49,13 @@ class Spec:
             UnknownNameError: neither a method nor an adapter.
             ConfigError: an option that it does not have, a value that it cannot use, or a file that has no method.
         """
-        if _is_file(self.name):
+        if is_file(self.name):
             return _made(self.name, _of_file(self.name), self.options)
         if self.name in list_methods():
             return get_method(self.name, **self.options)
         if not _is_adapter(self.name):
-            raise UnknownNameError("method", self.name, [*list_methods(), *adapter_folder.shipped_adapters()])
+            known = {*list_methods(), *adapter_folder.shipped_adapters()}
+            raise UnknownNameError("method or adapter", self.name, list(known))
         kind = adapter_folder.read_config(self.name).kind
         chosen = METHODS["ccm-concat" if kind == "ccm" else kind]
         return _made(self.name, chosen, {"adapter": self.name, **self.options})
@@ -162,7 +163,8 @@ def _import(point: EntryPoint) -> None:
         ) from error
 
 
-def _is_file(name: str) -> bool:
+def is_file(name: str) -> bool:
+    """Whether a name is that of a Python file, which is run to find its method."""
     return name.partition("#")[0].endswith(".py")
 
 
@@ -175,9 +177,11 @@ def _of_file(name: str) -> type[Method]:
         raise UnknownNameError(f"method of {path}", wanted, list(found))
     chosen = {found[wanted]} if wanted else set(found.values())
     if not chosen:
-        raise ConfigError(f"{path} has no method: put @register(\"name\") above its class (docs/extending.md)")
+        raise ConfigError(f'{path} has no method: put @register("name") above its class (docs/extending.md)')
     if len(chosen) > 1:
-        raise ConfigError(f"{path} has several methods: name one of them, {path}#{' or #'.join(sorted(found))}")
+        raise ConfigError(
+            f"{path} has several methods: name one of them, {path}#{' or #'.join(sorted(found))}"
+        )
     return chosen.pop()
 
 
@@ -188,7 +192,9 @@ def _loaded(path: Path) -> str:
     if name in sys.modules:
         return name
     if not file.is_file():
-        raise ConfigError(f"no file {path}: expected one in Python that registers a method (docs/extending.md)")
+        raise ConfigError(
+            f"no file {path}: expected one in Python that registers a method (docs/extending.md)"
+        )
     module = types.ModuleType(name)
     module.__file__ = str(file)
     sys.modules[name] = module  # where dataclasses look names up

@@ -126,8 +126,8 @@ def read(
     if trained_width != width or fingerprint.split(".")[0] != shape_fingerprint(model):
         raise MismatchError(
             f"adapter {name} is for {trained_on} (hidden size {trained_width}), "
-            f"got {base_name(model)} (hidden size {width}); load that model, train an adapter for this one, or take a "
-            "memory that needs no training"
+            f"got {base_name(model)} (hidden size {width}); load that model, train an adapter for this one, or "
+            "take a memory that needs no training"
         )
     if fingerprint != model_fingerprint(model):
         log.warning("adapter %s was trained on other weights of %s; quality may differ", name, trained_on)
