@@ -239,7 +239,7 @@ def test_an_adapter_alone_is_a_method(adapter: str) -> None:
 
 
 def test_wrong_arguments_are_told_before_a_model_is_loaded() -> None:
-    with pytest.raises(UnknownNameError, match="unknown method 'ccm-concatenate'"):
+    with pytest.raises(UnknownNameError, match="unknown method or adapter 'ccm-concatenate'"):
         ContextMemoryLM(method="ccm-concatenate")
     with pytest.raises(ConfigError, match="sluts"):
         ContextMemoryLM(method="ccm-concat", sluts=2)
@@ -274,7 +274,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
 ) -> None:
     monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: ContextMemoryLM(method="nothing"))
     assert main() == 2
-    assert capsys.readouterr().err.startswith("error: unknown method 'nothing'")
+    assert capsys.readouterr().err.startswith("error: unknown method or adapter 'nothing'")
 
 
 def test_without_lm_eval_the_command_that_installs_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

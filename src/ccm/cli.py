@@ -158,9 +158,14 @@ def demo(
     conversations: Annotated[int, typer.Option(help="Held-out conversations to play.")] = 8,
     turns: Annotated[int, typer.Option(help="Turns of each; from the fifth on they are scored.")] = 10,
     methods: Annotated[
-        str, typer.Option(help="Methods or adapter folders, by commas; none and full always play.")
-    ] = "none,full,window,ccm-concat,ccm-merge",
+        str | None,
+        typer.Option(
+            help="Memories by commas, as --memory has one; none and full always play.",
+            show_default="window, and the best for the model",
+        ),
+    ] = None,
     model: ModelName = None,
+    memory: MemoryName = None,
     device: Device = AUTO,
     dtype: Dtype = AUTO,
     load_in: LoadIn = None,
@@ -174,9 +179,12 @@ def demo(
     from .evaluation.demo import choose_players
     from .evaluation.demo import demo as play_demo
     from .evaluation.plot import plot as save_plot
+    from .evaluation.suites import split_methods
 
     console = _console(as_json)
-    names = [name.strip() for name in methods.split(",") if name.strip()]
+    names = split_methods(methods or "")
+    if memory:
+        names = [*(names or ["window"]), memory]
     choose_players(names)  # a wrong name shows before anything is loaded
     language_model, tokenizer = Loading(model, device, dtype, load_in, device_map).load()
     result = play_demo(language_model, tokenizer, console, conversations, turns, names)

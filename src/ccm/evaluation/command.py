@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..memory_option import Adapter, memory_name
 from ..placement import AUTO, Device, DeviceMap, Dtype, LoadIn, Loading, ModelName
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class Options:
     tasks: tuple[str, ...]
     limit: int | None
     loading: Loading
-    adapter: str | None
+    memory: str | None
     first_stage: str | None
     threads: int | None
     strict: bool = False
@@ -49,7 +50,8 @@ class Options:
         return suite, suite.plans(self.tasks, self.methods, self.limit, self.added())
 
     def added(self) -> tuple[str, ...]:
-        return (self.adapter, f"streaming-llm@{self.adapter}") if self.adapter else ()
+        """A memory, and a window of equal bytes."""
+        return (self.memory, f"streaming-llm@{self.memory}") if self.memory else ()
 
 
 def prepare(options: Options) -> Evaluation:
@@ -79,7 +81,7 @@ def evaluate(
     methods: Annotated[
         str | None,
         typer.Option(
-            help="By commas: NAME, NAME:option=value, NAME@OTHER (as many KV entries as OTHER), or an adapter.",
+            help="By commas: as --memory has one, or NAME@OTHER (as many KV entries as OTHER).",
             show_default="the suite's",
         ),
     ] = None,
@@ -87,11 +89,11 @@ def evaluate(
         str | None, typer.Option(help="Some of the suite's tasks, by commas.", show_default="all")
     ] = None,
     model: ModelName = None,
-    adapter: Annotated[
+    memory: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME",
-            help="An adapter's folder or hub id; it and a window of equal bytes join the methods.",
+            metavar="NAME:option=value,…",
+            help="A memory of yours, such as an adapter's folder; it and a window of equal bytes join the methods.",
         ),
     ] = None,
     first_stage: Annotated[
@@ -129,6 +131,7 @@ def evaluate(
         int | None,
         typer.Option(min=1, help="CPU threads of each process.", show_default="the cores, shared out"),
     ] = None,
+    adapter: Adapter = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Your own file: end with an error if something is left out.")
     ] = False,
@@ -143,7 +146,8 @@ def evaluate(
 
     named = tuple(split_methods(methods or ""))
     loading = Loading(model, device, dtype, load_in, device_map)
-    options = Options(suite, named, _names(tasks), limit, loading, adapter, first_stage, threads, strict)
+    added = memory_name(memory, adapter)
+    options = Options(suite, named, _names(tasks), limit, loading, added, first_stage, threads, strict)
     chosen, plans = options.chosen()
     for text in {text for plan in plans for text in plan.methods}:
         parse_method(text).method()  # a wrong name shows before anything is loaded

@@ -27,14 +27,17 @@ from ..data.rows import ConversationRow, held_out_rows
 from ..errors import ConfigError
 from ..methods import Method, get_method
 from ..methods.compressed import Compressed
+from ..methods.default import ADAPTER, default_memory
+from ..methods.spec import parse
+from ..methods.streaming import StreamingLLM
 from ..storage.fingerprint import base_name
 from .protocol import State, run_item
 from .share import Nll, bootstrap_share, recovered_share
-from .suites import MethodSpec
 from .tasks.conversation import row_item
 
 FIRST = 4  # index of the first target turn
-DEFAULT = ("none", "full", "window", "ccm-concat", "ccm-merge")
+#: Beside the ends of the yardstick and a window: what plays on the embedded model.
+ADAPTERS = ("ccm-concat", "ccm-merge")
 
 
 @dataclass(frozen=True)
@@ -75,23 +78,25 @@ class Trace:
 
 
 def choose_players(names: Sequence[str]) -> list[Player]:
-    """Players by method or adapter; "none" and "full" always play, the share needs them.
+    """Players by memories as they are written; "none" and "full" always play, the share needs them.
 
-    "window" becomes one player for each compressed one, at its KV bytes: ``window`` for the first, and
-    ``window-merge`` for ``ccm-merge`` after it.
+    "window" becomes one player for each other one, at its KV bytes: ``window`` for the first, and ``window-merge``
+    for ``ccm-merge`` after it.
 
     Raises:
         UnknownNameError: a name that is neither a method nor an adapter.
+        ConfigError: an option that cannot be used.
     """
     players = [Player(name, get_method(name)) for name in ("none", "full")]
     for name in dict.fromkeys(names):
         if name in ("none", "full", "window"):
             continue
-        short = Path(name).name
+        spec = parse(name)
+        short = Path(spec.name).name + name[len(spec.name) :]
         taken = any(player.name == short for player in players)
-        players.append(Player(name if taken else short, MethodSpec(name, name).method()))
+        players.append(Player(name if taken else short, spec.method()))
     if "window" in names:
-        compressed = [player.name for player in players if isinstance(player.method, Compressed)]
+        compressed = [player.name for player in players[2:] if not isinstance(player.method, StreamingLLM)]
         for index, name in enumerate(compressed):
             row = f"window-{name.removeprefix('ccm-')}" if index else "window"
             players.append(Player(row, get_method("window"), same_bytes_as=name))
@@ -132,9 +137,13 @@ def demo(
     console: Console,
     conversations: int = 8,
     turns: int = 10,
-    methods: Sequence[str] = DEFAULT,
+    methods: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Play held-out test conversations with a live table on ``console``.
+
+    Args:
+        methods: as they are written; by default none, full, and beside a window of equal bytes the adapters of the
+            embedded model, or the best memory for a model that has none.
 
     Returns:
         ``{"task", "turns", "methods": {name: {"nll", "perplexity", "recovered_share", "kv_bytes", "seconds",
@@ -151,6 +160,9 @@ def demo(
         )
     if conversations < 1:
         raise ConfigError(f"conversations: got {conversations}, expected at least 1")
+    if not methods:
+        best = default_memory(model)
+        methods = ("window", *(ADAPTERS if best == ADAPTER else (best,)))
     players = choose_players(methods)
     rows = held_out_rows(chitchat.load_chitchat("test"), tokenizer, turns)
     if len(rows) < conversations:

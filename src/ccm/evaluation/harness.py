@@ -19,6 +19,7 @@ import itertools
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,9 +27,9 @@ from torch import Tensor
 
 from ..errors import CCMError, ConfigError, MissingPackageError
 from ..methods import Run
+from ..methods.spec import parse
 from ..placement import AUTO, Loading
 from .protocol import SAME
-from .suites import MethodSpec
 
 try:
     from lm_eval.api.instance import Instance
@@ -59,7 +60,8 @@ class ContextMemoryLM(HFLM):
     Args:
         pretrained: folder or hub id of a causal language model, or the model itself; None is the embedded one.
         tokenizer: of a model that is given itself.
-        method: a method's name, or an adapter's folder or hub id; without it ``adapter``, or ``ccm-concat``.
+        memory: as it is written everywhere (``ccm.methods.spec``), such as snapkv:tokens=64; ``method`` is the same.
+            Without either it is ``adapter``, or ``ccm-concat``.
         delimiter: text that ends a demonstration; ``\\n`` may be written as backslash and n.
         segment: tokens of a segment when a whole text is scored (``loglikelihood_rolling``).
         device: where a model is loaded to; what there is if it is a CUDA device and there is none.
@@ -76,6 +78,7 @@ class ContextMemoryLM(HFLM):
         self,
         pretrained: Any = None,
         tokenizer: Any = None,
+        memory: str | None = None,
         method: str | None = None,
         delimiter: str = "\n\n",
         segment: int = 64,
@@ -87,8 +90,8 @@ class ContextMemoryLM(HFLM):
         max_batch_size: int | None = None,
         **options: Any,
     ) -> None:
-        name = method or options.pop("adapter", "ccm-concat")
-        self.spec = MethodSpec(name, name, options)
+        spec = parse(memory or method or options.pop("adapter", "ccm-concat"))
+        self.spec = replace(spec, options={**spec.options, **options})
         self.delimiter = delimiter.replace("\\n", "\n")
         self.segment = segment
         if not self.delimiter or segment < 1:

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..errors import ConfigError
 from ..reader import base_name
 from ..storage import adapter_folder
 from .base import METHODS, Method
@@ -42,8 +43,17 @@ def checked(text: str | None) -> Spec:
     """
     spec = parse(text or DEFAULT)
     if spec.name != DEFAULT:
-        spec.method()
+        _holding(spec.method())
     return spec
+
+
+def _holding(method: Method) -> Method:
+    """Raises ConfigError for a memory that would have room for nothing."""
+    if method.name != "none" and method.limit == 0:
+        raise ConfigError(
+            f"method {method.name} keeps nothing with {method.text}: give it a window, or take none (no memory)"
+        )
+    return method
 
 
 def open_method(memory: str | Spec | None, model: PreTrainedModel, tokenizer: Any = None) -> Method:
@@ -74,7 +84,7 @@ def open_method(memory: str | Spec | None, model: PreTrainedModel, tokenizer: An
                 best.text,
                 model.name_or_path or "MODEL",
             )
-    method = spec.method()
+    method = _holding(spec.method())
     if isinstance(method, Compressed):
         sizes: dict[str, Any] = {name: n for name, n in CHAT.items() if getattr(method, name) is None}
         method = replace(method, **sizes)
