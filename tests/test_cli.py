@@ -97,7 +97,7 @@ def test_no_arguments_show_help_and_version_shows_the_version(capsys: pytest.Cap
         (["demo", "--turns", "4"], "at least 5"),
         (["demo", "--conversations", "0"], "at least 1"),
         (["demo", "--conversations", "9"], "9"),
-        (["demo", "--methods", "h2o"], "unknown method or adapter 'h2o'"),
+        (["demo", "--methods", "h3o"], "unknown method or adapter 'h3o'"),
         (["demo", "--model", "no-such-folder/model"], "no-such-folder"),
         (["train"], "expected a recipe"),
         (["train", "missing.yaml"], "missing.yaml"),
@@ -231,6 +231,33 @@ def test_chat_saves_loads_and_forgets(talk, tmp_path: Path, monkeypatch: pytest.
     assert "loaded a.ccm, 3 turns" in shown
     shown = talk("/switch", options=("--load", "a.ccm"))
     assert "main, 3 turns" in shown
+
+
+def test_chat_on_a_model_without_an_adapter(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog
+) -> None:
+    monkeypatch.setitem(ccm.repl.SAMPLING, "max_new_tokens", 5)
+    file = tmp_path / "a.ccm"
+
+    def chat(*options: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.stdin", io.StringIO(f"Hello.\n/save {file}\n/memory\n"))
+        caplog.clear()
+        code = cli.main(["chat", "--model", str(home / "model"), *options])
+        return code, capsys.readouterr().out, caplog.text
+
+    code, shown, said = chat()
+    assert code == 0 and "full context" in shown and "error" not in shown
+    assert said.count("ccm train --init") == 1 and "needs no training" in said
+    code, shown, said = chat("--memory", "snapkv:tokens=9,window=8,sink=2")
+    assert code == 0 and "9 slots + 8 window" in shown and not said
+    code, shown, _ = chat("--load", str(file))  # the file says which method, and its sizes
+    assert code == 0 and "9 slots + 8 window" in shown
+    for wrong, words in (
+        (("--memory", "tova"), "made by"),
+        (("--memory", "snapkv:tokens=3"), "brings its own past and sizes"),
+    ):
+        code = cli.main(["chat", "--model", str(home / "model"), "--load", str(file), *wrong])
+        assert code == 2 and words in one_error(capsys)
 
 
 def test_chat_forks(talk) -> None:

@@ -995,7 +995,7 @@ def test_what_is_left_out_is_told_once_and_stored(
         (["nonsense"], "unknown suite 'nonsense': expected one of"),
         (["missing.jsonl"], "missing.jsonl is not there"),
         (["quick", "--strict"], "--strict is for a .jsonl file of your own, got suite quick"),
-        (["quick", "--methods", "h2o"], "unknown method or adapter 'h2o'"),
+        (["quick", "--methods", "h3o"], "unknown method or adapter 'h3o'"),
         (["quick", "--methods", "full:x=1"], "full"),
         (["quick", "--methods", "ccm-concat:slots"], "option=value"),
         (["quick", "--tasks", "conversation,nonsense"], "unknown task of suite quick 'nonsense'"),

@@ -178,7 +178,7 @@ def test_an_installed_package_brings_its_method(mine: Path, monkeypatch: pytest.
     monkeypatch.setattr(spec, "entry_points", lambda group: points if group == "ccm.methods" else [])
     assert {"first-come", "gone"} <= set(list_methods()) and "first-come" not in METHODS
     assert get_method("first-come", tokens=2).name == "first-come"
-    with pytest.raises(ConfigError, match="gone of the installed package .* cannot be imported"):
+    with pytest.raises(ConfigError, match=r"gone of the installed package .* cannot be imported"):
         checked("gone")
     sys.modules.pop("mine")
 
@@ -222,6 +222,10 @@ def test_an_adapter_has_a_window_in_conversations_unless_it_is_told(adapter: Pat
     assert open_method(f"{adapter}:sink=0,window=0", tiny()).window == 0
     assert open_method(str(adapter), tiny()).window == CHAT["window"]
     assert get_method("ccm-concat", adapter=str(adapter)).bind(tiny()).window == 0  # as evaluation has it
+    with pytest.raises(
+        ConfigError, match=r"grows to 1004 positions, 1132 with the next segment, and .* is 1024"
+    ):
+        open_method("streaming-llm:window=1000", tiny())
     with pytest.raises(MismatchError, match="memory that needs no training"):
         open_method(str(adapter), tiny_model("qwen2", hidden_size=64))
 

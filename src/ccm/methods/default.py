@@ -12,7 +12,7 @@ from ..errors import ConfigError
 from ..reader import base_name
 from ..storage import adapter_folder
 from .base import METHODS, Method
-from .compressed import Compressed
+from .compressed import Compressed, Trained
 from .spec import Spec, parse
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def checked(text: str | None) -> Spec:
 
 def _holding(method: Method) -> Method:
     """Raises ConfigError for a memory that would have room for nothing."""
-    if method.name != "none" and method.limit == 0:
+    if not isinstance(method, Trained) and method.name != "none" and method.limit == 0:
         raise ConfigError(
             f"method {method.name} keeps nothing with {method.text}: give it a window, or take none (no memory)"
         )
@@ -88,4 +88,11 @@ def open_method(memory: str | Spec | None, model: PreTrainedModel, tokenizer: An
     if isinstance(method, Compressed):
         sizes: dict[str, Any] = {name: n for name, n in CHAT.items() if getattr(method, name) is None}
         method = replace(method, **sizes)
-    return method.bind(model, tokenizer)
+    bound = method.bind(model, tokenizer)
+    needed = (bound.limit or 0) + bound.longest + bound.behind
+    if needed > bound.reader.context:
+        raise ConfigError(
+            f"method {spec.text}: the memory grows to {bound.limit} positions, {needed} with the next segment, "
+            f"and the model's context is {bound.reader.context}: give it fewer"
+        )
+    return bound
