@@ -679,8 +679,8 @@ def test_methods_as_they_are_written() -> None:
     for wrong in ("ccm-concat:slots", "a@", ":x=1", "m:=1", "m:a=1,a.b=2", "m:a={", "m:a="):
         with pytest.raises(ConfigError, match="expected"):
             parse_method(wrong)
-    with pytest.raises(UnknownNameError, match="h2o"):
-        parse_method("h2o").method()
+    with pytest.raises(UnknownNameError, match="h3o"):
+        parse_method("h3o").method()
 
 
 def test_an_adapter_is_opened_as_what_it_is(adapters: dict[str, str], tmp_path: Path) -> None:

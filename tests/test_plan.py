@@ -66,10 +66,7 @@ def test_figures_are_what_a_real_conversation_has(
     made = plan(
         Load(7, turns, tokens),
         model=folders[0],
-        adapter=folders[1],
-        slots=slots,
-        sink=sink,
-        window=window,
+        memory=f"{folders[1]}:slots={slots or config['slots']},sink={sink},window={window}",
         gpu_memory=10**7,
         measured=False,
     )
@@ -102,6 +99,19 @@ def test_figures_are_what_a_real_conversation_has(
     assert 0 < len(payload) - made["snapshot_bytes"] < 8192  # the header, which does not grow
 
 
+@pytest.mark.parametrize("memory", ["snapkv:tokens=9,window=20", "retrieve", "full", "mean-pool", None])
+def test_every_memory_can_be_planned(tmp_path, memory):
+    model = base()
+    model.save_pretrained(tmp_path)
+    made = plan(Load(3, 7, 20), model=str(tmp_path), memory=memory)
+    session = Session.open(model, tiny_tokenizer(), memory)
+    for turn in range(7):
+        ids = tuple((turn * 20 + i) % 90 + 3 for i in range(20))
+        session.memory = session._folded(session.memory, ids)
+    assert made["memory_kv_bytes"] == session.memory.nbytes
+    assert made["fold_seconds"] > 0 and made.memory.startswith(session.method.name)
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> tuple[str, str]:
     """A model without weights, and an adapter without weights."""
@@ -113,7 +123,7 @@ def folders(tmp_path_factory) -> tuple[str, str]:
 
 
 def test_prefill_of_full_context_is_the_history_before_every_answer(folders):
-    made = plan(Load(5, 9, 10), model=folders[0], adapter=folders[1], measured=False)
+    made = plan(Load(5, 9, 10), model=folders[0], memory=folders[1], measured=False)
     reads = [turn * 10 for turn in range(1, 9, 2)]  # before turns 2, 4, 6, 8
     assert made["prefill_full"] == sum(reads)
     assert made["prefill_saved"] == sum(reads) - made["prefill_memory"]
@@ -146,7 +156,7 @@ def test_a_config_is_enough_and_every_figure_says_where_it_comes_from(folders, c
 
 def test_the_store_that_is_measured_is_left_as_it_was(folders, tmp_path):
     url = f"sqlite://{tmp_path}/m.db"
-    made = plan(Load(1, 2, 5), model=folders[0], adapter=folders[1], store=url)
+    made = plan(Load(1, 2, 5), model=folders[0], memory=folders[1], store=url)
     assert isinstance(made, Plan) and made["bandwidth"] > 0
     with open_store(url) as store:
         assert store.usage("ccm-plan") == Usage(0, 0)
@@ -164,10 +174,13 @@ def test_help_has_an_example(capsys):
         (["--turns", "-1"], "--turns"),
         (["--pace", "0"], "pace"),
         (["--pace", "nan"], "pace"),
-        (["--adapter", "nowhere"], "no adapter"),
+        (["--adapter", "no/where"], "no adapter"),
+        (["--memory", "none"], "nothing to plan"),
+        (["--memory", "snapkv:token=3"], "did you mean tokens?"),
+        (["--memory", "full", "--turns", "10000"], "fewer --turns"),
         (["--adapter", "gisting"], "whole history"),
         (["--model", "nowhere"], "no usable model"),
-        (["--adapter", "ccm-concat", "--turns", "10000"], "fewer --slots"),
+        (["--adapter", "ccm-concat", "--turns", "10000"], "fewer --turns"),
         (["--gpu-memory", "0.0001"], "--gpu-memory"),
         (["--store", "sqlite:x"], "--no-measure"),
     ],
@@ -182,15 +195,15 @@ def test_bad_input_is_one_line(folders, options, says, capsys):
 def test_a_store_that_is_not_there_is_said_before_the_model_is_measured(folders, monkeypatch):
     monkeypatch.setattr(measure, "speed", lambda *args: pytest.fail("measured first"))
     with pytest.raises(StorageError):
-        plan(Load(1, 2, 5), model=folders[0], adapter=folders[1], store="redis://127.0.0.1:1/0")
+        plan(Load(1, 2, 5), model=folders[0], memory=folders[1], store="redis://127.0.0.1:1/0")
 
 
 def test_a_model_that_does_not_fit_here_is_planned_without_measuring(folders, monkeypatch):
     nothing = type("Memory", (), {"available": 10_000})
     monkeypatch.setattr(psutil, "virtual_memory", nothing)
     with pytest.raises(ConfigError, match="--no-measure"):
-        plan(Load(1, 2, 5), model=folders[0], adapter=folders[1])
-    assert plan(Load(1, 2, 5), model=folders[0], adapter=folders[1], measured=False)["users"] == 1
+        plan(Load(1, 2, 5), model=folders[0], memory=folders[1])
+    assert plan(Load(1, 2, 5), model=folders[0], memory=folders[1], measured=False)["users"] == 1
 
 
 def test_families_that_cannot_carry_a_memory_are_refused(tmp_path):

@@ -56,6 +56,22 @@ def _holding(method: Method) -> Method:
     return method
 
 
+def named(spec: Spec, model: PreTrainedModel) -> Spec:
+    """The memory that is meant: the best one for the model where it is the default."""
+    if spec.name != DEFAULT:
+        return spec
+    best = default_memory(model)
+    return replace(spec, text=best + spec.text.removeprefix(DEFAULT), name=best)
+
+
+def with_window(method: Method) -> Method:
+    """The same method; an adapter that does not say otherwise has the sink and the window of :data:`CHAT`."""
+    if not isinstance(method, Compressed):
+        return method
+    sizes: dict[str, Any] = {name: n for name, n in CHAT.items() if getattr(method, name) is None}
+    return replace(method, **sizes)
+
+
 def open_method(memory: str | Spec | None, model: PreTrainedModel, tokenizer: Any = None) -> Method:
     """A memory for conversations, on a model.
 
@@ -72,23 +88,17 @@ def open_method(memory: str | Spec | None, model: PreTrainedModel, tokenizer: An
         MismatchError: an adapter for another model.
         UnsupportedModelError: the model cannot carry a memory.
     """
-    spec = memory if isinstance(memory, Spec) else parse(memory or DEFAULT)
-    if spec.name == DEFAULT:
-        best = parse(default_memory(model))
-        spec = replace(best, options={**best.options, **spec.options})
-        if best.name != ADAPTER:
-            log.warning(
-                "no adapter was trained for %s: its memory is %s, which needs no training; to train one, which may "
-                "keep more: ccm train --init %s --out recipe.yaml",
-                base_name(model),
-                best.text,
-                model.name_or_path or "MODEL",
-            )
-    method = _holding(spec.method())
-    if isinstance(method, Compressed):
-        sizes: dict[str, Any] = {name: n for name, n in CHAT.items() if getattr(method, name) is None}
-        method = replace(method, **sizes)
-    bound = method.bind(model, tokenizer)
+    asked = memory if isinstance(memory, Spec) else parse(memory or DEFAULT)
+    spec = named(asked, model)
+    if asked.name == DEFAULT and spec.name != ADAPTER:
+        log.warning(
+            "no adapter was trained for %s: its memory is %s, which needs no training; to train one, which may "
+            "keep more: ccm train --init %s --out recipe.yaml",
+            base_name(model),
+            spec.text,
+            model.name_or_path or "MODEL",
+        )
+    bound = with_window(_holding(spec.method())).bind(model, tokenizer)
     needed = (bound.limit or 0) + bound.longest + bound.behind
     if needed > bound.reader.context:
         raise ConfigError(

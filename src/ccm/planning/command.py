@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..memory_option import Adapter, MemoryName, Sink, Slots, Window, memory_name
 from ..placement import AUTO, Device, Dtype, LoadIn, ModelName
 
 if TYPE_CHECKING:
@@ -22,17 +23,10 @@ def plan(
         int | None, typer.Option(min=1, help="With what the chat template adds.", show_default="64")
     ] = None,
     model: ModelName = None,
-    adapter: Annotated[
-        str, typer.Option(help="Gives rule and slots; it may be one for another model.")
-    ] = "ccm-chat",
+    memory: MemoryName = None,
     device: Device = AUTO,
     dtype: Dtype = AUTO,
     load_in: LoadIn = None,
-    slots: Annotated[
-        int | None, typer.Option(min=1, help="Slots per segment.", show_default="the adapter's")
-    ] = None,
-    sink: Annotated[int, typer.Option(min=0, help="First raw tokens that stay.")] = 4,
-    window: Annotated[int, typer.Option(min=0, help="Newest raw tokens that stay.")] = 64,
     gpu_memory: Annotated[
         float | None,
         typer.Option(
@@ -52,6 +46,10 @@ def plan(
         ),
     ] = None,
     measure: Annotated[bool, typer.Option(help="Time folding, prefill and commits on this machine.")] = True,
+    adapter: Adapter = None,
+    slots: Slots = None,
+    sink: Sink = None,
+    window: Window = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object on stdout, everything else on stderr.")
     ] = False,
@@ -62,6 +60,7 @@ def plan(
     from .plan import Load
     from .plan import plan as make_plan
 
+    named = memory_name(memory, adapter, slots=slots, sink=sink, window=window)
     load = Load(users, turns, tokens_per_turn, pace)
     with Console(stderr=True).status("Measuring" if measure else "Planning"):
         made = make_plan(
@@ -70,10 +69,7 @@ def plan(
             device=device,
             dtype=dtype,
             load_in=load_in,
-            adapter=adapter,
-            slots=slots,
-            sink=sink,
-            window=window,
+            memory=named,
             gpu_memory=None if gpu_memory is None else int(gpu_memory * 1e9),
             store=store,
             measured=measure,
@@ -93,7 +89,7 @@ def show(made: Plan) -> None:
     from rich.text import Text
 
     console = Console()
-    console.print(Text(f"{made.model}; {made.adapter}"))
+    console.print(Text(f"{made.model}; {made.memory}"))
     for title, figures in made.sections.items():
         table = Table(title, "", "", box=None, padding=(0, 2, 0, 0))
         table.columns[1].justify = "right"

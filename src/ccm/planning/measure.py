@@ -15,14 +15,14 @@ import psutil
 import torch
 from transformers import DynamicCache
 
-from ..compressor import Compressor
-from ..config import CompressorConfig
 from ..errors import ConfigError
 from ..memory import KV, Memory, Row
+from ..methods import Method
+from ..methods.spec import Spec
 from ..models import random_model
 from ..serving.store import Snapshot, open_store
 from ..serving.store.paths import url_of
-from .sizes import Budget, Held, Shape
+from .sizes import Held, Shape, planned
 
 #: Tokens that are prefilled at once.
 PREFILL = 256
@@ -49,8 +49,7 @@ class Speed:
 def speed(
     model_config: Any,
     shape: Shape,
-    config: CompressorConfig,
-    budget: Budget,
+    spec: Spec,
     held: Held,
     device: torch.device,
 ) -> Speed:
@@ -59,9 +58,8 @@ def speed(
     Args:
         model_config: of transformers.
         shape: of the same model.
-        config: of the adapter.
-        budget: segments are as long as its longest.
-        held: the memory that they are folded into.
+        spec: the memory; segments are as long as its longest.
+        held: what they are folded into.
         device: where.
 
     Raises:
@@ -82,17 +80,16 @@ def speed(
         model.base_model(input_ids=ids, past_key_values=DynamicCache(), use_cache=True)
 
     seconds = _median(prefill, device) / longest
-    compressor = Compressor(model, config)
-    memory = _memory(compressor, shape, held)
-    segment = torch.randint(words, (1, budget.segment), device=device)
+    method = planned(spec, model)
+    memory = _memory(method, shape, held)
+    segment = torch.randint(words, (1, method.longest), device=device)
 
     def fold() -> None:
         nonlocal memory
-        memory = compressor.compress(
-            segment, memory, slots=budget.slots, sink=budget.sink, window=budget.window
-        )
+        memory = method.fold(memory, segment)
 
-    for _ in range(budget.window // budget.segment):  # from here on every segment pushes one out
+    room = max(0, min(method.window, shape.context // 2) - held.window)
+    for _ in range(room // method.longest):  # from here on every segment pushes one out
         fold()
     start = memory
 
@@ -102,7 +99,7 @@ def speed(
         fold()
         fold()
 
-    folding = _median(two, device) / (2 * budget.segment)
+    folding = _median(two, device) / (2 * method.longest)
     name = f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else str(device)
     return Speed(seconds, folding, torch.cuda.get_device_name(device) if on_cuda else name)
 
@@ -152,9 +149,9 @@ def _median(call: Callable[[], None], device: torch.device) -> float:
     return statistics.median(times[1:])
 
 
-def _memory(compressor: Compressor, shape: Shape, held: Held) -> Memory:
+def _memory(method: Method, shape: Shape, held: Held) -> Memory:
     """A memory of this size with random content."""
-    device = compressor.model.device
+    device = method.reader.model.device
 
     def random(tokens: int, dtype: torch.dtype) -> KV:
         size = (shape.layers, shape.heads, tokens, shape.size)
@@ -169,4 +166,4 @@ def _memory(compressor: Compressor, shape: Shape, held: Held) -> Memory:
         segments=held.segments,
         steps=held.folds,
     )
-    return Memory((row,), compressor.fingerprint())
+    return Memory((row,), method.fingerprint())

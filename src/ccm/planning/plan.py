@@ -5,22 +5,20 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
 from ..errors import ConfigError
 from ..messages import Message
-from ..methods.baselines import BASELINES
-from ..methods.compressed import CCM
-from ..models import load_config
+from ..methods import Method
+from ..methods.default import checked
+from ..models import load_config, random_model
 from ..placement import AUTO, Placement, place
 from ..serving import transcript
 from ..serving.store import Limits
-from ..session import CHAT
-from ..storage.adapter_folder import read_config
 from . import measure
-from .sizes import Budget, Held, Shape, after, check_fits
+from .sizes import Held, Shape, after, check_fits, planned
 
 #: Share of a GPU's memory that stays free for activations and fragmentation.
 RESERVE = 0.1
@@ -90,7 +88,7 @@ class Plan:
     """A plan: titles and the figures below them."""
 
     model: str
-    adapter: str
+    memory: str
     sections: dict[str, list[Figure]] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> float:
@@ -105,10 +103,7 @@ def plan(
     device: str = AUTO,
     dtype: str = AUTO,
     load_in: str | None = None,
-    adapter: str = "ccm-chat",
-    slots: int | None = None,
-    sink: int = CHAT["sink"],
-    window: int = CHAT["window"],
+    memory: str | None = None,
     gpu_memory: int | None = None,
     store: str | None = None,
     measured: bool = True,
@@ -119,9 +114,7 @@ def plan(
         load: users and their conversations.
         model: as for ``load_model``; its config is enough.
         device, dtype, load_in: as for ``load_model``. What quantized layers take is calculated; they are not timed.
-        adapter: gives rule and slots; it may be one for another model.
-        slots: per segment, in place of the adapter's, whether or not it has so many.
-        sink, window: raw tokens that stay.
+        memory: as it is written; an adapter may be one for another model. None is the best one for the model.
         gpu_memory: bytes; None takes those of the device, and leaves GPUs out where that is none.
         store: URL of a store to measure; None takes a temporary SQLite file.
         measured: whether to measure at all.
@@ -133,23 +126,18 @@ def plan(
     """
     if store and not measured:
         raise ConfigError("a store is only measured: leave --store or --no-measure out")
-    config = read_config(adapter)
-    if config.kind in BASELINES and BASELINES[config.kind].whole:
-        raise ConfigError(
-            f"adapter {adapter}: kind {config.kind!r} compresses a whole history at once and serves no conversations"
-        )
-    config = config if slots is None else replace(config, slots=slots)
-    budget = Budget(config.slots, sink, window, CCM(window=window).longest)
+    spec = checked(memory)
     where = place(model, dtype, device, load_in)
     model_config = load_config(model)
     model_config.dtype = where.dtype or model_config.dtype
     shape = Shape.of(model_config, load_in)
-    held = after(load.turns, load.tokens, budget, config)
-    check_fits(held, budget, shape)
+    method = planned(spec, random_model(model_config, "meta"))
+    held = after(load.turns, load.tokens, method)
+    check_fits(held, method, shape)
     sections = {
         "A conversation": list(_conversation(load, shape, held)),
         "GPUs": list(_gpus(load, shape, held, gpu_memory, where)),
-        "Prefill": list(_prefill(load, budget, held)),
+        "Prefill": list(_prefill(load, method, held)),
         "Store": list(_store(load, shape, held)),
     }
     if measured:
@@ -157,11 +145,12 @@ def plan(
         sections["Store"] += _bandwidth(load, nbytes, measure.writing(store, nbytes))
     if measured and not load_in:
         # halfway through, where a memory that grows has its mean size
-        half = after(load.turns // 2, load.tokens, budget, config)
-        speed = measure.speed(model_config, shape, config, budget, half, where.device)
+        half = after(load.turns // 2, load.tokens, method)
+        speed = measure.speed(model_config, shape, spec, half, where.device)
         sections["Prefill"] += _seconds(load, speed)
-    rule = f"{adapter}: {config.rule}, {config.slots} slots a segment of {budget.segment} tokens at most"
-    return Plan(model or "the embedded model", rule, sections)
+    return Plan(
+        model or "the embedded model", f"{method.text}, segments of {method.longest} tokens at most", sections
+    )
 
 
 def _conversation(load: Load, shape: Shape, held: Held) -> Iterator[Figure]:
@@ -220,10 +209,10 @@ def _gpus(load: Load, shape: Shape, held: Held, gpu_memory: int | None, where: P
             yield Figure(f"gpus_{name}", f"GPUs for all at once, {text}", gpus, "", "calculated")
 
 
-def _prefill(load: Load, budget: Budget, held: Held) -> Iterator[Figure]:
+def _prefill(load: Load, method: Method, held: Held) -> Iterator[Figure]:
     # answer k follows turn 2k-1
     full = load.tokens * load.answers**2
-    read = load.tokens * load.turns + held.folds * budget.slots
+    read = load.tokens * load.turns + held.folds * method.behind
     yield Figure(
         "prefill_full",
         "read for full context",

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
-from ..config import CompressorConfig
 from ..errors import ConfigError
 from ..families import get_family
+from ..methods import Method
+from ..methods.baselines import BASELINES
+from ..methods.compressed import Trained
+from ..methods.default import named, with_window
+from ..methods.spec import Spec
 from ..models import random_model
-from ..rules import get_rule
+from ..storage.adapter_folder import CHANGEABLE, read_config
 from ..twin import kv_shape, text_config
 
 #: Bits of a quantized weight: 4-bit ones share a float32 among 64, 8-bit ones one among a row.
 BITS = {"4bit": 4.5, "8bit": 8}
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What one conversation may keep: slots a segment, raw tokens first and newest, and the longest segment."""
-
-    slots: int
-    sink: int
-    window: int
-    segment: int
 
 
 @dataclass(frozen=True)
@@ -96,32 +91,46 @@ class Held:
         return shape.kv_bytes(self.slots, torch.float32) + shape.kv_bytes(self.sink + self.window)
 
 
-def after(turns: int, tokens: int, budget: Budget, config: CompressorConfig) -> Held:
-    """The memory after so many turns of so many tokens each.
-
-    Of all segments the newest that fit the window stay raw; those before them are folded, one by one.
-    """
-    turn = [min(budget.segment, tokens - start) for start in range(0, tokens, budget.segment)]
-    total = turns * len(turn)
+def after(turns: int, tokens: int, method: Method) -> Held:
+    """The memory after so many turns of so many tokens each, from the counts alone."""
+    longest = method.longest
+    lengths = [min(longest, tokens - start) for start in range(0, tokens, longest)] * turns
+    sink, slots, window = method.size(lengths)
     raw: list[int] = []
-    while len(raw) < total and sum(raw) + turn[-1 - len(raw) % len(turn)] <= budget.window:
-        raw.append(turn[-1 - len(raw) % len(turn)])
-    folds = total - len(raw)
-    rule = get_rule(config.rule, **config.rule_options)
-    return Held(
-        sink=min(budget.sink, turn[0]) if folds else 0,
-        slots=rule.size(folds, budget.slots),
-        window=sum(raw),
-        segments=tuple(reversed(raw)),
-        folds=folds,
-    )
+    while sum(raw) < window:
+        raw.insert(0, min(lengths[-1 - len(raw)], window - sum(raw)))
+    return Held(sink, slots, window, tuple(raw), len(lengths) - len(raw))
 
 
-def check_fits(held: Held, budget: Budget, shape: Shape) -> None:
+def check_fits(held: Held, method: Method, shape: Shape) -> None:
     """Raises ConfigError unless the model's context has room for the memory, another segment and its COMP tokens."""
-    needed = held.length + budget.segment + budget.slots
+    if not held.length:
+        raise ConfigError(
+            f"method {method.name} keeps nothing, so there is nothing to plan: take another --memory"
+        )
+    needed = held.length + method.longest + method.behind
     if needed > shape.context:
         raise ConfigError(
             f"the memory would have {held.length} positions, with the next segment and its slots {needed}, and the "
-            f"model's context is {shape.context}: plan fewer --slots or --turns, or an adapter whose rule is mean"
+            f"model's context is {shape.context}: plan fewer --turns, or a --memory that does not grow"
         )
+
+
+def planned(spec: Spec, model: PreTrainedModel) -> Method:
+    """A memory on a model, of which its sizes are wanted: an adapter may be one for another model.
+
+    Raises:
+        ConfigError: there is no such memory, or it keeps the whole history.
+    """
+    spec = named(spec, model)
+    method = with_window(spec.method())
+    if not isinstance(method, Trained):
+        return method.bind(model)
+    config = read_config(method.adapter or method.name)
+    if config.kind in BASELINES and BASELINES[config.kind].whole:
+        raise ConfigError(
+            f"adapter {spec.name}: kind {config.kind!r} compresses a whole history at once, which no server can give "
+            "it; plan another memory"
+        )
+    changes = {name: value for name in CHANGEABLE[:3] if (value := getattr(method, name, None))}
+    return method.bind(method.made_by(model, replace(config, **changes)))
