@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import sys
 import types
@@ -14,6 +15,7 @@ import torch
 from tiny import random_rows, tiny_model, tiny_tokenizer
 
 import ccm
+import ccm.repl
 from ccm.cli import main
 from ccm.errors import ConfigError
 from ccm.evaluation.items import Choice
@@ -101,10 +103,27 @@ def test_the_method_keeps_the_low_norms(ran: tuple[dict[str, Any], Path]) -> Non
     first = ccm.get_method("low-norm", tokens=3).open(model)
     first.append(segments[0])
     norms = runs["full"].memory.rows[0].window.keys[:, :, :6].norm(dim=-1).sort(dim=-1).values
-    kept = first.memory.rows[0].window.keys.norm(dim=-1)
+    kept = first.memory.rows[0].slots.keys.norm(dim=-1)
     assert torch.allclose(kept.sort(dim=-1).values, norms[..., :3], atol=1e-5)
     with pytest.raises(ConfigError, match="tokens is 0"):
         ccm.get_method("low-norm", tokens=0)
+
+
+def test_the_page_talks_to_the_method(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (command,) = re.findall(r"^ccm (chat .*)$", PAGE, re.MULTILINE)
+    monkeypatch.delitem(METHODS, "low-norm", raising=False)
+    monkeypatch.chdir(ROOT / "examples" / "extending")
+    monkeypatch.setitem(ccm.repl.SAMPLING, "max_new_tokens", 5)
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"Hello.\n/save {tmp_path}/a.ccm\n"))
+    tiny_model(vocab_size=len(TOKENIZER), max_position_embeddings=1024).save_pretrained(tmp_path)
+    TOKENIZER.save_pretrained(tmp_path)
+    assert main([*command.split(), "--model", str(tmp_path)]) == 0
+    assert "[16 slots: " in capsys.readouterr().out  # of a question and an answer
+    monkeypatch.delitem(METHODS, "low-norm")
+    assert main(["chat", "--model", str(tmp_path), "--load", f"{tmp_path}/a.ccm"]) == 2
+    assert "give it by --memory" in capsys.readouterr().err
 
 
 def test_the_table_becomes_a_page(

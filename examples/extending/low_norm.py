@@ -2,43 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
-from transformers import PreTrainedModel
+from torch import Tensor
 
 from ccm.errors import ConfigError
-from ccm.memory import KV
-from ccm.methods import Method, Run, register
-from ccm.reader import Reader
-
-
-class LowNormRun(Run):
-    """Every layer and head keeps its own choice; kept entries stand in the order of the text."""
-
-    def __init__(self, reader: Reader, tokens: int):
-        super().__init__(reader)
-        self.tokens = tokens
-
-    def append(self, ids: Sequence[int]) -> None:
-        (new,) = self.reader.read([list(ids)], self.memory)  # keys and values (L, H, T, D), position-free
-        norms = new.keys.norm(dim=-1)
-        chosen = norms.topk(min(self.tokens, len(ids)), largest=False).indices.sort().values
-        kept = KV(*(part.take_along_dim(chosen.unsqueeze(-1), dim=2) for part in new))
-        self.keep(window=KV.cat((self.memory.rows[0].window, kept)))
+from ccm.memory import KV, Row
+from ccm.methods import Method, register
 
 
 @register("low-norm")
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LowNorm(Method):
-    """``tokens``: entries kept of each segment."""
+    """``tokens``: entries kept of each segment. Every layer and head has its own, in the order of the text."""
 
+    whole: ClassVar[bool] = True  # segments leave the window one by one
     tokens: int = 4
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.tokens < 1:
             raise ConfigError(f"method {self.name}: tokens is {self.tokens}, expected at least 1")
 
-    def open(self, model: PreTrainedModel, tokenizer: Any = None) -> LowNormRun:
-        return LowNormRun(Reader(model), self.tokens)
+    def keep(self, row: Row, leaving: KV, queries: Tensor | None) -> KV:
+        norms = leaving.keys.norm(dim=-1)  # keys (L, H, T, D), without positions
+        chosen = norms.topk(min(self.tokens, leaving.length), largest=False).indices.sort().values
+        return KV.cat((row.slots, leaving.take(chosen)))
+
+    def grown(self, slots: int, leaving: int, folds: int) -> int:
+        return slots + min(self.tokens, leaving)
