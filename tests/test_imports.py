@@ -54,8 +54,6 @@ def below(graph: dict[str, set[str]], start: str) -> dict[str, set[str]]:
 
 def test_the_core_has_no_circle_and_no_baseline() -> None:
     graph = imports()
-    # but for one: a family that nobody tested is tried on the spot, with a compressor
-    graph["ccm.families"].remove("ccm.trial")
     core = below(graph, "ccm.compressor")
     assert not circle(core)
     assert not [name for name in core if "methods" in name or "evaluation" in name or "training" in name]

@@ -11,7 +11,7 @@ _WHERE = {
     "Compressor": "compressor",
     "CompressorConfig": "config",
     "shipped_adapters": "storage.adapter_folder",
-    "Reader": "reader",
+    "Reader": "compressor",
     "Memory": "memory",
     "Message": "messages",
     "ToolCall": "messages",

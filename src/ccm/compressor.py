@@ -26,7 +26,7 @@ from peft import LoraConfig, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from . import attention, gate
+from . import attention, gate, trial
 from .config import SINK, CompressorConfig
 from .errors import ConfigError, MismatchError
 from .families import resolve_targets
@@ -414,3 +414,6 @@ class Compressor(Reader):
         if value < (name == "slots") or (most is not None and value > most):
             raise ConfigError(f"{name}: got {value}, expected {'1' if most else '0'} to {most or 'any size'}")
         return value
+
+
+trial.make = lambda model: Compressor(model, CompressorConfig(slots=2))

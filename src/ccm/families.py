@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from . import rotary, twin
+from . import rotary, trial, twin
 from .errors import ConfigError, UnsupportedModelError
 from .rotary import WAYS, Tables, Way, rotate, unrotate
 
@@ -277,8 +277,6 @@ def _backends(model: PreTrainedModel, calls: Sequence[_Call]) -> tuple[str, ...]
 
 def _try(model: PreTrainedModel, kind: str, family: Family) -> None:
     """Let a tiny model of a family that nobody tested pass the contract, with one layer of each kind at least."""
-    from .trial import measure
-
     config = twin.text_config(model.config)
     listed = [
         v for v in vars(config).values() if isinstance(v, list | tuple) and len(v) == len(family.rotated)
@@ -287,7 +285,7 @@ def _try(model: PreTrainedModel, kind: str, family: Family) -> None:
     layers = max(3, *(signs.index(sign) + 1 for sign in signs))
     small = twin.build(model, min(layers, len(signs)), choose_backend(model, family), seed=1)
     _found.setdefault(_key(small), _measure(small))  # it is not tried itself
-    outcome = measure(small)
+    outcome = trial.measure(small)
     outcome.check()
     log.warning(
         "model family %r is not one of those that are tested (docs/families.md); a small model of its config was "
