@@ -14,7 +14,6 @@ from ccm.errors import ConfigError, MemoryFileError, MismatchError
 from ccm.memory import KV
 from ccm.messages import Message
 from ccm.serving.store import ConflictError, NotFoundError
-from ccm.storage import memory_file
 
 pytest_plugins = ("service_fixtures",)
 
@@ -110,7 +109,7 @@ def test_forged_files_are_refused(service, compressor):
 
     def forged(change):
         row = good.rows[0]
-        return memory_file.dumps(replace(good, rows=(replace(row, **change(row)),)), {})
+        return replace(good, rows=(replace(row, **change(row)),)).dumps()
 
     def narrow(kv):
         return KV(kv.keys[..., :4], kv.values[..., :4])
@@ -119,11 +118,11 @@ def test_forged_files_are_refused(service, compressor):
     bad = [
         forged(lambda row: {name: narrow(getattr(row, name)) for name in parts}),
         forged(lambda row: {"slots": KV(*(t.repeat(1, 1, 300, 1) for t in row.slots))}),
-        memory_file.dumps(replace(good, rows=good.rows * 2), {}),
-        memory_file.dumps(good, {"session": '{"turns": -1}'}),
-        memory_file.dumps(good, {"session": "[]"}),
+        replace(good, rows=good.rows * 2).dumps(),
+        good.dumps({"session": '{"turns": -1}'}),
+        good.dumps({"session": "[]"}),
         b"not a file",
-        memory_file.dumps(good, {})[:-3],
+        good.dumps()[:-3],
     ]
 
     async def run():
@@ -133,9 +132,9 @@ def test_forged_files_are_refused(service, compressor):
                 pytest.fail(f"{i} was taken")
         other = replace(good, fingerprint="another")
         with pytest.raises(MismatchError):
-            await service.load("t", memory_file.dumps(other, {}))
+            await service.load("t", other.dumps())
         assert await service.sessions("t") == []
-        assert (await service.load("t", memory_file.dumps(good, {}))).version == 1
+        assert (await service.load("t", good.dumps())).version == 1
 
     asyncio.run(run())
 
