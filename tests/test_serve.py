@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import signal
@@ -21,6 +22,10 @@ import ccm
 from ccm import cli
 from ccm.compressor import Compressor, CompressorConfig
 from ccm.errors import ConfigError
+from ccm.messages import Message
+from ccm.methods.default import default_memory
+from ccm.serving.build import build_service
+from ccm.serving.engine import Sampling
 from ccm.serving.options import Options
 from ccm.serving.settings import Settings
 from ccm.serving.store import Limits
@@ -40,6 +45,8 @@ def test_help(command, capsys):
         (["--host", "0.0.0.0", "--api-keys", "none.txt"], "make one with: ccm key"),
         (["--host", "no such host", "--api-keys", "keys.txt"], "cannot listen"),
         (["--store", "ftp://x"], "unknown store 'ftp'"),
+        (["--memory", "snapkv:token=2"], "unknown option token; did you mean tokens?"),
+        (["--memory", "snapkv", "--window", "3"], "leave --window out"),
         (["--port", "70000"], "less than or equal to 65535"),
     ],
 )
@@ -56,6 +63,7 @@ def test_every_option_arrives_in_its_field(monkeypatch):
     wanted = Options(
         store="dir:///x",
         model="m",
+        memory="snapkv",
         adapter="folder/mine",
         device="cuda:1",
         dtype="float16",
@@ -96,7 +104,7 @@ def test_every_option_arrives_in_its_field(monkeypatch):
     assert cli.main(["serve", "--port", "0", *arguments]) == 2
     assert got == [wanted]
     assert wanted.limits == Limits(keep=9, marks=8, ttl=1.5 * 86400, sessions=10, nbytes=2_500_000)
-    assert wanted.settings == Settings("mine", False, "refuse", "int8", 11, "finish")
+    assert wanted.settings("mine") == Settings("mine", False, "refuse", "int8", 11, "finish")
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +124,35 @@ ENDLESS = (
     "import sys; from ccm import cli, template; template.answer_ends = lambda *_: (frozenset(), ()); "
     "sys.exit(cli.main(sys.argv[1:]))"
 )
+
+
+@pytest.mark.parametrize(
+    ("memory", "title"), [(None, "snapkv"), ("tova:tokens=9,window=8", "tova"), ("adapter", "adapter")]
+)
+def test_a_service_has_the_memory_that_is_asked_for(home, tmp_path, memory, title):
+    memory = str(home / memory) if memory == "adapter" else memory
+    options = Options(store=f"sqlite://{tmp_path}/m.db", model=str(home / "model"), memory=memory)
+    service = build_service(options)
+    sampling = Sampling(max_tokens=5, temperature=0)
+
+    async def say(text):
+        turn = await service.answer("t", "s", [Message("user", text)], sampling, create=True)
+        return await turn.finish()
+
+    async def talk():
+        answers = [
+            await say(text) for text in ("my cat is Miso", "and I live in Lyon", "and I sleep at noon")
+        ]
+        return answers[-1].text, (await service.view("t", "s")).stats
+
+    try:
+        text, stats = asyncio.run(talk())
+        assert text and stats["slots"] > 0
+        if memory is None:
+            title = default_memory(service.method.reader.model)
+        assert service.name.endswith(f"+{title}") and service.method.title == title
+    finally:
+        service.close()
 
 
 @contextmanager

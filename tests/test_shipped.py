@@ -15,16 +15,16 @@ from ccm.data import load_chitchat
 from ccm.data.rows import held_out_rows
 from ccm.evaluation.share import parallel_nll, recovered_share, reference_nll, turn_nll
 from ccm.methods.compressed import shared_compressor
+from ccm.methods.default import ADAPTER, default_memory
 from ccm.planning.command import plan as plan_command
 from ccm.planning.plan import plan
 from ccm.serving.command import serve
-from ccm.serving.options import Options
 from ccm.session import CHAT
 from ccm.storage import adapter_folder
 from ccm.storage.adapter_folder import SHIPPED
 from ccm.turns import render
 
-DEFAULT = Options().adapter
+DEFAULT = ADAPTER
 ADAPTERS = ["ccm-chat", "ccm-concat", "ccm-merge"]
 #: Fingerprints that memories of the shipped adapters carry.
 SHIPPED_PRINTS = json.loads((Path(__file__).parent / "golden" / "fingerprints.json").read_text())
@@ -149,4 +149,9 @@ def test_the_default_of_a_chat_knows_what_its_window_has_lost(embedded) -> None:
 
 def test_every_command_has_the_same_default() -> None:
     for command in (cli.chat, serve, plan_command, plan):
-        assert inspect.signature(command).parameters["adapter"].default == DEFAULT
+        assert inspect.signature(command).parameters["memory"].default is None
+
+
+@pytest.mark.slow
+def test_the_default_of_the_embedded_model_is_its_adapter(embedded) -> None:
+    assert default_memory(embedded[0]) == DEFAULT

@@ -17,10 +17,10 @@ from ccm.errors import ConfigError, MismatchError
 from ccm.methods import get_method, list_methods, open_method, register, spec
 from ccm.methods.base import METHODS, Method
 from ccm.methods.compressed import CCMConcat
-from ccm.methods.default import CHAT, checked, default_memory
+from ccm.methods.default import CHAT, checked, default_memory, saved_memory
 from ccm.methods.references import NoContext
 from ccm.methods.spec import parse
-from ccm.session import Session, saved_memory
+from ccm.session import Session
 from ccm.storage import adapter_folder
 
 TOKENIZER = tiny_tokenizer()

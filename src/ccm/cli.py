@@ -125,9 +125,9 @@ def chat(
     named = memory_name(memory, adapter, slots=slots, sink=sink, window=window)
     loading = Loading(model, device, dtype, load_in, device_map)
     loading.check()
-    from .methods.default import checked, open_method
+    from .methods.default import checked, open_method, saved_memory
     from .repl import Repl
-    from .session import Session, saved_memory
+    from .session import Session
 
     spec = checked(named)
     if load and (system or spec.options):

@@ -166,6 +166,11 @@ class Method:
         )
 
     @property
+    def title(self) -> str:
+        """A short name, as clients of a server see it."""
+        return self.name
+
+    @property
     def text(self) -> str:
         """The method as it is written (``methods.spec``): its name, and the options that differ from its defaults."""
         pairs = []

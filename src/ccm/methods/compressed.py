@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
@@ -104,6 +105,10 @@ class Trained(Method):
         if rule.blocks is None:
             return None
         return self.sink + rule.size(rule.blocks + 1, self.slots or 0) + self.window
+
+    @property
+    def title(self) -> str:
+        return Path(self.adapter or self.name).name
 
     @property
     def text(self) -> str:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..errors import ConfigError
-from ..reader import base_name
+from ..errors import ConfigError, MemoryFileError, UnknownNameError
+from ..memory import Memory
 from ..storage import adapter_folder
+from ..storage.fingerprint import base_name
 from .base import METHODS, Method
-from .compressed import Compressed, Trained
-from .spec import Spec, parse
+from .compressed import CCM, Compressed, Trained
+from .spec import Spec, is_file, parse
 
 log = logging.getLogger(__name__)
 
@@ -106,3 +109,30 @@ def open_method(memory: str | Spec | None, model: PreTrainedModel, tokenizer: An
             f"and the model's context is {bound.reader.context}: give it fewer"
         )
     return bound
+
+
+def saved_memory(path: str | os.PathLike[str]) -> Spec:
+    """Which memory a saved session has; an older file does not say, its is that of an adapter.
+
+    Raises:
+        MemoryFileError: as :meth:`ccm.Session.load`.
+        ConfigError: the memory is not known here, or is one of a Python file: those are run if one is named.
+    """
+    metadata = Memory.load(path)[1]
+    try:
+        spec = parse(json.loads(metadata["session"]).get("memory", ADAPTER))
+    except (KeyError, AttributeError, ValueError) as error:
+        raise MemoryFileError(f"{path} holds a memory but no session ({error})") from error
+    if spec.name == CCM.name:  # of an adapter that was never saved
+        return parse(ADAPTER)
+    if is_file(spec.name):
+        raise ConfigError(
+            f"{path} names the file {spec.name}, which is only run if you name it: give it by --memory"
+        )
+    try:
+        spec.method()
+    except UnknownNameError as error:
+        raise ConfigError(
+            f"{path} was saved with {spec.text}, and no such method is known here: give it by --memory ./FILE.py"
+        ) from error
+    return spec

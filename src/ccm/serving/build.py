@@ -20,33 +20,31 @@ VLLM_KEY = "VLLM_API_KEY"
 
 
 def build_service(options: Options) -> Service:
-    """Open the store, load model and adapter, and start the engine.
+    """Open the store, load model and memory, and start the engine.
 
     Raises:
         CCMError: one of them is not usable as given.
     """
     import torch
 
-    from ..compressor import Compressor
-    from ..methods import as_method
+    from ..methods.default import checked, open_method
     from .metrics import Metrics
     from .service import Service
     from .store import open_store
 
     options.loading.check()
+    spec = checked(options.memory_name)
     store = open_store(options.store, options.limits)
     threads = options.threads or torch.get_num_threads()
     torch.set_num_threads(1)
     model, tokenizer = options.loading.load()
-    compressor = Compressor.from_pretrained(model, options.adapter)
-    sizes = {name: getattr(options, name) for name in ("slots", "sink", "window")}
-    method = as_method(compressor, tokenizer, **{k: v for k, v in sizes.items() if v is not None})
+    method = open_method(spec, model, tokenizer)
     metrics = Metrics()
     # The engine's thread alone gets helpers: with more of them than cores, OpenMP lets all sleep between operations
     torch.set_num_threads(threads)
     engine = _engine(options, method, tokenizer, metrics)
     torch.set_num_threads(1)
-    return Service(method, tokenizer, store, options.settings, engine, metrics)
+    return Service(method, tokenizer, store, options.settings(method.title), engine, metrics)
 
 
 def _engine(options: Options, method: Method, tokenizer: Any, metrics: Metrics) -> Engine:

@@ -6,11 +6,11 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import wraps
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from ..memory_option import Adapter, MemoryName, Sink, Slots, Window, memory_name
 from ..placement import AUTO, Device, DeviceMap, Dtype, LoadIn, Loading, ModelName
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Options:
         ),
     ] = ""
     model: ModelName = None
-    adapter: Annotated[str, typer.Option(help="Shipped adapter, folder or hub id.")] = "ccm-chat"
+    memory: MemoryName = None
     device: Device = AUTO
     dtype: Dtype = AUTO
     load_in: LoadIn = None
@@ -44,11 +44,6 @@ class Options:
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads.", show_default="torch's choice")
     ] = None
-    slots: Annotated[
-        int | None, typer.Option(min=1, help="Slots per segment.", show_default="the adapter's")
-    ] = None
-    sink: Annotated[int | None, typer.Option(min=0, help="First raw tokens that stay.")] = 4
-    window: Annotated[int | None, typer.Option(min=0, help="Newest raw tokens that stay.")] = 64
     resend: Annotated[
         str,
         typer.Option(
@@ -87,11 +82,20 @@ class Options:
         str | None,
         typer.Option(metavar="URL", help="The store that its connector reads.", show_default="--store"),
     ] = None
+    adapter: Adapter = None
+    slots: Slots = None
+    sink: Sink = None
+    window: Window = None
 
     @property
     def loading(self) -> Loading:
         """The model and where it goes."""
         return Loading(self.model, self.device, self.dtype, self.load_in, self.device_map)
+
+    @property
+    def memory_name(self) -> str | None:
+        """The memory as it is written. Raises ConfigError if it is asked for in two ways."""
+        return memory_name(self.memory, self.adapter, slots=self.slots, sink=self.sink, window=self.window)
 
     @property
     def limits(self) -> Limits:
@@ -106,13 +110,12 @@ class Options:
             nbytes=None if self.quota is None else int(self.quota * 1e6),
         )
 
-    @property
-    def settings(self) -> Settings:
-        """Of the service."""
+    def settings(self, memory: str) -> Settings:
+        """Of the service, whose memory has this name."""
         from .settings import Settings
 
         return Settings(
-            Path(self.adapter).name,
+            memory,
             texts=self.texts,
             resend=self.resend,
             precision=self.precision,

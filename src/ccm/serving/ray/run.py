@@ -13,8 +13,8 @@ from typing import Any
 import typer
 
 from ...errors import ConfigError
+from ...methods.default import checked
 from ...models import load_config
-from ...storage.adapter_folder import read_config
 from ..keys import Keys
 from ..options import Options
 from ..store import open_store
@@ -40,7 +40,7 @@ def run(options: Options, keys: Keys | None, address: tuple[str, int], replicas:
     # what can be known before Ray starts is said before
     open_store(options.store).close()
     load_config(options.model)
-    read_config(options.adapter)
+    checked(options.memory_name)
 
     import ray
     from ray import serve
