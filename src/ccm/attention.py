@@ -11,7 +11,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,44 @@ def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
     )
 
 
+class Asked(NamedTuple):
+    """What a layer asks of its keys in a pass.
+
+    Attributes:
+        queries: (B, Hq, Q, D), rotated.
+        options: how it makes scores, by the names of transformers.
+    """
+
+    queries: Tensor
+    options: dict[str, Any]
+
+
+class Scoring(NamedTuple):
+    """How a layer makes scores of queries and keys.
+
+    Attributes:
+        scaling: of every product.
+        softcap: no score is larger; None: they are as they are.
+        sliding: a raw token sees so many, itself included; None: all.
+        sinks: (Hq,) learned scores that stand beside those of the keys.
+    """
+
+    scaling: float
+    softcap: float | None
+    sliding: int | None
+    sinks: Tensor | None
+
+    @classmethod
+    def of(cls, asked: Asked) -> Scoring:
+        options = {
+            name: asked.options.get(name) for name in ("scaling", "softcap", "sliding_window", "s_aux")
+        }
+        scaling = options["scaling"] or asked.queries.shape[-1] ** -0.5
+        sinks = options["s_aux"]
+        sinks = None if sinks is None else sinks.detach()
+        return cls(scaling, options["softcap"], options["sliding_window"], sinks)
+
+
 class StatesDone(Exception):
     """Every layer's keys and values are in the cache, and the pass was for nothing else."""
 
@@ -54,13 +92,13 @@ class Plan(ABC):
         adapter: name of the conditional adapter that is open.
         gate: where the tokens with the adapter are (COMP tokens, in general), or None when the pass has none.
         stop_at: layer after whose keys and values the pass ends; -1 runs it to its end.
-        queries: filled with the rotated queries (B, Hq, Q, D) of each layer, for who asks for them.
+        asked: filled with what each layer asks, for who wants to know.
     """
 
     adapter: str
     gate: Places | None
     stop_at: int = field(default=-1, kw_only=True)
-    queries: dict[int, Tensor] | None = field(default=None, kw_only=True)
+    asked: dict[int, Asked] | None = field(default=None, kw_only=True)
     _elsewhere: dict[torch.device, Any] = field(default_factory=dict, kw_only=True)
 
     @property
@@ -310,8 +348,8 @@ def _wrap(
         run = backend(module)
         if ccm_plan is None:
             return run(module, query, key, value, attention_mask, **kwargs)
-        if ccm_plan.queries is not None:
-            ccm_plan.queries[int(module.layer_idx)] = query
+        if ccm_plan.asked is not None:
+            ccm_plan.asked[int(module.layer_idx)] = Asked(query, kwargs)
         if module.layer_idx == ccm_plan.stop_at:
             raise StatesDone
         ccm_plan = ccm_plan.on(query.device)

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -21,6 +22,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import DynamicCache, PreTrainedModel
 
 from . import attention
+from .attention import Asked, Scoring
 from .errors import ConfigError
 from .families import choose_backend, get_family
 from .memory import KV, Memory, Row
@@ -125,21 +127,30 @@ class Reader(nn.Module):
             per row position-free keys and values (L, H, T, D), and position-free queries (L, Hq, w, D) in fp32.
         """
         ids, mask, _, memory = self._prepare(input_ids, memory, attention_mask)
-        seen: dict[int, Tensor] = {}
-        texts = self._step(memory, ids, mask, None, queries=seen)
+        seen: dict[int, Asked] = {}
+        texts = self._step(memory, ids, mask, None, asked=seen)
         start = torch.tensor([row.length for row in memory.rows], device=ids.device)
         result = []
         for r, (text, _) in enumerate(texts):
             first = 0 if newest < 0 else max(0, text.length - newest)
             queries = torch.stack(
                 [
-                    seen[i][r, :, seen[i].shape[2] - text.length + first :].to(ids.device)
+                    seen[i].queries[r, :, ids.shape[1] - text.length + first :].to(ids.device)
                     for i in range(len(seen))
                 ]
             )
             at = start[r] + torch.arange(first, text.length, device=ids.device)
             result.append((text, unrotate(queries, *self.rotary.stacked(at))))
         return result
+
+    @cached_property
+    def scoring(self) -> tuple[Scoring, ...]:
+        """How each layer makes scores of queries and keys."""
+        seen: dict[int, Asked] = {}
+        ids = torch.zeros(1, 1, dtype=torch.long, device=self.model.device)
+        with torch.no_grad():
+            self._step(self.empty(), ids, ids == 0, None, asked=seen)
+        return tuple(Scoring.of(seen[i]) for i in range(len(seen)))
 
     @contextmanager
     def reading_ahead(self) -> Iterator[None]:
@@ -232,21 +243,21 @@ class Reader(nn.Module):
         at: Tensor | None = None,
         keep: int | None = None,
         gate: slice | None = None,
-        queries: dict[int, Tensor] | None = None,
+        asked: dict[int, Asked] | None = None,
     ) -> list[tuple[KV, KV]]:
         """Run left-padded text (B, T), then embeddings (n, d) or (B, n, d), over the memory; the adapter acts on the
-        columns of ``gate``; ``queries`` is filled as :class:`ccm.attention.Plan` says.
+        columns of ``gate``; ``asked`` is filled as :class:`ccm.attention.Plan` says.
 
         Returns:
             per row the position-free KV of its text (of the first ``keep`` tokens), in the model's dtype, and of
             its COMP tokens, in fp32.
         """
         n = 0 if comp is None else comp.shape[-2]
-        plain, last = comp is None and gate is None and queries is None, self._ahead.last
+        plain, last = comp is None and gate is None and asked is None, self._ahead.last
         if plain and last is not None and last.is_of(memory, ids, mask):
             cache, positions = last.cache, last.positions
         else:
-            cache, positions = self._pass(memory, ids, mask, comp, at, gate, queries)
+            cache, positions = self._pass(memory, ids, mask, comp, at, gate, asked)
         result = []
         for r in range(len(ids)):
             text = mask[r].nonzero().squeeze(1)[:keep]
@@ -271,14 +282,14 @@ class Reader(nn.Module):
         comp: Tensor | None,
         at: Tensor | None,
         gate: slice | None,
-        queries: dict[int, Tensor] | None,
+        asked: dict[int, Asked] | None,
     ) -> tuple[DynamicCache, Tensor]:
         """One forward pass for its keys and values: the cache, and the positions (B, T + n) of what ran."""
         cache, call = self._over(memory, ids, mask, 0 if comp is None else comp.shape[-2], at, gate)
         embeds = self.model.get_input_embeddings()(ids)
         if comp is not None:
             embeds = torch.cat([embeds, comp.to(embeds.dtype).expand(len(ids), -1, -1)], dim=1)
-        call[attention.PLAN].queries = queries
+        call[attention.PLAN].asked = asked
         if not torch.is_grad_enabled():  # what the last layer puts out is of no use here
             call[attention.PLAN].stop_at = len(self.family.attention) - 1
         with suppress(attention.StatesDone):
