@@ -271,6 +271,38 @@ class Method:
         """
         return memory
 
+    # ------------------------------------------------------------------ sizes
+
+    def size(self, lengths: Sequence[int]) -> tuple[int, int, int]:
+        """Entries in sink, slots and window after segments of these lengths, folded one by one.
+
+        Raises:
+            ConfigError: the method does not say how its slots grow.
+        """
+        sink = slots = folds = 0
+        window: tuple[int, ...] = ()
+        for length in lengths:
+            window = (*window, length)
+            while (over := sum(window) - self.window) > 0:
+                gone = window[0] if self.whole else over
+                taken = min(max(0, self.sink - sink), gone)
+                left = without(window, gone)
+                folds += len(window) - len(left)
+                slots = self.grown(slots, gone - taken, folds) if gone > taken else slots
+                sink, window = sink + taken, left
+        return sink, slots, sum(window)
+
+    def grown(self, slots: int, leaving: int, folds: int) -> int:
+        """Slots after so many tokens more have left the window, ``folds`` segments in all."""
+        raise ConfigError(
+            f"method {self.name} does not say how many slots it keeps: give it a method 'grown'"
+        )
+
+    @property
+    def limit(self) -> int | None:
+        """Most entries that one conversation holds, however long it is; None: they grow with it."""
+        return None
+
     def counted(self, row: Row) -> Row:
         """The row with all of its counters, also if a file from before they were kept has brought it."""
         return row

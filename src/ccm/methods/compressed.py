@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, TypeVar
 
@@ -13,6 +14,7 @@ from ..compressor import Compressor
 from ..errors import ConfigError
 from ..memory import Memory, Row
 from ..reader import Ids, Reader
+from ..window import overflow
 from .base import Method, register
 
 _T = TypeVar("_T", bound="Trained")
@@ -93,11 +95,24 @@ class Trained(Method):
                 f"the adapter tunes the base model itself: merge it, and serve that model in {engine}"
             )
 
+    def size(self, lengths: Sequence[int]) -> tuple[int, int, int]:
+        folds = overflow(lengths, self.window)
+        sink = min(self.sink, lengths[0]) if folds else 0
+        return sink, self.reader.rule.size(folds, self.slots or 0), sum(lengths[folds:])
+
+    @property
+    def limit(self) -> int | None:
+        rule = self.reader.rule
+        if rule.blocks is None:
+            return None
+        return self.sink + rule.size(rule.blocks + 1, self.slots or 0) + self.window
+
     def sizes(self) -> dict[str, int]:
         return {"slots": self.slots or 0, **super().sizes()}
 
     def fold(self, memory: Memory, ids: Ids, mask: Tensor | None = None, *, answered: bool = False) -> Memory:
-        window = self.window + (self.longest if answered else 0)
+        # what has slots only folds a question at once
+        window = self.window + (self.longest if answered and self.kind == "ccm" else 0)
         return self.reader.compress(ids, memory, mask, slots=self.slots, sink=self.sink, window=window)
 
     def counted(self, row: Row) -> Row:

@@ -37,6 +37,9 @@ class MeanPool(Method):
         n = min(self.slots, leaving.length)
         return KV.cat((row.slots, KV(*(pooled(part, n) for part in leaving))))
 
+    def grown(self, slots: int, leaving: int, folds: int) -> int:
+        return slots + min(self.slots, leaving)
+
 
 def pooled(states: Tensor, n: int) -> Tensor:
     """Means over n even chunks of time: (L, H, T, D) -> (L, H, n, D) in fp32."""

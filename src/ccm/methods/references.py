@@ -19,6 +19,13 @@ class NoContext(Method):
     def keep(self, row: Row, leaving: KV, queries: Tensor | None) -> KV:
         return row.slots
 
+    def grown(self, slots: int, leaving: int, folds: int) -> int:
+        return slots
+
+    @property
+    def limit(self) -> int:
+        return self.sink + self.window
+
 
 @register("full")
 @dataclass(frozen=True, kw_only=True)

@@ -31,6 +31,13 @@ class StreamingLLM(Method):
     def keep(self, row: Row, leaving: KV, queries: Tensor | None) -> KV:
         return row.slots
 
+    def grown(self, slots: int, leaving: int, folds: int) -> int:
+        return slots
+
+    @property
+    def limit(self) -> int:
+        return self.sink + self.window
+
     def recall(self, memory: Memory, ids: Ids | None = None) -> Memory:
         if self.read_sink is None:
             return memory

@@ -65,6 +65,11 @@ class Summary(Method):
         rows = [self._told(row, text) for row, text in zip(memory.rows, texts(ids, mask), strict=True)]
         return replace(memory, rows=tuple(rows))
 
+    def size(self, lengths: Sequence[int]) -> tuple[int, int, int]:
+        raise ConfigError(
+            f"method {self.name} does not say its size: a summary is as long as the model makes it"
+        )
+
     def _told(self, row: Row, text: list[int]) -> Row:
         if not text:
             raise ConfigError("got an empty segment; give at least one token")
