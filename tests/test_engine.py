@@ -45,7 +45,7 @@ class TestPadded(EngineContract):
 def test_other_families(family, tokenizer):
     compressor = compressor_of(family)
     engine = PaddedEngine(as_method(compressor, tokenizer, **SIZES), tokenizer, rows=4)
-    check_many_at_a_time(engine, compressor, tokenizer)
+    check_many_at_a_time(engine, compressor, tokenizer, **SIZES)
     engine.close()
 
 

@@ -7,39 +7,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import random_rows, scramble, tiny_model, tiny_tokenizer
-from transformers import PreTrainedModel
+from method_cases import TOKENIZER, model, tiny_adapters
+from tiny import random_rows, tiny_model
 
 from ccm import get_method, list_methods, load_default_model, shipped_adapters
-from ccm.compressor import Compressor, CompressorConfig
+from ccm.compressor import Compressor
 from ccm.errors import ConfigError, UnknownNameError
 from ccm.evaluation.suites import parse_method
 from ccm.methods import Method, Run, register
 from ccm.methods.base import METHODS
-from ccm.methods.compressed import Trained
 
-TOKENIZER = tiny_tokenizer()
 SEGMENTS = random_rows([[6, 9, 5, 7]])[0]
 ENTRY = 2 * 3 * 2 * 8 * 4  # keys and values, 3 layers, 2 KV heads of 8, fp32: bytes of one token
 
 
-def model() -> PreTrainedModel:
-    return tiny_model(vocab_size=len(TOKENIZER), max_position_embeddings=2048)
-
-
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Adapter folders for the tiny llama, by the names of the methods that need one."""
-    folder = tmp_path_factory.mktemp("adapters")
-    made = {}
-    for name in list_methods():
-        if issubclass(METHODS[name], Trained):
-            kind = METHODS[name].kind
-            rule = "replace" if kind == "gisting" else "mean" if name == "ccm-merge" else "concat"
-            config = CompressorConfig(slots=3, sink=0, rule=rule, kind=kind)
-            scramble(Compressor(model(), config)).save_pretrained(folder / name)
-            made[name] = str(folder / name)
-    return made
+    return tiny_adapters(tmp_path_factory.mktemp("adapters"))
 
 
 @pytest.fixture(params=list_methods())
@@ -191,7 +175,7 @@ def test_bad_options_are_refused(name: str, options: dict[str, int]) -> None:
 
 def test_unknown_names_are_refused(adapters: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(UnknownNameError, match=r"expected one of .*ccm-concat"):
-        get_method("h2o")
+        get_method("h3o")
     with pytest.raises(ConfigError, match="no adapter"):
         get_method("ccm-merge", adapter=str(tmp_path)).open(model())
     with pytest.raises(ConfigError, match="slots is 4"):
