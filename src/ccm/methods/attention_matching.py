@@ -17,7 +17,14 @@ from ..reader import Reader
 from .base import Method, register
 from .matching import match
 
-#: Tokens of which the model's own queries are, and what each counts beside one of the text.
+#: What the model asks whatever was said: read once. Its last tokens, and what a query of theirs counts beside one of
+#: the text.
+QUESTIONS = (
+    "Thanks for telling me. What did you say about it before? Who was it, where did they go, and when? I remember that "
+    "you mentioned your family, your work and the place where you live. Could you tell me more about what happened "
+    "first, what came next, and how it ended? The answer to the question is short: it is what was said above. In the "
+    "beginning, there was a story about a man and a woman in a small town; then he said,"
+)
 ASKED, GENERAL = 64, 0.3
 
 
@@ -63,12 +70,11 @@ class AttentionMatching(Method):
 
 
 def _questions(reader: Reader, tokenizer: Any) -> Tensor:
-    """Queries (L, Hq, w, D) of the model's own, kept with it."""
-    known = reader.model.__dict__.get("_ccm_questions")
-    if known is None:
+    """Queries (L, Hq, w, D) of the model's own, kept with it; of some tokens or other where there is no tokenizer."""
+    known = reader.model.__dict__.setdefault("_ccm_questions", {})
+    if (said := tokenizer is not None) not in known:
         words = reader.model.get_input_embeddings().weight.shape[0]
-        order = torch.Generator().manual_seed(0)
-        ids = torch.randint(words, (4 + ASKED,), generator=order).tolist()
-        ((_, queries),) = reader.watch([ids], newest=ASKED)
-        known = reader.model.__dict__["_ccm_questions"] = queries
-    return known
+        some = torch.randint(words, (2 * ASKED,), generator=torch.Generator().manual_seed(0)).tolist()
+        ids = tokenizer(QUESTIONS, add_special_tokens=False)["input_ids"] if said else some
+        ((_, known[said]),) = reader.watch([ids], newest=ASKED)
+    return known[said]

@@ -3,8 +3,8 @@
 Of each layer and key head N entries become n. For reference queries q let a(q) (N) be their attention weights where
 they stood, and b(q) (n) those of the kept ones at their new places, both beside sink and window. Then
 
-    keys      n of those that were there, picked one by one: each takes away most of what is left of
-                  sum_q w(q) |y(q) - sum_j x_j a_j(q)|^2        y(q) = [a(q) V, mass of a(q)]
+    keys      n of those that were there; those go of which least is missed in
+                  min_x sum_q w(q) |y(q) - sum_j a_j(q) x_j|^2        y(q) = [a(q) V, mass of a(q)]
     values    V' = argmin  sum_q w(q) |o(q) - r(q) - b(q) V'|^2 + ridges
                   o(q): what attention gave, r(q): what sink and window give now
 
@@ -65,32 +65,39 @@ def match(reader: Reader, row: Row, held: KV, n: int, asked: Sequence[Asked]) ->
     gram = b.mT @ b
     drawn = torch.where(best < old, DRAWN * _mean(gram), 0.0)
     lift = torch.diag_embed(drawn + RIDGE * _largest(gram) + 1e-12)
-    return KV(kept.keys, kept.values + torch.linalg.solve(gram + lift, missing))
+    values = kept.values + torch.linalg.solve(gram + lift, missing)
+    # none is longer than the longest was: again and again, what is missed would build up
+    most = held.values.norm(dim=3).amax(2)[..., None, None]
+    length = values.norm(dim=3, keepdim=True).clamp_min(1e-12)
+    return KV(kept.keys, values * (most / length).clamp_max(1))
 
 
 def pick(gram: Tensor, side: Tensor, n: int) -> Tensor:
-    """n columns of A that together explain most of Y, one by one, in the order they stand in: (L, H, n).
+    """n columns of A that together explain most of Y, in the order they stand in: (L, H, n).
+
+    From x = argmin |Y - A x|^2 with the columns that are left, column j can go at a loss of
+
+        |x_j|^2 / ((A^T A)^-1)_jj        (optimal brain surgeon, Hassibi and Stork 1993)
+
+    Half of what is too much goes at once, and x is solved for again.
 
     Args:
         gram: A^T A (L, H, N, N).
         side: A^T Y (L, H, N, E).
     """
+    index = torch.arange(gram.shape[2], device=gram.device).expand(gram.shape[:3])
     gram = gram + torch.diag_embed(RIDGE * _largest(gram).expand(gram.shape[:3]) + 1e-12)
-    free = torch.ones_like(gram[..., 0], dtype=torch.bool)
-    chosen = []
-    for _ in range(n):
-        weight = gram.diagonal(dim1=2, dim2=3).clamp_min(1e-12)
-        mantissa, exponent = (side.square().sum(-1) / weight).frexp()
-        gain = (mantissa * 2**12).round().ldexp(exponent)  # the first of equal ones, whatever rounding says
-        j = gain.masked_fill(~free, -1).argmax(2, keepdim=True)
-        chosen.append(j)
-        free.scatter_(2, j, False)
-        root = weight.take_along_dim(j, dim=2).sqrt()
-        g = gram.take_along_dim(j.unsqueeze(2), dim=3).squeeze(3) / root
-        s = side.take_along_dim(j.unsqueeze(3), dim=2).squeeze(2) / root
-        gram = gram - g.unsqueeze(3) * g.unsqueeze(2)  # what is left of A and Y beside the chosen column
-        side = side - g.unsqueeze(3) * s.unsqueeze(2)
-    return torch.cat(chosen, dim=2).sort(dim=2).values
+    while (more := index.shape[2] - n) > 0:
+        own = gram.take_along_dim(index.unsqueeze(3), dim=2).take_along_dim(index.unsqueeze(2), dim=3)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(own))
+        x = inverse @ side.take_along_dim(index.unsqueeze(3), dim=2)
+        mantissa, exponent = (x.square().sum(-1) / inverse.diagonal(dim1=2, dim2=3)).frexp()
+        loss = (
+            (mantissa * 2**12).round().ldexp(exponent)
+        )  # of equal ones the first go, whatever rounding says
+        stay = loss.argsort(dim=2, stable=True)[:, :, more - more // 2 :].sort(dim=2).values
+        index = index.take_along_dim(stay, dim=2)
+    return index
 
 
 def _weights(
