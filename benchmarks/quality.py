@@ -29,7 +29,7 @@ from ccm.evaluation.protocol import run_item
 from ccm.evaluation.share import Nll, bootstrap_share, parallel_nll, recovered_share, reference_nll, turn_nll
 from ccm.evaluation.tasks.conversation import row_item
 from ccm.methods.compressed import shared_compressor
-from ccm.session import CHAT
+from ccm.methods.default import CHAT
 
 MEMORIES: dict[str, tuple[str, dict[str, int]]] = {
     "ccm-chat, 4 slots a turn": ("ccm-chat", {}),  # ccm-concat has the same weights

@@ -33,7 +33,7 @@ from ccm.data.facts import Fact, draw_facts
 from ccm.data.rows import render_turns
 from ccm.methods import Run, as_method
 from ccm.methods.compressed import shared_compressor
-from ccm.session import CHAT
+from ccm.methods.default import CHAT
 from ccm.turns import render
 
 DISTANCES = (1, 2, 4, 8, 16, 32, 64, 100)

@@ -33,7 +33,7 @@ from ccm.evaluation.share import Nll, bootstrap_share, recovered_share, turn_nll
 from ccm.memory import Memory
 from ccm.methods import Method, Run, as_method
 from ccm.methods.compressed import shared_compressor
-from ccm.session import CHAT
+from ccm.methods.default import CHAT
 from ccm.turns import RenderedTurn, render
 
 TOKENS = 3200

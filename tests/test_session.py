@@ -14,7 +14,8 @@ import ccm
 from ccm.accounting import reach_in_words
 from ccm.compressor import Compressor, CompressorConfig
 from ccm.errors import ConfigError, MemoryFileError, MismatchError
-from ccm.session import BEHIND, CHAT, Session
+from ccm.methods.default import CHAT
+from ccm.session import BEHIND, Session
 from ccm.turns import render, turns_of
 
 TOKENIZER = tiny_tokenizer()

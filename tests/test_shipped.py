@@ -15,11 +15,10 @@ from ccm.data import load_chitchat
 from ccm.data.rows import held_out_rows
 from ccm.evaluation.share import parallel_nll, recovered_share, reference_nll, turn_nll
 from ccm.methods.compressed import shared_compressor
-from ccm.methods.default import ADAPTER, default_memory
+from ccm.methods.default import ADAPTER, CHAT, default_memory
 from ccm.planning.command import plan as plan_command
 from ccm.planning.plan import plan
 from ccm.serving.command import serve
-from ccm.session import CHAT
 from ccm.storage import adapter_folder
 from ccm.storage.adapter_folder import SHIPPED
 from ccm.turns import render

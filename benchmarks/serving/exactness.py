@@ -25,8 +25,8 @@ from harness import Server, ask, placed, placed_parser, serving, store, streamed
 from texts import conversations, twins
 
 import ccm
+from ccm.methods.default import CHAT
 from ccm.serving.keys import Keys
-from ccm.session import CHAT
 
 SEED = 7
 TENANTS = ("alice", "bob")

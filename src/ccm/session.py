@@ -25,7 +25,6 @@ from .errors import ConfigError, MemoryFileError
 from .memory import Memory
 from .messages import Message
 from .methods import Method, as_method, open_method
-from .methods.default import CHAT as CHAT
 from .methods.spec import parse
 from .models import load_tokenizer
 from .template import answer_ends, template_of
@@ -47,7 +46,7 @@ class Session:
         tools: that the model may call, in the form of chat templates:
             ``{"type": "function", "function": {"name": …, "parameters": …}}``.
         options: of the method, in place of its own: a compressor has slots, sink, window and segment (the longest
-            text folded at once). :data:`CHAT` is a good budget for chats with one.
+            text folded at once). :data:`ccm.methods.default.CHAT` is a good budget for chats with one.
 
     Attributes:
         last: the newest answer, with its thoughts and the calls of tools that it asks for.

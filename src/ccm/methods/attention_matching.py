@@ -1,0 +1,80 @@
+"""Attention Matching (arXiv 2602.16284): slots that attend as all that was said did, without any training.
+
+Keys are some of those that were there, values are solved for (``matching``). It is a memory for any model from the
+first minute, and the mark that a trained adapter has to beat.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..memory import KV, Row
+from ..reader import Reader
+from .base import Method, register
+from .matching import match
+
+#: What the model asks whatever was said: read once. Its last tokens, and what a query of theirs counts beside one of
+#: the text.
+QUESTIONS = (
+    "Thanks for telling me. What did you say about it before? Who was it, where did they go, and when? I remember "
+    "that you mentioned your family, your work and the place where you live. Could you tell me more about what happened "
+    "first, what came next, and how it ended? The answer to the question is short: it is what was said above. In the "
+    "beginning, there was a story about a man and a woman in a small town; then he said,"
+)
+ASKED, GENERAL = 64, 0.3
+
+
+@register("attention-matching", "am")
+@dataclass(frozen=True, kw_only=True)
+class AttentionMatching(Method):
+    """A fixed number of slots, fitted anew whenever text leaves the window.
+
+    Attributes:
+        slots: entries between sink and window, from the first text that is longer.
+    """
+
+    queries: ClassVar[int] = -1
+    sink: int = 4
+    slots: int = 64
+    asked: Tensor | None = field(init=False, repr=False, compare=False, default=None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._at_least(slots=1)
+
+    def _on(self, reader: Reader, tokenizer: Any) -> AttentionMatching:
+        bound = super()._on(reader, tokenizer)
+        object.__setattr__(bound, "asked", _questions(reader, tokenizer))
+        return bound
+
+    def keep(self, row: Row, leaving: KV, queries: Tensor | None) -> KV:
+        held = KV.cat((row.slots, leaving.to(torch.float32)))
+        if held.length <= self.slots:
+            return held
+        own = [] if queries is None else [(queries, 1.0)]
+        return match(self.reader, row, held, self.slots, [*own, (self.asked, GENERAL)])
+
+    def grown(self, slots: int, leaving: int, folds: int) -> int:
+        return min(slots + leaving, self.slots)
+
+    @property
+    def limit(self) -> int:
+        return self.sink + self.slots + self.window
+
+    def sizes(self) -> dict[str, int]:
+        return {**super().sizes(), "slots": self.slots}
+
+
+def _questions(reader: Reader, tokenizer: Any) -> Tensor:
+    """Queries (L, Hq, w, D) of the model's own, kept with it; of some tokens or other where there is no tokenizer."""
+    known = reader.model.__dict__.setdefault("_ccm_questions", {})
+    if (said := tokenizer is not None) not in known:
+        words = reader.model.get_input_embeddings().weight.shape[0]
+        some = torch.randint(words, (2 * ASKED,), generator=torch.Generator().manual_seed(0)).tolist()
+        ids = tokenizer(QUESTIONS, add_special_tokens=False)["input_ids"] if said else some
+        ((_, known[said]),) = reader.watch([ids], newest=ASKED)
+    return known[said]
