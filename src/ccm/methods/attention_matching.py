@@ -20,10 +20,11 @@ from .matching import match
 #: What the model asks whatever was said: read once. Its last tokens, and what a query of theirs counts beside one of
 #: the text.
 QUESTIONS = (
-    "Thanks for telling me. What did you say about it before? Who was it, where did they go, and when? I remember "
-    "that you mentioned your family, your work and the place where you live. Could you tell me more about what happened "
-    "first, what came next, and how it ended? The answer to the question is short: it is what was said above. In the "
-    "beginning, there was a story about a man and a woman in a small town; then he said,"
+    "Thanks for telling me. What did you say about it before? Who was it, where did they go, and when? I "
+    "remember that you mentioned your family, your work and the place where you live. Could you tell me "
+    "more about what happened first, what came next, and how it ended? The answer to the question is "
+    "short: it is what was said above. In the beginning, there was a story about a man and a woman in a "
+    "small town; then he said,"
 )
 ASKED, GENERAL = 64, 0.3
 
