@@ -29,7 +29,7 @@ test: $(STAMP) ## run the quick tests, in a process for each core up to four
 test-slow: $(STAMP) ## run the slow tests
 	$(BIN)/pytest -m "slow and not vllm"
 
-CONTRACT := tests/test_families.py tests/test_contract.py tests/test_session.py tests/test_generate.py \
+CONTRACT := tests/core/test_families.py tests/core/test_contract.py tests/test_session.py tests/core/test_generate.py \
 	-m "not slow and not vllm" -k "not ema and not other_rules and not at_the_place"
 
 test-oldest: $(OLDEST)/.installed ## run the contract on the oldest transformers and PEFT that are supported
@@ -39,7 +39,7 @@ test-newest: $(NEWEST)/.installed ## run the contract on the newest transformers
 	$(NEWEST)/bin/python -m pytest $(CONTRACT)
 
 test-ray: $(RAY)/.installed ## run the tests of the server on Ray Serve, in an environment of their own
-	$(RAY)/bin/python -m pytest tests/test_ray.py
+	$(RAY)/bin/python -m pytest tests/serving/test_ray.py
 
 ray-env: $(RAY)/.installed ## make that environment
 
@@ -49,7 +49,7 @@ test-vllm: $(STAMP) $(VLLM)/.installed ## run the tests against a real vLLM, whi
 vllm-env: $(VLLM)/.installed ## make that environment
 
 test-quant: $(QUANT)/.installed ## run the tests of quantized weights, in an environment of their own
-	$(QUANT)/bin/python -m pytest tests/test_quantized.py
+	$(QUANT)/bin/python -m pytest tests/models/test_quantized.py
 
 quant-env: $(QUANT)/.installed ## make that environment
 

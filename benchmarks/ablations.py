@@ -30,14 +30,14 @@ from rich.progress import Progress
 from torch import Tensor
 
 import ccm
-from ccm.compressor import Compressor, CompressorConfig
+from ccm.core.compressor import Compressor, CompressorConfig
+from ccm.core.rules import get_rule
 from ccm.data import load_chitchat
 from ccm.data.rows import ConversationRow, held_out_rows
 from ccm.errors import CCMError, ConfigError, UnknownNameError
 from ccm.evaluation.share import Nll, parallel_nll, recovered_share, reference_nll
+from ccm.files.atomic import write_atomically
 from ccm.methods.baselines import BASELINES
-from ccm.rules import get_rule
-from ccm.storage.atomic import write_atomically
 from ccm.training import TrainConfig, Trainer
 from ccm.training.engines import under
 from ccm.training.recipe import load_recipe

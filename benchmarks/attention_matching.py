@@ -26,9 +26,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ccm import attention
-from ccm.reader import Reader
-from ccm.rotary import rotate, unrotate
+from ccm.core import attention
+from ccm.core.reader import Reader
+from ccm.core.rotary import rotate, unrotate
 from ccm.training.targets import Row
 
 SINK = 4

@@ -16,7 +16,7 @@ from common import parser, store
 from transformers import DynamicCache
 
 import ccm
-from ccm.live import Live
+from ccm.core.live import Live
 
 
 def measure(first: Callable[[], object], second: Callable[[], object], repeats: int) -> dict[str, float]:

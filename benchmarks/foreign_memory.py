@@ -23,11 +23,11 @@ from common import RESULTS, parser, store
 from quality import entries_before
 
 import ccm
-from ccm.compressor import Compressor
+from ccm.core.compressor import Compressor
 from ccm.data import load_chitchat
 from ccm.data.rows import ConversationRow, held_out_rows
 from ccm.evaluation.share import parallel_nll, recovered_share, reference_nll
-from ccm.storage import base_stage
+from ccm.files import base_stage
 
 TURNS, ROWS, AWAY = 10, 96, 7
 ADAPTERS = ("ccm-concat", "ccm-chat", "ccm-merge", "ccm-concat-short")

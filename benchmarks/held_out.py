@@ -34,15 +34,15 @@ from common import RESULTS, environment, parser
 from held_out_rows import Rows, key_of
 
 import ccm
-from ccm.compressor import Compressor
-from ccm.data.packed import ArrayRow
+from ccm.core.compressor import Compressor
+from ccm.core.rules import get_rule
+from ccm.core.segments import lay_out
 from ccm.errors import DataError
 from ccm.evaluation.share import recovered_share
-from ccm.rules import get_rule
-from ccm.segments import lay_out
-from ccm.storage.atomic import write_atomically
-from ccm.storage.fingerprint import base_name, model_fingerprint
+from ccm.files.atomic import write_atomically
+from ccm.files.fingerprint import base_name, model_fingerprint
 from ccm.training.engines import Engine, make_engine
+from ccm.training.packed import ArrayRow
 from ccm.training.targets import Row, only_last
 
 #: Tokens of a pass, on a processor and on an accelerator.

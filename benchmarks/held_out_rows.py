@@ -17,6 +17,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from ccm.chat.turns import render
 from ccm.data import load_chitchat
 from ccm.data.books import load_books
 from ccm.data.carriers import NEWSGROUPS, ORANGE
@@ -30,7 +31,6 @@ from ccm.data.topical_chat import load_topical_chat
 from ccm.errors import DataError
 from ccm.training.rows import later
 from ccm.training.targets import NONE, RECALL, TEXT, Row, marked, scored_from
-from ccm.turns import render
 
 FILE = Path(__file__).parent / "held_out_rows.json.xz"
 VERSION = 1

@@ -30,7 +30,7 @@ from common import parser, store
 from torch import Tensor
 
 import ccm
-from ccm.compressor import Compressor, CompressorConfig
+from ccm.core.compressor import Compressor, CompressorConfig
 from ccm.data import load_chitchat
 from ccm.data.rows import ConversationRow, held_out_rows
 from ccm.training.recursion import parallel_losses, recurrent_losses

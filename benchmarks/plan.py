@@ -16,7 +16,7 @@ import torch
 from common import parser, store
 from transformers import LlamaConfig
 
-sys.path.append(str(Path(__file__).parent.parent / "tests"))
+sys.path.append(str(Path(__file__).parent.parent / "tests" / "helpers"))
 from servers import postgresql_server
 
 #: Shape of an 8B model with grouped queries and a context of 128k, in bfloat16.

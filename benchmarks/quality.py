@@ -2,7 +2,7 @@
 
 Rows of ten turns, of which turns from the fifth on are targets; or of ``--turns`` turns, of which the last ten are.
 
-Memories are scored by parallel passes, which equal the recurrent ones (tests/test_contract.py; checked here once
+Memories are scored by parallel passes, which equal the recurrent ones (tests/core/test_contract.py; checked here once
 more on the first rows). Beside each stands a window of sink and recent tokens that holds, turn by turn, exactly as
 many KV bytes.
 

@@ -24,12 +24,12 @@ import ray
 import torch
 from common import parser, store
 
-from ccm.models import DEFAULT_MODEL
+from ccm.models.load import DEFAULT_MODEL
 from ccm.serving.build import build_service
 from ccm.serving.options import Options
 from ccm.serving.service import Message, Sampling
 
-sys.path.append(str(Path(__file__).parent.parent / "tests"))
+sys.path.append(str(Path(__file__).parent.parent / "tests" / "helpers"))
 from rays import SIZES, RayServer, Said, Talk, tiny_folder
 from servers import postgresql_server
 

@@ -28,13 +28,13 @@ from common import RESULTS, parser, store
 from rich.progress import track
 
 import ccm
+from ccm.chat.turns import render
 from ccm.data import load_chitchat
 from ccm.data.facts import Fact, draw_facts
 from ccm.data.rows import render_turns
 from ccm.methods import Run, as_method
 from ccm.methods.compressed import shared_compressor
 from ccm.methods.default import CHAT
-from ccm.turns import render
 
 DISTANCES = (1, 2, 4, 8, 16, 32, 64, 100)
 LENGTH = 104

@@ -27,14 +27,14 @@ from reach import answers, interval
 from rich.progress import track
 
 import ccm
+from ccm.chat.turns import RenderedTurn, render
+from ccm.core.memory import Memory
 from ccm.data import load_chitchat
 from ccm.data.facts import Fact, draw_facts
 from ccm.evaluation.share import Nll, bootstrap_share, recovered_share, turn_nll
-from ccm.memory import Memory
 from ccm.methods import Method, Run, as_method
 from ccm.methods.compressed import shared_compressor
 from ccm.methods.default import CHAT
-from ccm.turns import RenderedTurn, render
 
 TOKENS = 3200
 DISTANCES = (200, 500, 900, 1300, 2000, 2700)

@@ -22,7 +22,7 @@ import torch
 from common import RESULTS, parser, store
 
 import ccm
-from ccm.compressor import Compressor
+from ccm.core.compressor import Compressor
 from ccm.data import load_chitchat
 from ccm.data.rows import held_out_rows
 from ccm.errors import ConfigError

@@ -21,12 +21,12 @@ import torch
 from common import parser, store
 
 import ccm
-from ccm.compressor import Compressor, CompressorConfig
+from ccm.core.compressor import Compressor, CompressorConfig
 from ccm.data import load_chitchat
-from ccm.data.packed import ArrayRow
 from ccm.data.rows import held_out_rows
 from ccm.training.engines import Engine, Lean, Padded
 from ccm.training.objectives import distill, summed_loss
+from ccm.training.packed import ArrayRow
 
 TOKENS, REPEATS, SLOTS = 2048, 3, 4
 TURNS = {"rows of 10 turns": (10,), "rows of 6 to 64 turns": (6, 64, 10, 24, 6, 16)}

@@ -29,16 +29,16 @@ import torch
 from common import RESULTS, parser, store
 
 import ccm
+from ccm.chat.turns import render, turns_of
 from ccm.data import load_chitchat
 from ccm.methods import Method, as_method
-from ccm.models import DEFAULT_MODEL
+from ccm.models.load import DEFAULT_MODEL
 from ccm.serving.engine import Job, Result, Sampling, segments_of
 from ccm.serving.engine.base import Event
 from ccm.serving.store import Limits, Snapshot, codec, open_store
 from ccm.serving.vllm.client import Call, VllmServer
 from ccm.serving.vllm.engine import VllmEngine
 from ccm.serving.vllm.reference import Reference
-from ccm.turns import render, turns_of
 
 sys.path.append(str(Path(__file__).parent.parent / "tests" / "vllm"))
 from vllm_servers import Vllm, kv_transfer, serving

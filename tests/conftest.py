@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ccm.models import load_default_model
+from ccm.models.load import load_default_model
 
 pytest_plugins = ("stores",)  # the fixtures of every store
 

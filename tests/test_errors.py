@@ -9,10 +9,10 @@ import torch
 import transformers as hf
 from tiny import history, random_rows, tiny_compressor, tiny_model
 
-from ccm.compressor import Compressor, CompressorConfig
+from ccm.core.compressor import Compressor, CompressorConfig
+from ccm.core.memory import Memory
+from ccm.core.rules import get_rule
 from ccm.errors import CCMError, ConfigError, MismatchError, UnknownNameError, UnsupportedModelError
-from ccm.memory import Memory
-from ccm.rules import get_rule
 
 
 @pytest.fixture(scope="module")

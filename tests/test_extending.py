@@ -15,7 +15,7 @@ import torch
 from tiny import random_rows, tiny_model, tiny_tokenizer
 
 import ccm
-import ccm.repl
+import ccm.cli.repl
 from ccm.cli import main
 from ccm.errors import ConfigError
 from ccm.evaluation.items import Choice
@@ -115,7 +115,7 @@ def test_the_page_talks_to_the_method(
     (command,) = re.findall(r"^ccm (chat .*)$", PAGE, re.MULTILINE)
     monkeypatch.delitem(METHODS, "low-norm", raising=False)
     monkeypatch.chdir(ROOT / "examples" / "extending")
-    monkeypatch.setitem(ccm.repl.SAMPLING, "max_new_tokens", 5)
+    monkeypatch.setitem(ccm.cli.repl.SAMPLING, "max_new_tokens", 5)
     monkeypatch.setattr("sys.stdin", io.StringIO(f"Hello.\n/save {tmp_path}/a.ccm\n"))
     tiny_model(vocab_size=len(TOKENIZER), max_position_embeddings=1024).save_pretrained(tmp_path)
     TOKENIZER.save_pretrained(tmp_path)

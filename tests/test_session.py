@@ -11,12 +11,12 @@ import transformers
 from tiny import scramble, tiny_model, tiny_tokenizer
 
 import ccm
-from ccm.accounting import reach_in_words
-from ccm.compressor import Compressor, CompressorConfig
+from ccm.chat.turns import render, turns_of
+from ccm.core.compressor import Compressor, CompressorConfig
 from ccm.errors import ConfigError, MemoryFileError, MismatchError
+from ccm.methods.accounting import reach_in_words
 from ccm.methods.default import CHAT
 from ccm.session import BEHIND, Session
-from ccm.turns import render, turns_of
 
 TOKENIZER = tiny_tokenizer()
 GREEDY = {"do_sample": False, "max_new_tokens": 8}

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from ccm.errors import CCMError
-from ccm.models import load_model
+from ccm.models.load import load_model
 from ccm.training import TrainConfig, Trainer
 from ccm.training.recipe import load_recipe
 

@@ -15,7 +15,8 @@ from pieces import OTHERS, WEIGHTS, BundleError, archive, below, write_bundles
 from state import CHECKPOINT, DESCRIBED, LOG, restore, slim
 from weights import pack, unpack
 
-from ccm import models, packages
+from ccm.models import load as models
+from ccm.models import packages
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPTS = ("slice.py", "pieces.py", "state.py", "weights.py")

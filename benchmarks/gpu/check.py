@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ccm.compressor import Compressor, CompressorConfig
-from ccm.data.packed import ArrayRow
-from ccm.rules import get_rule
+from ccm.core.compressor import Compressor, CompressorConfig
+from ccm.core.rules import get_rule
 from ccm.training import objectives
 from ccm.training.engines import Lean, Padded
+from ccm.training.packed import ArrayRow
 from ccm.training.targets import TEXT
 
 STARTED = time.time()

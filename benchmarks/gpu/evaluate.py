@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import held_out
 import held_out_rows
 
-from ccm.compressor import Compressor
+from ccm.core.compressor import Compressor
 from ccm.training.engines import Padded
 
 

@@ -4,7 +4,7 @@ Part 5: histories that are almost the known one. Part 6: tools, thoughts, JSON, 
 OpenAI's Agents SDK run in an interpreter that has them: ``--frameworks PYTHON``.
 
 The embedded model asks for no tools, so that calls are the client's own; what a model's calls look like on the way
-out is in ``tests/test_clients.py``.
+out is in ``tests/serving/test_clients.py``.
 """
 
 from __future__ import annotations

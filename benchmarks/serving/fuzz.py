@@ -20,12 +20,12 @@ from xml.etree import ElementTree
 from harness import ROOT, parser, store
 
 SUITES = {
-    "description": ["tests/test_description.py"],
+    "description": ["tests/serving/test_description.py"],
     "store": [
         *(f"tests/test_store_{name}.py" for name in ("model", "damage", "codec")),
         *("-k", "random_operations or damaged"),
     ],
-    "damage": ["tests/test_damage.py"],
+    "damage": ["tests/serving/test_damage.py"],
 }
 
 

@@ -28,7 +28,7 @@ from tiny_folder import tiny_options
 
 from ccm.serving.store import NotFoundError, Store, codec, open_store
 
-sys.path.append(str(ROOT / "tests"))
+sys.path.append(str(ROOT / "tests" / "helpers"))
 from servers import postgresql_server, redis_server
 
 SEED = 11

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from harness import ROOT
 
-sys.path.append(str(ROOT / "tests"))
+sys.path.append(str(ROOT / "tests" / "helpers"))
 from tiny import scramble, tiny_model, tiny_tokenizer
 
 from ccm import Compressor, CompressorConfig

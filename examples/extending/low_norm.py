@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from ccm.core.memory import KV, Row
 from ccm.errors import ConfigError
-from ccm.memory import KV, Row
 from ccm.methods import Method, register
 
 

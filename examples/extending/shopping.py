@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from ccm.chat.turns import render_dialogue, turns_of
 from ccm.evaluation.items import Choice, Item
 from ccm.evaluation.tasks import EvalTask, register_task
-from ccm.turns import render_dialogue, turns_of
 
 GOODS = ("milk", "bread", "rice", "soap", "eggs", "salt", "tea", "butter")
 OTHERS = ("corn", "ham", "jam", "honey", "beans", "flour", "oil", "fish")

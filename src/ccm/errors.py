@@ -27,7 +27,7 @@ class UnknownNameError(ConfigError):
 
 
 class UnsupportedModelError(CCMError):
-    """The model family cannot carry a compressed memory (see ``ccm.families``)."""
+    """The model family cannot carry a compressed memory (see ``ccm.core.families``)."""
 
 
 class MismatchError(CCMError):

@@ -17,18 +17,18 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from .accounting import counters
-from .answers import Answer, AnswerReader
-from .compressor import Compressor
-from .dialogue import Dialogue, Dialogues, Step
+from .chat.answers import Answer, AnswerReader
+from .chat.dialogue import Dialogue, Dialogues, Step
+from .chat.messages import Message
+from .chat.template import answer_ends, template_of
+from .chat.writer import Streamed, Writer
+from .core.compressor import Compressor
+from .core.memory import Memory
 from .errors import ConfigError, MemoryFileError
-from .memory import Memory
-from .messages import Message
 from .methods import Method, as_method, open_method
+from .methods.accounting import counters
 from .methods.spec import parse
-from .models import load_tokenizer
-from .template import answer_ends, template_of
-from .writer import Streamed, Writer
+from .models.load import load_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ class Session:
             text: what is said before the answer, or a whole message.
             role: who says it.
             streamer: a function that is called with each new piece of text, or a transformers streamer. A piece
-                that the model thinks and does not say is a :class:`ccm.messages.Thought`.
+                that the model thinks and does not say is a :class:`ccm.chat.messages.Thought`.
             generate_kwargs: everything that transformers' ``generate`` takes. Of ``max_new_tokens`` as many are
                 taken as fit the model's context, with a warning.
 

@@ -8,7 +8,7 @@ from method_cases import NAMES, small_method
 
 from ccm.methods.base import METHODS
 from ccm.methods.compressed import Trained
-from ccm.models import load_model
+from ccm.models.load import load_model
 from ccm.serving.store import Limits, open_store
 from ccm.serving.vllm.client import VllmServer
 from ccm.serving.vllm.engine import VllmEngine

@@ -25,8 +25,8 @@ from typing import IO, Literal
 from filelock import FileLock
 from rich.console import Console
 
-from .. import packages
 from ..errors import DataError, MissingPackageError
+from ..models import packages
 
 log = logging.getLogger(__name__)
 

@@ -23,8 +23,8 @@ from functools import lru_cache
 from itertools import groupby
 from typing import Any
 
-from .. import packages
 from ..errors import ConfigError, DataError
+from ..models import packages
 from .archives import Archive
 from .conversation import SPLITS, Conversation, Split, Turn, check_split, unit
 from .conversational import ConversationSource

@@ -6,8 +6,8 @@ import hashlib
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from ..chat.messages import Message
 from ..errors import UnknownNameError
-from ..messages import Message
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)

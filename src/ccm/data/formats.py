@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..dialogue import shared
+from ..chat.dialogue import shared
+from ..chat.turns import RenderedTurn, render
 from ..errors import ConfigError, UnknownNameError
-from ..turns import RenderedTurn, render
 from .pools import FIRST_NAMES, parts, system_prompt
 
 

@@ -14,8 +14,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..chat.messages import Message, ToolCall
 from ..errors import DataError
-from ..messages import Message, ToolCall
 from .conversation import Conversation, Turn
 
 _T = TypeVar("_T")

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
+from ..chat.turns import render
 from ..errors import ConfigError
-from ..turns import render
 from .conversation import check_split, unit
 from .facts import TEST, TRAIN, Fact, Kind, read_kind
 from .planting import render_answer

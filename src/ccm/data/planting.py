@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from ..turns import RenderedTurn, render
+from ..chat.turns import RenderedTurn, render
 from .facts import Fact, draw_facts
 
 

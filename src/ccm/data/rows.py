@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..messages import Message
-from ..turns import RenderedTurn, render_messages
+from ..chat.messages import Message
+from ..chat.turns import RenderedTurn, render_messages
 from .conversation import Conversation
 
 

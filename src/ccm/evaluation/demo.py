@@ -25,12 +25,12 @@ from transformers import PreTrainedModel
 from ..data import chitchat
 from ..data.rows import ConversationRow, held_out_rows
 from ..errors import ConfigError
+from ..files.fingerprint import base_name
 from ..methods import Method, get_method
 from ..methods.compressed import Compressed
 from ..methods.default import ADAPTER, default_memory
 from ..methods.spec import parse
 from ..methods.streaming import StreamingLLM
-from ..storage.fingerprint import base_name
 from .protocol import State, run_item
 from .share import Nll, bootstrap_share, recovered_share
 from .tasks.conversation import row_item

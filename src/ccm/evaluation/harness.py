@@ -28,7 +28,7 @@ from torch import Tensor
 from ..errors import CCMError, ConfigError, MissingPackageError
 from ..methods import Run
 from ..methods.spec import parse
-from ..placement import AUTO, Loading
+from ..models.placement import AUTO, Loading
 from .protocol import SAME
 
 try:

@@ -10,10 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
+from ..chat.turns import render_dialogue, turns_of
 from ..data.conversation import Conversation, Turn
 from ..data.logs import Tally, lines, parsed, raw_messages, read_lines, read_logs, short, turns, whole
 from ..errors import DataError
-from ..turns import render_dialogue, turns_of
 from .items import Generation, Item, Query
 from .tasks import EvalTask
 from .tasks.choosing import ask, check_steps, choice, encode

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MissingPackageError
-from ..storage.atomic import write_atomically
+from ..files.atomic import write_atomically
 
 _COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:brown")
 

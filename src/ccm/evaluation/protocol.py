@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from transformers import StoppingCriteria
 
+from ..chat.template import answer_ends
+from ..core.families import get_family
+from ..core.memory import KV, Memory
 from ..errors import ConfigError
-from ..families import get_family
-from ..memory import KV, Memory
 from ..methods import Run
-from ..template import answer_ends
 from .items import Choice, Generation, Ids, Item, Likelihood, Query
 from .metrics import exact_match, f1, rouge_l
 from .share import turn_nll

@@ -25,10 +25,10 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
+from ..core.memory import KV, Memory, Row
 from ..errors import ConfigError, DataError, StorageError
-from ..memory import KV, Memory, Row
+from ..files.atomic import write_atomically
 from ..methods import Run
-from ..storage.atomic import write_atomically
 from .protocol import State
 
 log = logging.getLogger(__name__)

@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 
 from .. import __version__
 from ..errors import ConfigError, MismatchError
+from ..files import base_stage
+from ..files.atomic import write_atomically
+from ..files.fingerprint import base_name, model_fingerprint
 from ..methods import Method
-from ..storage import base_stage
-from ..storage.atomic import write_atomically
-from ..storage.fingerprint import base_name, model_fingerprint
 from . import summary
 from .items import Generation, Item, Likelihood
 from .protocol import State, run_item
@@ -328,7 +328,7 @@ def _revision() -> str:
         return done.stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", "cli.py")  # not merely some repository around it
+        git("ls-files", "--error-unmatch", "session.py")  # not merely some repository around it
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", ".") else "")
     except (OSError, subprocess.SubprocessError):
         return ""

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..compressor import Compressor
+from ..core.compressor import Compressor
 from ..data.rows import ConversationRow
 
 N = TypeVar("N", float, np.ndarray, Tensor)

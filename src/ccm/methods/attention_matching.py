@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..memory import KV, Row
-from ..reader import Reader
+from ..core.memory import KV, Row
+from ..core.reader import Reader
 from .base import Method, register
 from .matching import match
 

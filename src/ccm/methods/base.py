@@ -26,11 +26,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..core.memory import KV, Memory, Row
+from ..core.reader import Ids, Reader
+from ..core.window import joined, without
 from ..errors import ConfigError, MemoryFileError
-from ..memory import KV, Memory, Row
-from ..reader import Ids, Reader
-from ..storage.fingerprint import mismatch, model_fingerprint
-from ..window import joined, without
+from ..files.fingerprint import mismatch, model_fingerprint
 
 #: Longest segment folded at once, in tokens.
 LONGEST = 128

@@ -11,11 +11,11 @@ from typing import Any, ClassVar, TypeVar
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..compressor import Compressor
+from ..core.compressor import Compressor
+from ..core.memory import Memory, Row
+from ..core.reader import Ids, Reader
+from ..core.window import overflow
 from ..errors import ConfigError
-from ..memory import Memory, Row
-from ..reader import Ids, Reader
-from ..window import overflow
 from .base import Method, register
 
 _T = TypeVar("_T", bound="Trained")

@@ -10,10 +10,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..core.memory import Memory
 from ..errors import ConfigError, MemoryFileError, UnknownNameError
-from ..memory import Memory
-from ..storage import adapter_folder
-from ..storage.fingerprint import base_name
+from ..files import adapter_folder
+from ..files.fingerprint import base_name
 from .base import METHODS, Method
 from .compressed import CCM, Compressed, Trained
 from .spec import Spec, is_file, parse

@@ -2,8 +2,8 @@
 
 What differs from method to method is the score. It is made anew whenever text leaves the window, for the entries kept
 so far and the leaving ones, and every layer and key head keeps entries of its own. Entries stay as they were computed
-and stand in the order of the text. Attention is that of the pass that read the newest text (``ccm.scores``), which
-methods of one long prompt took from their prompt.
+and stand in the order of the text. Attention is that of the pass that read the newest text (``ccm.core.scores``),
+which methods of one long prompt took from their prompt.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, cosine_similarity, normalize
 
-from ..memory import KV, Memory, Row
-from ..reader import Ids
-from ..scores import weights
+from ..core.memory import KV, Memory, Row
+from ..core.reader import Ids
+from ..core.scores import weights
 from .base import Method, register, texts
 
 

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..memory import KV, Row
+from ..core.memory import KV, Row
 from .base import Method, register
 
 

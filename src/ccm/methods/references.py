@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..memory import KV, Row
+from ..core.memory import KV, Row
 from .base import Method, register
 
 

@@ -14,8 +14,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..memory import KV, Memory, Row
-from ..reader import Ids
+from ..core.memory import KV, Memory, Row
+from ..core.reader import Ids
 from .base import Method, register
 
 

@@ -21,7 +21,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from ..errors import CCMError, ConfigError, UnknownNameError, nearest
-from ..storage import adapter_folder
+from ..files import adapter_folder
 from .base import METHODS, Method
 
 GROUP = "ccm.methods"

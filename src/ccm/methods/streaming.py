@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from ..memory import KV, Memory, Row
-from ..reader import Ids
+from ..core.memory import KV, Memory, Row
+from ..core.reader import Ids
 from .base import Method, register
 
 

@@ -13,13 +13,13 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..chat.messages import Message
+from ..chat.template import template_of
+from ..chat.turns import render
+from ..core.memory import Memory, Row
+from ..core.reader import Ids, Reader
+from ..core.window import joined
 from ..errors import ConfigError
-from ..memory import Memory, Row
-from ..messages import Message
-from ..reader import Ids, Reader
-from ..template import template_of
-from ..turns import render
-from ..window import joined
 from .base import Method, register, texts
 
 #: Who says the summary, and how it begins.

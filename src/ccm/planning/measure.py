@@ -15,11 +15,11 @@ import psutil
 import torch
 from transformers import DynamicCache
 
+from ..core.memory import KV, Memory, Row
 from ..errors import ConfigError
-from ..memory import KV, Memory, Row
 from ..methods import Method
 from ..methods.spec import Spec
-from ..models import random_model
+from ..models.load import random_model
 from ..serving.store import Snapshot, open_store
 from ..serving.store.paths import url_of
 from .sizes import Held, Shape, planned

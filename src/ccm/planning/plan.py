@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..chat.messages import Message
 from ..errors import ConfigError
-from ..messages import Message
 from ..methods import Method
 from ..methods.default import checked
-from ..models import load_config, random_model
-from ..placement import AUTO, Placement, place
+from ..models.load import load_config, random_model
+from ..models.placement import AUTO, Placement, place
 from ..serving import transcript
 from ..serving.store import Limits
 from . import measure

@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..core.families import get_family
+from ..core.twin import kv_shape, text_config
 from ..errors import ConfigError
-from ..families import get_family
+from ..files.adapter_folder import CHANGEABLE, read_config
 from ..methods import Method
 from ..methods.baselines import BASELINES
 from ..methods.compressed import Trained
 from ..methods.default import named, with_window
 from ..methods.spec import Spec
-from ..models import random_model
-from ..storage.adapter_folder import CHANGEABLE, read_config
-from ..twin import kv_shape, text_config
+from ..models.load import random_model
 
 #: Bits of a quantized weight: 4-bit ones share a float32 among 64, 8-bit ones one among a row.
 BITS = {"4bit": 4.5, "8bit": 8}

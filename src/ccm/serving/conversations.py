@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..chat.messages import Message
+from ..core.memory import Memory
 from ..errors import ConfigError, MemoryFileError
-from ..memory import Memory
-from ..messages import Message
 from ..session import resumed
 from . import transcript
 from .engine import Engine, Job, Result

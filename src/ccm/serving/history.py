@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..messages import Message
+from ..chat.messages import Message
 from .transcript import SYSTEM, TOLD, compared, current, digest_of, key_of, line_digest, lines_of, note
 
 #: Places at which one and the same message is looked for, the newest ones.

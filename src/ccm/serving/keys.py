@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ConfigError, StorageError
-from ..storage.atomic import write_atomically
+from ..files.atomic import write_atomically
 
 _TENANT = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _LINE = re.compile(rf"({_TENANT.pattern}):([0-9a-f]{{64}})")

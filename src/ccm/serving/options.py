@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from ..memory_option import Adapter, MemoryName, Sink, Slots, Window, memory_name
-from ..placement import AUTO, Device, DeviceMap, Dtype, LoadIn, Loading, ModelName
+from ..methods.memory_option import Adapter, MemoryName, Sink, Slots, Window, memory_name
+from ..models.placement import AUTO, Device, DeviceMap, Dtype, LoadIn, Loading, ModelName
 
 if TYPE_CHECKING:
     from .settings import Settings

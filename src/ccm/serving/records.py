@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..accounting import counters
-from ..dialogue import Dialogue, Dialogues
+from ..chat.dialogue import Dialogue, Dialogues
+from ..chat.messages import Message
+from ..core.memory import Memory
 from ..errors import MismatchError
-from ..memory import Memory
-from ..messages import Message
 from ..methods import Method
+from ..methods.accounting import counters
 from ..session import resumed, say_losses
 from . import transcript
 from .metrics import Metrics

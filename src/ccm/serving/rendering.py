@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..answers import Answer, read_answer
-from ..dialogue import Dialogue, Dialogues, Step
+from ..chat.answers import Answer, read_answer
+from ..chat.dialogue import Dialogue, Dialogues, Step
+from ..chat.messages import Message
+from ..chat.template import tools_as_text
+from ..core.memory import Memory
 from ..errors import ConfigError
-from ..memory import Memory
-from ..messages import Message
-from ..template import tools_as_text
 from .engine import Kept, segments_of
 from .records import Records, State
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..dialogue import Dialogue
+from ..chat.dialogue import Dialogue
+from ..chat.messages import Message
 from ..errors import ConfigError
-from ..messages import Message
 from . import history, transcript
 from .records import Records, State
 from .store import ConflictError, NotFoundError

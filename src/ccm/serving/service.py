@@ -14,13 +14,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..answers import AnswerReader
-from ..dialogue import Dialogues
+from ..chat.answers import AnswerReader
+from ..chat.dialogue import Dialogues
+from ..chat.messages import Message
+from ..chat.template import template_of
 from ..errors import ConfigError
-from ..messages import Message
+from ..files.fingerprint import base_name
 from ..methods import Method
-from ..storage.fingerprint import base_name
-from ..template import template_of
 from . import history, resends
 from .conversations import Conversations, View
 from .engine import Engine, Job, Kept, PaddedEngine, Result, Sampling

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..messages import Message, ToolCall
+from ..chat.messages import Message, ToolCall
 
 #: Entry after which the memory was made anew: the entries before it count no more.
 RESET: dict[str, Any] = {"reset": True}

@@ -9,9 +9,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from ..answers import AnswerReader
+from ..chat.answers import AnswerReader
+from ..chat.messages import ToolCall
 from ..errors import CCMError
-from ..messages import ToolCall
 from .engine import Engine, Event, Job, Result
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class Outcome:
 class Turn:
     """An answer on its way: an async iterator over pieces of text. When it ends, the turn is committed.
 
-    Thoughts of the model are pieces of type :class:`~ccm.messages.Thought`.
+    Thoughts of the model are pieces of type :class:`~ccm.chat.messages.Thought`.
 
     Args:
         engine: writes the answer.

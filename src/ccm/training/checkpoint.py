@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError, MismatchError, StorageError
-from ..storage import adapter_folder
-from ..storage.atomic import write_atomically
+from ..files import adapter_folder
+from ..files.atomic import write_atomically
 from .config import FREE, TrainConfig, flat
 
 FORMAT = "ccm-training/2"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..config import CompressorConfig
+from ..core.config import CompressorConfig
+from ..core.rules import get_rule
 from ..errors import ConfigError, UnknownNameError
 from ..methods.baselines import BASELINES
-from ..rules import get_rule
 
 STAGES = ("memory", "base")
 OBJECTIVE_NAMES = ("distill", "ce", "target-ce")

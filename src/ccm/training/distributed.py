@@ -19,9 +19,9 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..core.families import get_family
+from ..core.live import is_spread
 from ..errors import ConfigError, MissingPackageError
-from ..families import get_family
-from ..live import is_spread
 from .config import TrainConfig, flat
 
 

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..compressor import Compressor
-from ..data.packed import ArrayRow
-from ..live import is_spread
-from ..rules import Rule
-from ..segments import Layout
+from ..core.compressor import Compressor
+from ..core.live import is_spread
+from ..core.rules import Rule
+from ..core.segments import Layout
 from .intervals import BLOCK, Packed, moved, pack, up
 from .lean import TOLERANCE, LeanPass, Unfit
+from .packed import ArrayRow
 from .targets import NONE
 
 log = logging.getLogger(__name__)

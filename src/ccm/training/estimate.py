@@ -22,8 +22,8 @@ import torch
 
 from ..data.mixture import POOL
 from ..errors import ConfigError
-from ..models import load_config
-from ..placement import Loading
+from ..models.load import load_config
+from ..models.placement import Loading
 from ..planning.plan import Figure, Plan
 from ..planning.sizes import Shape
 from .config import TrainConfig

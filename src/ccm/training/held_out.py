@@ -13,12 +13,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..data.packed import ArrayRow
+from ..core.rules import get_rule
 from ..evaluation.share import recovered_share
-from ..rules import get_rule
 from .config import TrainConfig
 from .engines import Engine
 from .objectives import cross_entropy, summed_loss
+from .packed import ArrayRow
 from .targets import Row, find_targets
 
 T = TypeVar("T")

@@ -9,7 +9,7 @@ A key is seen by an interval of the text and by an interval of the COMP tokens: 
 segment and by the COMP tokens of the segment, a slot by all text and COMP tokens behind its fold. Where a window
 keeps the raw text of earlier segments, their intervals are longer. So every rule, window and batch is four numbers a
 key. A mask or a block mask is made of them where the pass runs (``ccm.training.lean``); it is that of
-``ccm.visibility``.
+``ccm.core.visibility``.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.packed import ArrayRow
-from ..rules import Rule
+from ..core.rules import Rule
+from .packed import ArrayRow
 
 #: Columns come in multiples of it, as blocks of a mask do.
 BLOCK = 128
@@ -93,7 +93,7 @@ def pack(
     Args:
         rows: at least one, without empty segments.
         rule: of the memory.
-        slots, sink, window: as of :func:`ccm.segments.lay_out`.
+        slots, sink, window: as of :func:`ccm.core.segments.lay_out`.
         near: distances that the layers see (None: any).
         text, comps, sinks: columns of text, COMP tokens and sink tokens, multiples of ``BLOCK``; 0 takes what is
             needed, and too few of the last are as many as needed.

@@ -26,12 +26,12 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import linear, pad, rms_norm
 from torch.utils.checkpoint import checkpoint
 
-from ..attention import additive
-from ..blocks import attend as in_blocks
-from ..blocks import cut, grouped
-from ..compressor import Compressor
-from ..rotary import Tables, rotate
-from ..twin import text_config
+from ..core.attention import additive
+from ..core.blocks import attend as in_blocks
+from ..core.blocks import cut, grouped
+from ..core.compressor import Compressor
+from ..core.rotary import Tables, rotate
+from ..core.twin import text_config
 from .intervals import BLOCK, Packed
 
 #: By how much of its size a trial pass may miss the model's; of half precision, as bfloat16.

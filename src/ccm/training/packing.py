@@ -19,10 +19,10 @@ from typing import Any
 
 from ..data.ahead import Ahead
 from ..data.mixture import Mixture
-from ..data.packed import ArrayRow, PackedFile, Table, encoded, ids_type, tokenizer_identity
 from ..errors import ConfigError, DataError, StorageError
-from ..storage.atomic import write_atomically
+from ..files.atomic import write_atomically
 from .config import TrainConfig
+from .packed import ArrayRow, PackedFile, Table, encoded, ids_type, tokenizer_identity
 from .rows import held_out_rows, open_sources
 from .targets import marked
 

@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 
 from ..errors import CCMError
-from ..storage.atomic import write_atomically
+from ..files.atomic import write_atomically
 
 log = logging.getLogger(__name__)
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..compressor import Compressor
+from ..core.compressor import Compressor
+from ..core.memory import Memory
 from ..data.rows import ConversationRow
 from ..errors import ConfigError
-from ..memory import Memory
 from .objectives import OBJECTIVES
 from .targets import TEXT, find_targets, marked, scored_from
 

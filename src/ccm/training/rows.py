@@ -11,11 +11,11 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 
 from ..data.mixture import Mixture
-from ..data.packed import Array, ArrayRow, PackedFile
 from ..data.rows import ConversationRow
 from ..data.sources import Source, get_source
 from ..errors import ConfigError, DataError
 from .config import TrainConfig
+from .packed import Array, ArrayRow, PackedFile
 from .targets import Row, marked, scored_from
 
 log = logging.getLogger(__name__)

@@ -19,22 +19,22 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..compressor import Compressor
-from ..data.packed import ArrayRow
+from ..core.compressor import Compressor
+from ..core.families import get_family, resolve_targets
+from ..core.live import is_spread
+from ..core.rules import get_rule
+from ..core.twin import text_config
 from ..errors import ConfigError
-from ..families import get_family, resolve_targets
-from ..live import is_spread
+from ..files import base_stage
+from ..files.adapter_folder import CHANGEABLE, read_config
+from ..files.fingerprint import base_name
 from ..methods.baselines import BASELINES
-from ..rules import get_rule
-from ..storage import base_stage
-from ..storage.adapter_folder import CHANGEABLE, read_config
-from ..storage.fingerprint import base_name
-from ..twin import text_config
 from .config import TrainConfig
 from .engines import Padded, make_engine
 from .held_out import HeldOut, mean_nll
 from .lean import compiles
 from .objectives import OBJECTIVES, cross_entropy, summed_loss
+from .packed import ArrayRow
 from .targets import ECHO, NONE, RECALL, TEXT, Row, find_targets, only_last, recut, resegmented, with_echo
 
 

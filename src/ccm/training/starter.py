@@ -16,12 +16,12 @@ import psutil
 import torch
 import yaml
 
+from ..core.twin import text_config
 from ..data.sources import source_class
 from ..errors import ConfigError, StorageError
-from ..models import DEFAULT_MODEL, bfloat16_units, load_config
-from ..placement import is_gguf
+from ..models.load import DEFAULT_MODEL, bfloat16_units, load_config
+from ..models.placement import is_gguf
 from ..planning.sizes import Shape
-from ..twin import text_config
 
 #: Writings of a conversation, and how often each is drawn; those of an assistant have no names.
 TALK = {

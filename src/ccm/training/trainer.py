@@ -24,14 +24,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..data.packed import ArrayRow
 from ..errors import CCMError, ConfigError
-from ..models import bfloat16_units
-from ..storage.atomic import write_atomically
-from ..storage.fingerprint import base_name, model_fingerprint
+from ..files.atomic import write_atomically
+from ..files.fingerprint import base_name, model_fingerprint
+from ..models.load import bfloat16_units
 from . import checkpoint
 from .config import TrainConfig
 from .distributed import Processes, compile_blocks, save_memory
+from .packed import ArrayRow
 from .rows import Drawn, PackedRows, held_out_rows, open_sources, training_rows, with_packed
 from .signals import StopRequest, raise_for
 from .stages import make_stage

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, TypeVar
 
+from ...chat.turns import turns_of
 from ...errors import ConfigError
-from ...turns import turns_of
 from ..items import Choice, Ids
 
 _T = TypeVar("_T")

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from ...chat.turns import render, render_dialogue
 from ...data.coqa import LICENCE, ORIGIN, Story, load_coqa
 from ...data.sources import number
-from ...turns import render, render_dialogue
 from ..items import Generation, Item
 from .base import EvalTask, register_task
 from .choosing import ask, shortly, spread

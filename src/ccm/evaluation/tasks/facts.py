@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from ...chat.turns import render_dialogue
 from ...data import needles, updates
 from ...data.probes import History, Probe
 from ...data.sources import number
 from ...errors import ConfigError
-from ...turns import render_dialogue
 from ..items import Choice, Generation, Item
 from .base import EvalTask, register_task
 from .choosing import ask, check_steps, choice, encode

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from ...chat.turns import render_dialogue
 from ...data.squad import LICENCE, ORIGIN, Paragraph, Question, load_squad_shifts
-from ...turns import render_dialogue
 from ..items import Generation, Item
 from .base import EvalTask, register_task
 from .choosing import ask, check_steps, shortly, spread

@@ -16,8 +16,8 @@ from typing import ClassVar
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ...config import CompressorConfig
-from ...memory import KV, Memory
+from ...core.config import CompressorConfig
+from ...core.memory import KV, Memory
 from ..base import register
 from ..compressed import Trained
 from .pooling import Pooling

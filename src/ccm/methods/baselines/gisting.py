@@ -14,10 +14,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ...core.memory import Memory
+from ...core.reader import Ids
+from ...core.segments import Layout
 from ...errors import ConfigError
-from ...memory import Memory
-from ...reader import Ids
-from ...segments import Layout
 from ..base import register, texts
 from ..compressed import Trained
 from .gisting_online import Alone

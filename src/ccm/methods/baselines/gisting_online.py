@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ...memory import KV, Memory
+from ...core.memory import KV, Memory
 from ..base import register
 from ..compressed import Trained
 from .recurrent import Baseline

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...memory import KV
+from ...core.memory import KV
 
 #: Places inside a chunk at which the curve of weights is learned.
 TAPS = 16

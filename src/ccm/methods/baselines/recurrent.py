@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...compressor import Compressor
-from ...config import CompressorConfig
+from ...core.compressor import Compressor
+from ...core.config import CompressorConfig
+from ...core.memory import KV, Row
+from ...core.segments import Layout
 from ...errors import ConfigError
-from ...memory import KV, Row
-from ...segments import Layout
 
 
 class Baseline(Compressor):

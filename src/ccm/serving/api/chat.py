@@ -12,7 +12,7 @@ from fastapi import APIRouter, Header
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ...messages import Thought
+from ...chat.messages import Thought
 from ..turn import Outcome, Taken, Turn
 from .common import OnDisconnect, ServiceDep, Tenant, check_model
 from .schemas import ChatBody, HeaderId

@@ -22,7 +22,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from ...messages import Message, ToolCall
+from ...chat.messages import Message, ToolCall
 
 Text = Annotated[str, StringConstraints(max_length=1 << 22)]
 #: Of a function, a speaker, a call.

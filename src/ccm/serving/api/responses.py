@@ -15,7 +15,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ...messages import Message, Thought, ToolCall
+from ...chat.messages import Message, Thought, ToolCall
 from ..turn import Outcome, Turn
 from .chat import memory
 from .common import OnDisconnect, ServiceDep, Tenant, check_model

@@ -14,8 +14,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ...core.memory import Memory
 from ...errors import CCMError, ConfigError
-from ...memory import Memory
 
 #: Most tokens that one answer may have, whatever the model's context.
 LONGEST_ANSWER = 1 << 15

@@ -18,12 +18,12 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from ...chat.template import answer_ends, template_of
+from ...chat.writer import Writer
+from ...core.memory import Memory
 from ...errors import ConfigError
-from ...memory import Memory
 from ...methods import Method
 from ...session import BEHIND
-from ...template import answer_ends, template_of
-from ...writer import Writer
 from ..metrics import Metrics
 from .base import Engine, EngineError, Job, Listener, OverloadedError, Result, Ticket
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...live import Live
-from ...memory import Memory
+from ...core.live import Live
+from ...core.memory import Memory
+from ...core.reader import Reader
 from ...methods import Method
-from ...reader import Reader
 from ..metrics import Metrics
 from .base import Sampling
 from .folding import FoldingEngine, Running, left_padded

@@ -14,7 +14,7 @@ import typer
 
 from ...errors import ConfigError
 from ...methods.default import checked
-from ...models import load_config
+from ...models.load import load_config
 from ..keys import Keys
 from ..options import Options
 from ..store import open_store

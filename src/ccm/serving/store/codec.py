@@ -6,11 +6,11 @@ import json
 import math
 from typing import Any
 
+from ...core.memory import Memory
 from ...errors import MemoryFileError
-from ...memory import Memory
-from ...storage import memory_file
-from ...storage.memory_file import MOST
-from ...storage.memory_file import PRECISIONS as DTYPES
+from ...files import memory_file
+from ...files.memory_file import MOST
+from ...files.memory_file import PRECISIONS as DTYPES
 
 __all__ = ["DTYPES", "decode", "encode"]
 
@@ -23,7 +23,7 @@ def encode(memory: Memory, dtype: str = "float32") -> tuple[bytes, dict[str, Any
         of values, measured on what :func:`decode` would return.
 
     Raises:
-        MemoryFileError: NaN or infinite values; or as :func:`ccm.storage.memory_file.snapshot_bytes`.
+        MemoryFileError: NaN or infinite values; or as :func:`ccm.files.memory_file.snapshot_bytes`.
     """
     memory.check_finite()
     data, error = memory_file.snapshot_bytes(list(map(vars, memory.rows)), memory.fingerprint, dtype)
@@ -34,7 +34,7 @@ def decode(data: bytes, most: int = MOST) -> tuple[Memory, dict[str, Any]]:
     """The memory in what :func:`encode` gave, and its metadata; trusted in nothing.
 
     Raises:
-        MemoryFileError: NaN or infinite values; or as :func:`ccm.storage.memory_file.read`.
+        MemoryFileError: NaN or infinite values; or as :func:`ccm.files.memory_file.read`.
     """
     rows, metadata = memory_file.read(data, memory_file.SNAPSHOT, most)
     try:

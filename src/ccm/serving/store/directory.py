@@ -15,7 +15,7 @@ from typing import Any
 from filelock import FileLock
 
 from ...errors import ConfigError, MemoryFileError, StorageError
-from ...storage.atomic import write_atomically
+from ...files.atomic import write_atomically
 from .base import (
     Info,
     Limits,

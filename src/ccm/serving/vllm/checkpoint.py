@@ -13,12 +13,12 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ...core.families import get_family
+from ...core.rotary import Rotary
+from ...core.twin import text_config
 from ...errors import UnsupportedModelError
-from ...families import get_family
-from ...models import random_model
-from ...rotary import Rotary
-from ...storage.fingerprint import fingerprint_of, sampled_rows
-from ...twin import text_config
+from ...files.fingerprint import fingerprint_of, sampled_rows
+from ...models.load import random_model
 
 
 class Checkpoint:
@@ -46,7 +46,7 @@ class Checkpoint:
         return rotary
 
     def fingerprint(self) -> str:
-        """What :func:`ccm.reader.model_fingerprint` gives for the loaded model.
+        """What :func:`ccm.core.reader.model_fingerprint` gives for the loaded model.
 
         Raises:
             UnsupportedModelError: its weights are not the plain safetensors of this model.

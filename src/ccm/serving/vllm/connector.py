@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ...core.memory import KV
 from ...errors import CCMError, ConfigError, MissingPackageError, UnsupportedModelError
-from ...memory import KV
 from ..store import open_store
 from .checkpoint import Checkpoint
 from .loader import Loader, heads_of

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
+from ...core.memory import Memory
 from ...errors import CCMError, ConfigError
-from ...memory import Memory
 from ...methods import Method
 from ..engine.base import EngineError, Sampling
 from ..engine.folding import FoldingEngine, Running

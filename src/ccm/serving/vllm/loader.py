@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from ...core.memory import KV
+from ...core.rotary import Rotary
 from ...errors import ConfigError
-from ...memory import KV
-from ...rotary import Rotary
-from ...storage.fingerprint import mismatch
+from ...files.fingerprint import mismatch
 from ..store import Store, codec
 from .reference import Reference
 

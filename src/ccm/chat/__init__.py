@@ -1,0 +1,1 @@
+"""Messages as token ids: the model's own chat template, dialogues, and answers taken apart."""

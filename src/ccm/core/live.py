@@ -1,0 +1,152 @@
+"""Living keys and values: what a model has read, over what memories, of conversations of any length side by side.
+
+row 0     .  .  .  M  M  M  a  a  a        . padding, M memory, a and b tokens that were read
+row 1     M  M  M  M  M  .  b  b  b        columns are in the order in which they came, not by position
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import DynamicCache, PreTrainedModel
+
+from ..errors import ConfigError
+from .attention import PLAN, RecurrentPlan
+from .memory import Memory
+from .rotary import Rotary
+
+
+@dataclass(frozen=True)
+class Live:
+    """Keys and values of B rows, and where they are.
+
+    Attributes:
+        cache: (B, H, K, D) per layer.
+        position: (B, K) canonical positions.
+        is_memory: (B, K) sink tokens and slots.
+        valid: (B, K) false on padding.
+    """
+
+    cache: DynamicCache
+    position: Tensor
+    is_memory: Tensor
+    valid: Tensor
+
+    @classmethod
+    def over(
+        cls, memory: Memory, rotary: Rotary, dtype: torch.dtype, devices: Sequence[torch.device] = ()
+    ) -> Live:
+        """Rows that have read nothing yet but their memories, left-padded.
+
+        Args:
+            memory: of B conversations.
+            rotary, dtype: of the model that reads it.
+            devices: of its layers, if they are on several.
+        """
+        width = memory.length
+        rows = {id(row): row for row in memory.rows}  # a memory that many options read is placed once
+        placed = {key: row.placed(rotary, dtype) for key, row in rows.items()}
+        parts = [placed[id(row)] for row in memory.rows]
+        device = parts[0].keys.device
+        valid = torch.zeros(len(memory), width, dtype=torch.bool, device=device)
+        is_memory = torch.zeros_like(valid)
+        keys, values = [], []
+        for r, (row, kv) in enumerate(zip(memory.rows, parts, strict=True)):
+            empty = width - kv.length
+            valid[r, empty:] = True
+            is_memory[r, empty : width - row.window.length] = True
+            keys.append(pad(kv.keys, (0, 0, empty, 0)))
+            values.append(pad(kv.values, (0, 0, empty, 0)))
+        cache = DynamicCache()
+        if width:
+            for layer, (k, v) in enumerate(zip(torch.stack(keys, 1), torch.stack(values, 1), strict=True)):
+                place = devices[layer] if devices else device
+                cache.update(k.to(place), v.to(place), layer)
+        return cls(cache, (valid.long().cumsum(1) - 1).clamp(min=0), is_memory, valid)
+
+    def __len__(self) -> int:
+        return len(self.valid)
+
+    def ahead(
+        self, mask: Tensor, adapter: str = "", gate: slice | None = None
+    ) -> tuple[Live, dict[str, Any]]:
+        """What a model is called with to read tokens behind these, and the rows after it.
+
+        The call fills this very cache, which must not be used again but by the rows after it.
+
+        Args:
+            mask: (B, T), false on padding, which is at the left.
+            adapter: name of the conditional adapter that acts on the columns of ``gate``.
+        """
+        position = self.valid.sum(1, keepdim=True) + (mask.long().cumsum(1) - 1).clamp(min=0)
+        after = Live(
+            self.cache,
+            torch.cat([self.position, position], dim=1),
+            torch.cat([self.is_memory, torch.zeros_like(mask)], dim=1),
+            torch.cat([self.valid, mask], dim=1),
+        )
+        plan = RecurrentPlan(adapter, gate, after.position, after.is_memory, after.valid)
+        call = {"attention_mask": after.valid.long(), "position_ids": position, PLAN: plan}
+        return after, {"past_key_values": self.cache, **call}
+
+    def select(self, rows: Sequence[int]) -> Live:
+        """Some of the rows; columns that are padding in all of them go."""
+        chosen = torch.tensor(rows, device=self.valid.device)
+        valid = self.valid[chosen]
+        columns = valid.any(0).nonzero().squeeze(1)
+        cache = DynamicCache()
+        for index, layer in enumerate(self.cache.layers):
+            keys, values = (
+                states.index_select(0, chosen.to(states.device)).index_select(2, columns.to(states.device))
+                for states in (layer.keys, layer.values)
+            )
+            cache.update(keys, values, index)
+        position, is_memory = self.position[chosen][:, columns], self.is_memory[chosen][:, columns]
+        return Live(cache, position, is_memory, valid[:, columns])
+
+    @staticmethod
+    def cat(parts: Sequence[Live]) -> Live:
+        """Rows of several that have all read something."""
+        if len(parts) == 1:
+            return parts[0]
+        width = max(live.valid.shape[1] for live in parts)
+        short = [width - live.valid.shape[1] for live in parts]
+        cache = DynamicCache()
+        for index in range(len(parts[0].cache.layers)):
+            layers = [live.cache.layers[index] for live in parts]
+            keys, values = (
+                torch.cat([pad(states, (0, 0, n, 0)) for states, n in zip(own, short, strict=True)])
+                for own in zip(*((layer.keys, layer.values) for layer in layers), strict=True)
+            )
+            cache.update(keys, values, index)
+        position, is_memory, valid = (
+            torch.cat([pad(getattr(live, name), (n, 0)) for live, n in zip(parts, short, strict=True)])
+            for name in ("position", "is_memory", "valid")
+        )
+        return Live(cache, position, is_memory, valid)
+
+
+def is_spread(model: PreTrainedModel) -> bool:
+    """Whether its layers are on several devices, or on none until they run."""
+    return len(set(getattr(model, "hf_device_map", {}).values())) > 1
+
+
+def layer_devices(model: PreTrainedModel, attention: Sequence[str]) -> list[torch.device]:
+    """Where the keys and values of each layer are; empty if that is the same place for all.
+
+    Raises:
+        ConfigError: the embeddings are on no device.
+    """
+    if not is_spread(model):
+        return []
+    if model.device.type == "meta":
+        raise ConfigError(
+            "the device map keeps the embeddings on no device: give them one, such as 0 or 'cpu'"
+        )
+    held = [next(model.get_submodule(name.rsplit(".", 1)[0]).parameters()).device for name in attention]
+    return [model.device if device.type == "meta" else device for device in held]  # those run on the first

@@ -1,0 +1,253 @@
+"""The memory as a value: it can be copied, batched, moved, saved, loaded and compared, and knows what it holds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import MemoryFileError, MismatchError
+from ..files import memory_file
+from ..files.atomic import write_atomically
+from ..files.fingerprint import made_by
+from .rotary import Rotary, rotate
+
+
+class KV(NamedTuple):
+    """Keys and values of all layers, both (L, H, N, D). Keys are position-free."""
+
+    keys: Tensor
+    values: Tensor
+
+    @property
+    def length(self) -> int:
+        return self.keys.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+    def slice(self, start: int, stop: int | None = None) -> KV:
+        return KV(self.keys[:, :, start:stop].clone(), self.values[:, :, start:stop].clone())
+
+    def take(self, index: Tensor) -> KV:
+        """Entries by index (L, H, n): every layer and head has its own choice."""
+        keys, values = (part.take_along_dim(index.unsqueeze(-1), dim=2) for part in self)
+        return KV(keys, values)
+
+    def to(self, *args: Any) -> KV:
+        keys, values = self.keys.to(*args), self.values.to(*args)
+        return self if keys is self.keys and values is self.values else KV(keys, values)
+
+    @staticmethod
+    def cat(parts: Iterable[KV]) -> KV:
+        keys, values = zip(*parts, strict=True)
+        return KV(torch.cat(keys, dim=2), torch.cat(values, dim=2))
+
+
+@dataclass(frozen=True)
+class Row:
+    """The memory of one conversation: [sink | slots | recent window].
+
+    Attributes:
+        sink: the first raw tokens, once their segment is folded.
+        slots: the folded past, in fp32.
+        window: raw tokens that are not folded yet.
+        segments: token counts of the raw segments in the window, oldest first.
+        steps: segments folded so far (t).
+        tokens: tokens folded so far.
+        dropped: tokens whose trace a bounded rule has dropped.
+        merged: tokens of segments that share their slots with others.
+        merged_segments: these segments.
+        recent: token counts of the segments that have slots of their own, oldest first; empty with a rule that gives
+            every segment its own.
+        notes: what a method remembers beside keys and values: token ids, or numbers of blocks.
+    """
+
+    sink: KV
+    slots: KV
+    window: KV
+    segments: tuple[int, ...] = ()
+    steps: int = 0
+    tokens: int = 0
+    dropped: int = 0
+    merged: int = 0
+    merged_segments: int = 0
+    recent: tuple[int, ...] = ()
+    notes: tuple[int, ...] = ()
+
+    @property
+    def reach(self) -> int:
+        """How many of the newest tokens are still told apart: raw, or in slots of their segment alone."""
+        return self.tokens - self.dropped - self.merged + self.window.length
+
+    def counted(self, apart: int) -> Row:
+        """The row itself, or, if it was saved before ``merged`` was counted, what it must have been.
+
+        The lengths of its segments are not known any more: they count as equal.
+
+        Args:
+            apart: segments that have slots of their own (``Rule.apart``).
+        """
+        if self.dropped + self.merged + sum(self.recent) == self.tokens or not self.steps:
+            return self
+        each, rest = divmod(self.tokens, self.steps)
+        if apart == self.steps:
+            return replace(self, recent=(each + rest, *(each,) * (apart - 1)))
+        return replace(
+            self,
+            merged=self.tokens - each * apart,
+            merged_segments=self.steps - apart,
+            recent=(each,) * apart,
+        )
+
+    @property
+    def length(self) -> int:
+        return self.sink.length + self.slots.length + self.window.length
+
+    def placed(self, rotary: Rotary, dtype: torch.dtype) -> KV:
+        """Sink, slots and window as past keys and values, (L, H, m, D), keys at positions 0..m-1."""
+        kv = KV.cat(kv.to(dtype) for kv in (self.sink, self.slots, self.window))
+        positions = torch.arange(kv.length, device=kv.keys.device)
+        return KV(rotate(kv.keys, *rotary.stacked(positions)), kv.values)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The memories of B conversations. Values: every operation returns a new one.
+
+    ``len(memory)`` is B, ``memory[i]`` one of them, :meth:`stack` puts several together, of any sizes.
+    """
+
+    rows: tuple[Row, ...]
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int | slice) -> Memory:
+        return replace(self, rows=self.rows[index] if isinstance(index, slice) else (self.rows[index],))
+
+    @staticmethod
+    def stack(memories: Sequence[Memory]) -> Memory:
+        """One batch from several memories.
+
+        Raises:
+            MismatchError: they come from different models, adapters or methods.
+        """
+        prints = {memory.fingerprint for memory in memories}
+        if len(prints) != 1:
+            makers = " and by ".join(map(made_by, sorted(prints)))
+            raise MismatchError(f"cannot stack memories made by {makers}; give those of one")
+        return Memory(tuple(row for memory in memories for row in memory.rows), prints.pop())
+
+    @property
+    def slots(self) -> int:
+        """Slots per conversation, the largest of the batch."""
+        return max(row.slots.length for row in self.rows)
+
+    @property
+    def length(self) -> int:
+        """Positions that the memory takes: sink, slots and raw window, the largest of the batch."""
+        return max(row.length for row in self.rows)
+
+    @property
+    def steps(self) -> int:
+        return max(row.steps for row in self.rows)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens folded into slots, over the batch."""
+        return sum(row.tokens for row in self.rows)
+
+    @property
+    def dropped(self) -> int:
+        """Tokens whose trace was dropped rather than folded, over the batch."""
+        return sum(row.dropped for row in self.rows)
+
+    @property
+    def merged(self) -> int:
+        """Tokens of segments that share their slots with others, over the batch."""
+        return sum(row.merged for row in self.rows)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors held, measured."""
+        return sum(kv.nbytes for row in self.rows for kv in (row.sink, row.slots, row.window))
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Memory:
+        """On a device, its raw tokens in a model's type; slots are fp32 everywhere. Itself if that is so."""
+        rows = []
+        for row in self.rows:
+            sink, slots, window = (
+                row.sink.to(device, dtype),
+                row.slots.to(device, torch.float32),
+                row.window.to(device, dtype),
+            )
+            same = sink is row.sink and slots is row.slots and window is row.window
+            rows.append(row if same else replace(row, sink=sink, slots=slots, window=window))
+        same = all(new is old for new, old in zip(rows, self.rows, strict=True))
+        return self if same else replace(self, rows=tuple(rows))
+
+    def check_finite(self) -> None:
+        """Raises MemoryFileError if a value is NaN or infinite."""
+        for r, row in enumerate(self.rows):
+            for name in ("sink", "slots", "window"):
+                if not all(torch.isfinite(t).all() for t in getattr(row, name)):
+                    raise MemoryFileError(
+                        f"memory row {r}: {name} holds NaN or infinite values; do not use it"
+                    )
+
+    # ------------------------------------------------------------------ files
+
+    def save(self, path: str | os.PathLike[str], extra: Mapping[str, str] | None = None) -> None:
+        """Write one safetensors file, atomically: the old file stays until the new one is complete.
+
+        Args:
+            path: where to.
+            extra: more string metadata to keep with it.
+
+        Raises:
+            StorageError: the file cannot be written; nothing half-written is left.
+            MemoryFileError: the memory holds NaN.
+        """
+        write_atomically(Path(path), self.dumps(extra))
+
+    def dumps(self, extra: Mapping[str, str] | None = None) -> bytes:
+        """What :meth:`save` writes."""
+        self.check_finite()
+        return memory_file.file_bytes(list(map(vars, self.rows)), self.fingerprint, extra or {})
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> tuple[Memory, dict[str, str]]:
+        """Read a memory and its metadata. Compare ``fingerprint`` before use (``Compressor.check`` does).
+
+        Raises:
+            MemoryFileError: missing, truncated, changed after it was written, of another format, written by a newer
+                ccm, or NaN inside.
+        """
+        rows, metadata = memory_file.load(path)
+        return Memory.of(rows, metadata), metadata
+
+    @staticmethod
+    def loads(data: bytes, most: int = memory_file.MOST) -> tuple[Memory, dict[str, str]]:
+        """As :meth:`load`, of a file's bytes, ``most`` of them."""
+        rows, metadata = memory_file.read(data, memory_file.FILE, most)
+        return Memory.of(rows, metadata), metadata
+
+    @staticmethod
+    def of(rows: Sequence[dict[str, Any]], metadata: Mapping[str, str]) -> Memory:
+        """The memory that :mod:`ccm.files.memory_file` has read.
+
+        Raises:
+            MemoryFileError: NaN or infinite values.
+        """
+        made = (Row(**row | {part: KV(*row[part]) for part in memory_file.PARTS}) for row in rows)
+        memory = Memory(tuple(made), metadata["fingerprint"])
+        memory.check_finite()
+        return memory

@@ -1,0 +1,329 @@
+"""A memory as bytes: safetensors, with a digest over everything in them, and trusted in nothing when they are read.
+
+Two forms. A *file* holds a memory or a session as it is (``Memory.save``). A *snapshot* lies in a store, at a choice
+of precisions (``serving.store.codec``).
+
+A form is written in the lowest version that can say what there is, and read in every version up to :data:`NEWEST`:
+
+    1    sink, slots and window of each row, and its counters
+    2    and its notes
+
+A row is plain here: the fields of :class:`ccm.core.memory.Row` by name, a part of it as a pair of keys and values.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import mmap
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors import torch as safetensors
+from torch import Tensor
+
+from ..errors import ConfigError, MemoryFileError, UnknownNameError
+
+FILE, SNAPSHOT = "ccm-memory", "ccm-snapshot"
+NEWEST = 2
+#: Precisions of a snapshot: all bits, half of fp32's, or a quarter with one fp32 scale per layer, head and channel.
+PRECISIONS = ("float32", "bfloat16", "int8")
+PARTS = ("sink", "slots", "window")
+COUNTS = ("steps", "tokens", "dropped", "merged", "merged_segments")
+LISTS = ("segments", "recent", "notes")
+#: Counters that a row may lack: they came later, and are 0 or empty then.
+LATER = {"merged", "merged_segments", "notes"}
+#: Most bytes of what comes from outside.
+MOST = 1 << 28
+
+_HALVES = ("keys", "values")
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_CODES = {dtype: code for code, dtype in _FLOATS.items()} | {torch.int8: "I8"}
+_LONGEST_HEADER = 1 << 22
+# Layers, heads, tokens, channels: far above any model, far below what makes an empty tensor expensive.
+_MOST = (4096, 4096, 1 << 24, 1 << 16)
+
+PlainRow = Mapping[str, Any]
+
+
+# ------------------------------------------------------------------ write
+
+
+def file_bytes(rows: Sequence[PlainRow], fingerprint: str, extra: Mapping[str, str]) -> bytes:
+    """A memory file, with more metadata in it. The same memory gives the same bytes.
+
+    Raises:
+        ConfigError: a dtype that no file holds.
+    """
+    metadata = {"fingerprint": fingerprint, "rows": json.dumps([_counters(row) for row in rows]), **extra}
+    return _written(FILE, rows, dict(_tensors(rows)), metadata)
+
+
+def snapshot_bytes(
+    rows: Sequence[PlainRow], fingerprint: str, precision: str
+) -> tuple[bytes, dict[str, float]]:
+    """A snapshot, and the relative error of keys and of values, ||x - stored x|| / ||x|| over all of them.
+
+    Raises:
+        UnknownNameError: no such precision.
+        ConfigError: a dtype that no snapshot holds.
+        MemoryFileError: values too large for this precision.
+    """
+    if precision not in PRECISIONS:
+        raise UnknownNameError("dtype", precision, list(PRECISIONS))
+    tensors: dict[str, Tensor] = {}
+    squares = {half: [0.0, 0.0] for half in _HALVES}
+    for name, x in _tensors(rows):
+        stored = _packed(x, precision)
+        back = _unpacked(stored, x.dtype)
+        if not torch.isfinite(back).all():
+            raise MemoryFileError(f"memory {name}: values too large for {precision}; store it as float32")
+        tensors |= {name + suffix: t for suffix, t in stored.items()}
+        off_and_whole = squares[name.rpartition(".")[2]]
+        off_and_whole[0] += (back.double() - x.double()).square().sum().item()
+        off_and_whole[1] += x.double().square().sum().item()
+    error = {half: math.sqrt(off / whole) if whole else 0.0 for half, (off, whole) in squares.items()}
+    counters = [
+        _counters(row) | {"dtypes": {part: str(row[part][0].dtype).removeprefix("torch.") for part in PARTS}}
+        for row in rows
+    ]
+    metadata = {
+        "fingerprint": fingerprint,
+        "dtype": precision,
+        "error": json.dumps(error),
+        "rows": json.dumps(counters),
+    }
+    return _written(SNAPSHOT, rows, tensors, metadata), error
+
+
+def _counters(row: PlainRow) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name not in PARTS and (name != "notes" or value)}
+
+
+def _tensors(rows: Sequence[PlainRow]) -> Iterator[tuple[str, Tensor]]:
+    for r, row in enumerate(rows):
+        for part in PARTS:
+            for half, tensor in zip(_HALVES, row[part], strict=True):
+                name = f"{r}.{part}.{half}"
+                if tensor.dtype not in _FLOATS.values():
+                    raise ConfigError(
+                        f"memory {name}: got {tensor.dtype}, expected one of {list(_FLOATS.values())}"
+                    )
+                yield name, tensor.detach().cpu().contiguous()
+
+
+def _written(
+    form: str, rows: Sequence[PlainRow], tensors: dict[str, Tensor], metadata: dict[str, str]
+) -> bytes:
+    """As safetensors writes them, but for the order of the metadata, which is another one there every time."""
+    version = 2 if any(row.get("notes") for row in rows) else 1
+    metadata = {"format": f"{form}/{version}", **metadata}
+    header: dict[str, Any] = {"__metadata__": {**metadata, "digest": content_digest(tensors, metadata)}}
+    body, end = [], 0
+    for name in sorted(tensors, key=lambda name: (-tensors[name].itemsize, name)):  # so that all are aligned
+        tensor = tensors[name]
+        body.append(_raw(tensor))
+        start, end = end, end + len(body[-1])
+        header[name] = {
+            "dtype": _CODES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join([len(text).to_bytes(8, "little"), text, *body])
+
+
+def content_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """A hash of all metadata but the digest itself, and of all tensors."""
+    sha = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        sha.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        sha.update(_raw(tensor))
+    return sha.hexdigest()
+
+
+def _raw(tensor: Tensor) -> bytes:
+    return bytes(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+
+
+# ------------------------------------------------------------------ precision
+
+
+def _packed(x: Tensor, precision: str) -> dict[str, Tensor]:
+    """One tensor (L, H, N, D) as it is stored, by suffix of its name."""
+    if precision == "int8":
+        top = x.float().abs().amax(2, keepdim=True) if x.shape[2] else x.float()
+        scale = (top / 127).clamp_min(torch.finfo(torch.float32).tiny)
+        return {"": (x.float() / scale).round().to(torch.int8), ".scale": scale}
+    return {"": x.to(torch.bfloat16) if precision == "bfloat16" else x}
+
+
+def _unpacked(stored: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    x = stored[""]
+    return (x.float() * stored[".scale"]).to(dtype) if ".scale" in stored else x.to(dtype)
+
+
+# ------------------------------------------------------------------ read
+
+
+def load(path: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """The rows of a memory file, and its metadata.
+
+    Raises:
+        MemoryFileError: no such file, or as :func:`read`.
+    """
+    try:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return read(data, FILE, len(data))
+    except FileNotFoundError as error:
+        raise MemoryFileError(f"no memory file at {path}") from error
+    except (OSError, ValueError) as error:  # an empty file has no map
+        raise MemoryFileError(f"{path}: {_bad(str(error))}") from error
+    except MemoryFileError as error:
+        raise MemoryFileError(f"{path}: {error}") from error
+
+
+def read(data: bytes | mmap.mmap, form: str, most: int = MOST) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """The rows in ``data``, on the CPU, in the dtypes that they had, and the metadata; trusted in nothing.
+
+    Sizes, names, dtypes and shapes are compared before a tensor is made, so that what is allocated is a small
+    multiple of ``len(data)``, whatever a header claims. Values may be NaN, and the fingerprint that of another model.
+
+    Args:
+        data: what was written.
+        form: :data:`FILE` or :data:`SNAPSHOT`.
+        most: largest number of bytes.
+
+    Raises:
+        MemoryFileError: too large, not safetensors, of another form, written by a newer ccm, or damaged.
+    """
+    if len(data) > most:
+        raise MemoryFileError(f"a stored memory of {len(data)} bytes, the limit is {most}")
+    metadata, specs = _header(data, form)
+    try:
+        rows = json.loads(metadata["rows"])
+        if form == FILE:  # as it is in memory: dtypes are those of the tensors
+            for r, row in enumerate(rows):
+                row["dtypes"] = {part: _name(specs[f"{r}.{part}.keys"]["dtype"]) for part in PARTS}
+        digest = metadata.pop("digest")
+        _check(rows, metadata["dtype"] if form == SNAPSHOT else "float32", specs)
+        tensors = safetensors.load(bytes(data))
+        if digest != content_digest(tensors, metadata) or not isinstance(metadata["fingerprint"], str):
+            raise _bad("it was changed after it was written (its digest differs)")
+        return [_row(r, row, tensors) for r, row in enumerate(rows)], metadata
+    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise _bad(f"{type(error).__name__}: {str(error)[:200]}") from error
+
+
+def _row(r: int, row: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    def unpacked(name: str, dtype: torch.dtype) -> Tensor:
+        return _unpacked({s: tensors[name + s] for s in ("", ".scale") if name + s in tensors}, dtype)
+
+    dtypes = {part: getattr(torch, name) for part, name in row.pop("dtypes").items()}
+    parts = {part: tuple(unpacked(f"{r}.{part}.{half}", dtypes[part]) for half in _HALVES) for part in PARTS}
+    return parts | {name: tuple(value) if name in LISTS else value for name, value in row.items()}
+
+
+# ------------------------------------------------------------------ checks before anything is allocated
+
+
+def _header(data: bytes | mmap.mmap, form: str) -> tuple[dict[str, str], dict[str, Any]]:
+    """Metadata and tensor descriptions, from the JSON that a safetensors file begins with."""
+    size = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or size > min(_LONGEST_HEADER, len(data) - 8):
+        raise _bad("it is cut off, or no safetensors")
+    try:
+        header = json.loads(data[8 : 8 + size])
+        metadata = header.pop("__metadata__")
+        found = str(metadata.get("format"))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _bad(f"its header is not one of safetensors ({type(error).__name__})") from error
+    version = re.fullmatch(rf"{form}/([1-9]\d{{0,3}})", found)
+    if version is None:
+        raise _bad(f"its format is {found[:40]!r}, expected {form!r}")
+    if int(version[1]) > NEWEST:
+        raise _newer(f"its format is {found!r}, this one reads up to '{form}/{NEWEST}'")
+    return metadata, header
+
+
+def _check(rows: Any, precision: Any, specs: dict[str, Any]) -> None:
+    """Raises if counters and tensors are not what is written here (KeyError and the like included)."""
+    if precision not in PRECISIONS or not isinstance(rows, list) or not rows:
+        raise _bad("dtype or rows are not as expected")
+    expected = set()
+    frame: tuple[int, ...] | None = None  # layers, heads and channels, the same everywhere
+    known = {*COUNTS, *LISTS, "dtypes"}
+    for r, row in enumerate(rows):
+        if unknown := sorted(set(row) - known):
+            raise _newer(f"row {r} counts {unknown[0][:40]!r}")
+        if not known - LATER <= set(row) or set(row["dtypes"]) != set(PARTS):
+            raise _bad(f"row {r} has other fields")
+        if not all(_is_count(row.get(name, 0)) for name in COUNTS) or not all(
+            isinstance(numbers, list) and all(map(_is_count, numbers))
+            for numbers in (row.get(name, []) for name in LISTS)
+        ):
+            raise _bad(f"row {r} has impossible counters")
+        for part in PARTS:
+            shapes = set()
+            stored = _stored(row["dtypes"][part], precision)
+            for half in _HALVES:
+                tensor = f"{r}.{part}.{half}"
+                expected.add(tensor)
+                shape = _shape(tensor, specs[tensor], stored)
+                shapes.add(shape)
+                if precision == "int8":
+                    expected.add(f"{tensor}.scale")
+                    layers, heads, tokens, channels = shape
+                    scale = _shape(f"{tensor}.scale", specs[f"{tensor}.scale"], "F32")
+                    if scale != (layers, heads, min(tokens, 1), channels):
+                        raise _bad(f"the scale of {tensor} has another shape")
+            if len(shapes) != 1:
+                raise _bad(f"keys and values of row {r}, {part}, differ in shape")
+            layers, heads, tokens, channels = shapes.pop()
+            frame = frame or (layers, heads, channels)
+            if frame != (layers, heads, channels):
+                raise _bad("layers, heads or channels differ between its parts")
+            if part == "window" and sum(row["segments"]) != tokens:
+                raise _bad(f"row {r}: its segments are not its window")
+    if set(specs) != expected:
+        raise _bad(f"it holds {len(specs)} tensors, expected {len(expected)}")
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 53
+
+
+def _name(code: str) -> str:
+    """The name in torch of a dtype of safetensors."""
+    return str(_FLOATS[code]).removeprefix("torch.")
+
+
+def _stored(original: str, precision: str) -> str:
+    """The dtype, in safetensors' words, in which a tensor lies there."""
+    names = {_name(code): code for code in _FLOATS}
+    return {"float32": names[original], "bfloat16": "BF16", "int8": "I8"}[precision]
+
+
+def _shape(tensor: str, spec: Any, dtype: str) -> tuple[int, int, int, int]:
+    shape = spec["shape"]
+    if spec["dtype"] != dtype:
+        raise _bad(f"{tensor} has dtype {str(spec['dtype'])[:20]!r}, expected {dtype!r}")
+    if len(shape) != 4 or not all(_is_count(n) and n <= most for n, most in zip(shape, _MOST, strict=True)):
+        raise _bad(f"{tensor} has an impossible shape")
+    layers, heads, tokens, channels = shape
+    return layers, heads, tokens, channels
+
+
+def _bad(why: str) -> MemoryFileError:
+    return MemoryFileError(f"this is no usable stored memory: {why}; take another version or a backup")
+
+
+def _newer(how: str) -> MemoryFileError:
+    return MemoryFileError(f"this memory was written by a newer ccm: {how}; read it with that version")

@@ -1,0 +1,67 @@
+"""What a memory holds and stands for, in numbers and in words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..core.memory import Memory
+from . import Method
+
+
+def describe(memory: Memory) -> list[dict[str, Any]]:
+    """Counters and sizes of each row, for people and for JSON."""
+    return [
+        {
+            "sink": row.sink.length,
+            "slots": row.slots.length,
+            "window": row.window.length,
+            "steps": row.steps,
+            "tokens_folded": row.tokens,
+            "tokens_dropped": row.dropped,
+            "tokens_merged": row.merged,
+            "segments_merged": row.merged_segments,
+            "reach": row.reach,
+            "notes": len(row.notes),
+            "nbytes": memory[r].nbytes,
+        }
+        for r, row in enumerate(memory.rows)
+    ]
+
+
+def counters(memory: Memory, method: Method) -> dict[str, int]:
+    """What the memory of one conversation holds and stands for, and what full context would hold.
+
+    ``reach`` is how many of the newest tokens are still told apart. ``reach_when_full`` is what it comes to once old
+    segments are merged or dropped, or the model's context is full: with segments as long as those so far, or, before
+    the first one, as long as they may be.
+    """
+    row = method.counted(memory.rows[0])
+    seen = row.tokens + row.window.length
+    return {
+        "sink": row.sink.length,
+        "slots": row.slots.length,
+        "window": row.window.length,
+        "tokens_seen": seen,
+        "tokens_folded": row.tokens,
+        "tokens_dropped": row.dropped,
+        "tokens_merged": row.merged,
+        "segments_merged": row.merged_segments,
+        "reach": row.reach,
+        "reach_when_full": method.apart(row),
+        "nbytes": memory.nbytes,
+        "full_context_nbytes": seen * method.reader.kv_bytes_per_token(),
+    }
+
+
+def reach_in_words(stats: dict[str, int]) -> str:
+    """How far back a memory tells things apart, from its :func:`counters`."""
+    lost = stats["tokens_merged"] + stats["tokens_dropped"]
+    if lost:
+        return f"reaches back {_about(stats['reach'])} tokens"
+    return f"reaches back to the start, {_about(stats['reach_when_full'])} tokens when full"
+
+
+def _about(count: int) -> str:
+    """Two digits of a count are enough: segments differ in length."""
+    digits = max(0, len(str(count)) - 2)
+    return f"~{round(count, -digits):,}"

@@ -1,0 +1,1 @@
+"""Models: which one, where it runs, and the packages that bring it."""

@@ -1,0 +1,233 @@
+"""Which model, where it runs and in which type: one set of options for every command and for ``load_model``.
+
+A command takes the options below by these very annotations and makes a :class:`Loading` of them, which is plain
+values and can travel to another process.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import ConfigError, MissingPackageError, UnknownNameError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+AUTO = "auto"
+DTYPES = (AUTO, "float32", "bfloat16", "float16")
+#: Quantized weights, and the package that makes each.
+LOAD_IN = {"4bit": "bitsandbytes", "8bit": "torchao"}
+#: Ways to spread the layers, as accelerate names them.
+DEVICE_MAPS = (AUTO, "balanced", "balanced_low_0", "sequential")
+
+ModelName = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        help="Folder or hub id of a causal language model, or a .gguf file.",
+        show_default="embedded",
+    ),
+]
+Device = Annotated[
+    str, typer.Option("--device", help="Where it runs: auto, cpu, cuda, cuda:1, mps; auto takes a GPU.")
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        "--dtype",
+        metavar="TYPE",
+        help="Of its weights: auto, float32, bfloat16, float16; auto takes bfloat16 on a GPU.",
+    ),
+]
+LoadIn = Annotated[
+    str | None,
+    typer.Option("--load-in", metavar="4bit or 8bit", help="Quantize its weights.", show_default="no"),
+]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(
+        "--device-map",
+        metavar="WAY",
+        help="Spread its layers over several GPUs: auto, balanced, sequential.",
+        show_default="no",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Loading:
+    """A model as it was asked for.
+
+    Attributes:
+        model: folder, GGUF file or hub id; None is the embedded one.
+        device: "auto", "cpu", "cuda", "cuda:1" or "mps".
+        dtype: of the weights, one of :data:`DTYPES`.
+        load_in: None, "4bit" or "8bit".
+        device_map: None, or one of :data:`DEVICE_MAPS`.
+    """
+
+    model: str | None = None
+    device: str = AUTO
+    dtype: str = AUTO
+    load_in: str | None = None
+    device_map: str | None = None
+
+    def check(self) -> Placement:
+        """Where this would go; nothing is loaded. Raises as :func:`place`."""
+        return place(self.model, self.dtype, self.device, self.load_in, self.device_map)
+
+    def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The model, in eval mode and without gradients, and its tokenizer. Raises as ``load_model``."""
+        from .load import load_model
+
+        return load_model(
+            self.model, self.dtype, self.device, load_in=self.load_in, device_map=self.device_map
+        )
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What options come to on this machine.
+
+    Attributes:
+        device: of the model, or of its first layers where it is spread.
+        dtype: of the weights; None leaves it to the checkpoint.
+        auto: a checkpoint's float16 becomes float32 on a CPU, which is slow with it.
+        load_in, device_map: as they were asked for.
+    """
+
+    device: torch.device
+    dtype: torch.dtype | None
+    auto: bool = False
+    load_in: str | None = None
+    device_map: Any = None
+
+    def dtype_of(self, stored: torch.dtype | None) -> torch.dtype | None:
+        """The type of weights that are stored in another one, None if that is not known."""
+        import torch
+
+        if self.dtype is not None:
+            return self.dtype
+        return torch.float32 if self.auto and stored is torch.float16 else stored
+
+
+def place(
+    model: str | None = None,
+    dtype: str | torch.dtype | None = AUTO,
+    device: str | torch.device | None = AUTO,
+    load_in: str | None = None,
+    device_map: Any = None,
+) -> Placement:
+    """Where a model goes and in which type, before anything heavy is loaded.
+
+    Args:
+        model: its name; of a GGUF file the weights cannot be quantized once more.
+        dtype: a type or its name; None is the checkpoint's, "auto" the one that suits the device.
+        device: a device or its name; None is the CPU, "auto" the accelerator if there is one.
+        load_in: None, "4bit" or "8bit".
+        device_map: None, one of :data:`DEVICE_MAPS`, or a mapping of modules to devices.
+
+    Raises:
+        ConfigError: an unknown device or type, one that is not there, or options that exclude each other.
+        MissingPackageError: the package that quantizes is not installed.
+    """
+    if is_gguf(model) and not Path(str(model)).is_file():
+        raise ConfigError(f"no file {str(model)!r}: expected a GGUF file of this name")
+    if load_in is not None:
+        _check_quantized(str(model), load_in)
+    if device_map is not None:
+        if device not in (None, AUTO):
+            raise ConfigError(
+                f"device {str(device)!r} with a device map: the map says where each layer goes; give one of the two"
+            )
+        if isinstance(device_map, str) and device_map not in DEVICE_MAPS:
+            raise UnknownNameError("device map", device_map, list(DEVICE_MAPS))
+        device = AUTO
+    where = _device(device)
+    auto = dtype == AUTO
+    kind = None if auto or dtype is None else _dtype(dtype)
+    if auto and where.type != "cpu":
+        kind = _fastest(where)
+    elif kind is not None and not _can(where, kind):
+        name = str(kind).removeprefix("torch.")
+        raise ConfigError(f"dtype {name}: device {where} cannot do it; give another, or auto")
+    return Placement(where, kind, auto, load_in, device_map)
+
+
+def is_gguf(name: str | None) -> bool:
+    """Whether the name is that of a GGUF file, whether or not it is there."""
+    return str(name).endswith(".gguf")
+
+
+def _check_quantized(name: str, load_in: str) -> None:
+    if load_in not in LOAD_IN:
+        raise UnknownNameError("kind of quantized weights", load_in, list(LOAD_IN))
+    if is_gguf(name):
+        raise ConfigError(
+            f"load in {load_in} with the GGUF file {name}: its weights were rounded once, and are read as floats; "
+            f"leave out {load_in}, or load the model that the file was made from"
+        )
+    if importlib.util.find_spec(LOAD_IN[load_in]) is None:
+        raise MissingPackageError(
+            f"loading in {load_in} needs {LOAD_IN[load_in]}: pip install 'compressed-context-memory[quant]'"
+        )
+
+
+def _device(wanted: str | torch.device | None) -> torch.device:
+    import torch
+
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if wanted is None or (wanted == AUTO and found is None):
+        return torch.device("cpu")
+    if wanted == AUTO:
+        return torch.device(found)
+    known = "cpu" if found is None else f"cpu or {found.type}"
+    try:
+        device = torch.device(wanted)
+    except RuntimeError as error:
+        raise ConfigError(f"device {wanted!r}: no such device; here it is auto, {known}") from error
+    if device.type == "cpu":
+        return device
+    if found is None or device.type != found.type:
+        raise ConfigError(f"device {str(device)!r} is not there: here it is auto, {known}")
+    count = torch.accelerator.device_count()
+    if (device.index or 0) >= count:
+        raise ConfigError(f"device {str(device)!r} is not there: this machine has {count}, counted from 0")
+    return device
+
+
+def _dtype(wanted: str | torch.dtype) -> torch.dtype:
+    import torch
+
+    if isinstance(wanted, torch.dtype):
+        return wanted
+    if wanted not in DTYPES:
+        raise UnknownNameError("type of weights", wanted, list(DTYPES))
+    return getattr(torch, wanted)
+
+
+def _fastest(device: torch.device) -> torch.dtype:
+    """bfloat16, or float16 on an accelerator that has no units for it."""
+    import torch
+
+    if device.type == "cuda":
+        fits = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fits = _can(device, torch.bfloat16)
+    return torch.bfloat16 if fits else torch.float16
+
+
+def _can(device: torch.device, dtype: torch.dtype) -> bool:
+    import torch
+
+    try:
+        one = torch.ones(2, 2, device=device, dtype=dtype)
+        return bool((one @ one)[0, 0] == 2)
+    except (RuntimeError, TypeError):
+        return False

@@ -1,0 +1,384 @@
+"""The command line, on a tiny model that is saved to a folder."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import scramble, tiny_model, tiny_tokenizer
+
+import ccm
+import ccm.cli.repl
+from ccm import cli
+from ccm.core.compressor import Compressor, CompressorConfig
+from ccm.data.chitchat import Conversation, Turn
+from ccm.data.rows import ConversationRow
+from ccm.evaluation.demo import Player, choose_players
+from ccm.evaluation.demo import play as play_all
+from ccm.evaluation.share import turn_nll
+from ccm.methods import get_method
+from ccm.session import Session
+
+COMMANDS = ["chat", "demo", "train", "doctor", "memory", "memory inspect"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``model``, and adapters ``ccm-concat`` and ``ccm-merge`` for it."""
+    home = tmp_path_factory.mktemp("cli")
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=1024)
+    model.save_pretrained(home / "model")
+    tokenizer.save_pretrained(home / "model")
+    for name, rule in (("ccm-concat", "concat"), ("ccm-merge", "mean")):
+        model, _ = ccm.load_model(str(home / "model"))
+        scramble(Compressor(model, CompressorConfig(slots=2, sink=0, rule=rule))).save_pretrained(home / name)
+    return home
+
+
+@pytest.fixture
+def talks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made-up conversations in place of the data set."""
+
+    def load(split: str, **_: object) -> list[Conversation]:
+        turns = [
+            Turn("assistant" if i % 2 else "user", f"{word} {i}") for i, word in enumerate(["hi", "well"] * 6)
+        ]
+        return [Conversation(f"{split}{n}", ("a", "b"), tuple(turns[: 12 - n])) for n in range(3)]
+
+    monkeypatch.setattr("ccm.data.chitchat.load_chitchat", load)
+
+
+def one_error(capsys: pytest.CaptureFixture[str]) -> str:
+    """The only line on stderr; nothing is on stdout."""
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), err
+    return lines[0]
+
+
+# ---------------------------------------------------------------------- help, errors
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*command.split(), "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "Usage: ccm " + command in text
+    assert "Example" in text or command == "memory"
+
+
+def test_help_is_quick_because_it_imports_nothing_heavy() -> None:
+    code = "import sys; from ccm.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert all(name in result.stdout for name in COMMANDS[:5])
+
+
+def test_no_arguments_show_help_and_version_shows_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 0
+    assert "Usage: ccm" in capsys.readouterr().out
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"ccm {ccm.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nonsense"], "nonsense"),
+        (["demo", "--nonsense"], "--nonsense"),
+        (["demo", "--turns", "many"], "--turns"),
+        (["demo", "--turns", "4"], "at least 5"),
+        (["demo", "--conversations", "0"], "at least 1"),
+        (["demo", "--conversations", "9"], "9"),
+        (["demo", "--methods", "h3o"], "unknown method or adapter 'h3o'"),
+        (["demo", "--model", "no-such-folder/model"], "no-such-folder"),
+        (["train"], "expected a recipe"),
+        (["train", "missing.yaml"], "missing.yaml"),
+        (["memory", "inspect", "missing.ccm"], "no memory file"),
+        (["chat", "--load", "missing.ccm", "--slots", "1"], "--load"),
+        (["chat", "--adapter", "no-such/adapter"], "no adapter"),
+        (["chat", "--adapter", "a", "--memory", "none"], "leave --adapter out"),
+        (["chat", "--memory", "streaming"], "did you mean streaming-llm?"),
+        (["chat", "--memory", "streaming-llm:windw=3"], "unknown option windw; did you mean window?"),
+        (["chat", "--memory", "streaming-llm:window=many"], "window is 'many', expected a whole number"),
+        (["chat", "--memory", "streaming-llm:window"], "expected option=value"),
+        (["chat", "--memory", "./mine.py"], "no file mine.py"),
+        (["chat", "--memory", "ccm-chat"], "train an adapter for this one"),
+        (["chat", "--load", "missing.ccm"], "no memory file"),
+        (["demo", "--methods", "none,streaming-llm:windw=3"], "did you mean window?"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2(
+    arguments: list[str],
+    words: str,
+    home: Path,
+    talks: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if arguments[0] in ("demo", "chat") and "--model" not in arguments:
+        arguments = [*arguments, "--model", str(home / "model")]
+    if arguments[0] == "demo" and "--methods" not in arguments:
+        arguments = [*arguments, "--methods", "none"]
+    assert cli.main(arguments) == 2
+    assert words in one_error(capsys)
+    assert not list(tmp_path.iterdir()), "something was left behind"
+
+
+def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ccm.cli.checks.checks", interrupt)
+    assert cli.main(["doctor"]) == 130
+
+
+# ---------------------------------------------------------------------- doctor, memory
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    code = cli.main(["doctor", "--json"])
+    result = json.loads(capsys.readouterr().out)
+    failed = [check for check in result["checks"] if check["required"] and not check["ok"]]
+    assert code == (1 if failed else 0) and result["ok"] == (not failed)
+    assert all(check["fix"] for check in failed)
+    assert cli.main(["doctor"]) == code
+    assert "embedded model" in capsys.readouterr().out
+
+
+@pytest.fixture
+def saved(home: Path, tmp_path: Path) -> Path:
+    model, tokenizer = ccm.load_model(str(home / "model"))
+    session = Session(Compressor.from_pretrained(model, home / "ccm-merge"), tokenizer)
+    session.append("My cat is called Miso.")
+    session.save(tmp_path / "chat.ccm")
+    return tmp_path / "chat.ccm"
+
+
+def test_memory_inspect(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["memory", "inspect", str(saved), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["rows"][0]["slots"] == 2
+    assert result["session"]["turns"] == 1
+    assert result["nbytes"] == result["rows"][0]["nbytes"] > 0
+    assert result["rows"][0]["reach"] == result["rows"][0]["tokens_folded"] > 0
+    assert result["rows"][0]["tokens_merged"] == 0
+    assert cli.main(["memory", "inspect", str(saved)]) == 0
+    shown = capsys.readouterr().out
+    assert "session of 1 turns" in shown
+    assert "tokens folded" in shown and f"{result['nbytes']:,}" in shown  # whole, on 80 columns
+
+
+def test_memory_inspect_refuses_a_damaged_file(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = bytearray(saved.read_bytes())
+    data[-3] ^= 1
+    saved.write_bytes(bytes(data))
+    assert cli.main(["memory", "inspect", str(saved)]) == 2
+    assert "changed after it was written" in one_error(capsys)
+    saved.write_bytes(bytes(data[:40]))
+    assert cli.main(["memory", "inspect", str(saved)]) == 2
+    assert "no usable stored memory" in one_error(capsys)
+
+
+# ---------------------------------------------------------------------- chat
+
+
+@pytest.fixture
+def talk(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Chat with piped lines; returns what was shown."""
+    monkeypatch.setitem(ccm.cli.repl.SAMPLING, "max_new_tokens", 5)
+
+    def run(*lines: str, options: tuple[str, ...] = ()) -> str:
+        monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+        where = ["--model", str(home / "model"), "--adapter", str(home / "ccm-merge")]
+        assert cli.main(["chat", *where, *options]) == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_chat_shows_the_memory_after_each_answer(talk) -> None:
+    shown = talk("Hello there.", "", "And now?", "/memory", options=("--window", "200", "--sink", "1"))
+    assert shown.count("full context") == 3  # two meters and /memory
+    assert "tokens folded" in shown
+    assert "error" not in shown
+    assert shown.count("reaches back to the start, ~200 tokens when full") == 2
+    assert "reach when full" in shown
+
+
+def test_chat_saves_loads_and_forgets(talk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shown = talk(
+        "Hello.",
+        "/save a.ccm",
+        "/reset",
+        "/switch",
+        "/load a.ccm",
+        "/switch",
+        options=("--system", "Be kind."),
+    )
+    assert "saved to a.ccm" in shown
+    assert "main, 1 turns" in shown  # the system message stays
+    assert "loaded a.ccm, 3 turns" in shown
+    shown = talk("/switch", options=("--load", "a.ccm"))
+    assert "main, 3 turns" in shown
+
+
+def test_chat_on_a_model_without_an_adapter(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog
+) -> None:
+    monkeypatch.setitem(ccm.cli.repl.SAMPLING, "max_new_tokens", 5)
+    file = tmp_path / "a.ccm"
+
+    def chat(*options: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.stdin", io.StringIO(f"Hello.\n/save {file}\n/memory\n"))
+        caplog.clear()
+        code = cli.main(["chat", "--model", str(home / "model"), *options])
+        return code, capsys.readouterr().out, caplog.text
+
+    code, shown, said = chat()
+    assert code == 0 and "full context" in shown and "error" not in shown
+    assert said.count("ccm train --init") == 1 and "needs no training" in said
+    code, shown, said = chat("--memory", "snapkv:tokens=9,window=8,sink=2")
+    assert code == 0 and "9 slots + 8 window" in shown and not said
+    code, shown, _ = chat("--load", str(file))  # the file says which method, and its sizes
+    assert code == 0 and "9 slots + 8 window" in shown
+    for wrong, words in (
+        (("--memory", "tova"), "made by"),
+        (("--memory", "snapkv:tokens=3"), "brings its own past and sizes"),
+    ):
+        code = cli.main(["chat", "--model", str(home / "model"), "--load", str(file), *wrong])
+        assert code == 2 and words in one_error(capsys)
+
+
+def test_chat_forks(talk) -> None:
+    shown = talk("Hello.", "/fork", "/fork b", "/fork b", "/switch b", "More.", "/switch main", "/switch c")
+    assert "copied to fork-1" in shown
+    assert "there is a session 'b' already" in shown
+    assert "* main, 2 turns" in shown and "  b, 4 turns" in shown
+    assert "unknown session 'c'" in shown
+
+
+def test_chat_goes_on_after_errors(talk, home: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.ccm"
+    model, tokenizer = ccm.load_model(str(home / "model"))
+    Session(Compressor.from_pretrained(model, home / "ccm-concat"), tokenizer).save(other)
+    shown = talk(
+        "/load nowhere",
+        f"/load {other}",
+        "/save",
+        "/save no/such/folder",
+        "/what",
+        "Hello.",
+        "/quit",
+        "/what",
+    )
+    assert shown.count("error: ") == 5
+    assert " and adapter " in shown
+    assert "full context" in shown
+
+
+def test_ctrl_c_stops_the_answer_only(talk, monkeypatch: pytest.MonkeyPatch) -> None:
+    generate = Compressor.generate
+    calls = []
+
+    def first_is_interrupted(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return generate(*args, **kwargs)
+
+    monkeypatch.setattr(Compressor, "generate", first_is_interrupted)
+    shown = talk("Hello.", "/switch", "Hello again.", "/switch")
+    assert "this turn is forgotten" in shown
+    assert "main, 0 turns" in shown and "main, 2 turns" in shown
+
+
+# ---------------------------------------------------------------------- demo
+
+
+def play(home: Path, *options: str) -> int:
+    methods = f"window,{home / 'ccm-concat'},{home / 'ccm-merge'}"
+    return cli.main(
+        ["demo", "--model", str(home / "model"), "--methods", methods, "--conversations", "2", *options]
+    )
+
+
+def test_demo_json(home: Path, talks: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = tmp_path / "demo.png"
+    assert play(home, "--turns", "6", "--plot", str(picture), "--json") == 0
+    out, err = capsys.readouterr()
+    result = json.loads(out)
+    assert out.count("\n") == 1
+    assert (result["task"], result["turns"], result["conversations"]) == ("chitchat", 6, 2)
+    methods = result["methods"]
+    assert set(methods) == {"none", "full", "ccm-concat", "ccm-merge", "window", "window-merge"}
+    for values in methods.values():
+        assert math.isclose(values["perplexity"], math.exp(values["nll"]))
+        assert {"recovered_share", "kv_bytes", "seconds"} <= set(values)
+        assert len(values["nll_by_turn"]) == 6
+    assert methods["none"]["recovered_share"] == 0 and methods["full"]["recovered_share"] == 1
+    assert methods["none"]["kv_bytes"] == 0
+    assert methods["window"]["kv_bytes_by_turn"] == methods["ccm-concat"]["kv_bytes_by_turn"]
+    assert methods["window-merge"]["kv_bytes_by_turn"] == methods["ccm-merge"]["kv_bytes_by_turn"]
+    assert methods["ccm-concat"]["kv_bytes"] == 5 * methods["ccm-merge"]["kv_bytes"]
+    assert "recovered" in err and "same KV bytes as ccm-concat" in err
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_demo_without_matplotlib_says_what_to_install(
+    home: Path,
+    talks: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert play(home, "--turns", "5", "--plot", str(tmp_path / "demo.png")) == 0
+    assert "pip install 'compressed-context-memory[plot]'" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_players_are_scored_on_every_turn_with_what_they_hold_of_those_before() -> None:
+    model = tiny_model()
+    segments = tuple(tuple(range(10 * i + 3, 10 * i + 9)) for i in range(3))
+    row = ConversationRow("a", segments, ((1, 6),) * 3)
+    players = [
+        Player("full", get_method("full")),
+        Player("window", get_method("window"), same_bytes_as="full"),
+    ]
+    seen: list[tuple[str, int]] = []
+    traces = play_all(model, None, [row, row], players, lambda name, turn, _: seen.append((name, turn)))
+    assert seen == [(name, turn) for _ in range(2) for name in ("full", "window") for turn in range(3)]
+    run = get_method("full").open(model)
+    for turn, ids in enumerate(segments):
+        nll, tokens = turn_nll(run.logits(ids), ids, (1, 6))
+        for trace in traces.values():  # a window of as many bytes as everything is everything
+            assert math.isclose(trace.nll_at(turn), nll / tokens, rel_tol=1e-5)
+            assert trace.kv_bytes_at(turn) == run.kv_bytes
+        run.append(ids)
+
+
+def test_a_window_plays_at_the_bytes_of_each_compressed_method() -> None:
+    players = choose_players(["window", "ccm-concat", "ccm-merge", "streaming-llm"])
+    assert {p.name: p.same_bytes_as for p in players} == {
+        "none": None,
+        "full": None,
+        "ccm-concat": None,
+        "ccm-merge": None,
+        "streaming-llm": None,
+        "window": "ccm-concat",
+        "window-merge": "ccm-merge",
+    }
+    assert [p.same_bytes_as for p in choose_players(["window"])] == [None, None, None]
+    shipped = {p.name: p for p in choose_players(["window", "ccm-chat"])}  # an adapter, not a method
+    assert shipped["window"].same_bytes_as == "ccm-chat" and shipped["ccm-chat"].method.adapter == "ccm-chat"

@@ -1,0 +1,52 @@
+"""Every registered method with options so small that a few short segments fill it, on tiny models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from tiny import scramble, tiny_model, tiny_tokenizer
+from transformers import PreTrainedModel
+
+from ccm import get_method, list_methods
+from ccm.core.compressor import CompressorConfig
+from ccm.methods import Method
+from ccm.methods.base import METHODS
+from ccm.methods.compressed import Compressed, Trained
+
+TOKENIZER = tiny_tokenizer()
+#: One name for each method.
+NAMES = sorted({METHODS[name].name for name in list_methods()})
+_SMALL = {"sink": 2, "window": 6, "tokens": 8, "slots": 2, "block": 4, "every": 2, "max_tokens": 4}
+#: Methods whose sizes are what they are.
+_AS_THEY_ARE = ("none", "full")
+
+
+def model(family: str = "llama") -> PreTrainedModel:
+    return tiny_model(family, vocab_size=len(TOKENIZER), max_position_embeddings=2048)
+
+
+def tiny_adapters(folder: Path, family: str = "llama", names: Sequence[str] = ()) -> dict[str, str]:
+    """Adapter folders for a tiny model, by the names of those methods that need one."""
+    made = {}
+    for name in names or list_methods():
+        if issubclass(METHODS[name], Trained):
+            made_by = METHODS[name].made_by
+            kind = made_by.kind
+            rule = "replace" if kind == "gisting" else "mean" if name == "ccm-merge" else "concat"
+            config = CompressorConfig(slots=3, sink=0, rule=rule, kind=kind)
+            scramble(made_by(model(family), config)).save_pretrained(folder / name)
+            made[name] = str(folder / name)
+    return made
+
+
+def small_method(name: str, adapters: dict[str, str], **changes: Any) -> Method:
+    """A method that is full after a few segments, unbound."""
+    kind = METHODS[name]
+    options: dict[str, Any] = {"adapter": adapters[name]} if name in adapters else {}
+    if name not in _AS_THEY_ARE and (name not in adapters or issubclass(kind, Compressed)):
+        own = {field.name for field in fields(kind)}
+        options |= {option: value for option, value in _SMALL.items() if option in own}
+    return get_method(name, **options | changes)
