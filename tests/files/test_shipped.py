@@ -147,7 +147,7 @@ def test_the_default_of_a_chat_knows_what_its_window_has_lost(embedded) -> None:
 
 
 def test_every_command_has_the_same_default() -> None:
-    for command in (cli.chat, serve, plan_command, plan):
+    for command in (cli.chat.chat, serve, plan_command, plan):
         assert inspect.signature(command).parameters["memory"].default is None
 
 

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .commands import app, chat, main
+from .commands import app, main
 
-__all__ = ["app", "chat", "main"]
+__all__ = ["app", "main"]

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..methods.memory_option import Adapter, memory_name
-from ..models.placement import AUTO, Device, DeviceMap, Dtype, LoadIn, Loading, ModelName
+from ..models.loading import Device, DeviceMap, Dtype, LoadIn, Loading, ModelName
+from ..models.placement import AUTO
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigError
-from ..models.placement import AUTO, Device, DeviceMap, LoadIn, Loading
+from ..models.loading import Device, DeviceMap, LoadIn, Loading
+from ..models.placement import AUTO
 
 if TYPE_CHECKING:
     import torch

@@ -28,7 +28,8 @@ from torch import Tensor
 from ..errors import CCMError, ConfigError, MissingPackageError
 from ..methods import Run
 from ..methods.spec import parse
-from ..models.placement import AUTO, Loading
+from ..models.loading import Loading
+from ..models.placement import AUTO
 from .protocol import SAME
 
 try:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from ..methods.memory_option import Adapter, MemoryName, Sink, Slots, Window, memory_name
-from ..models.placement import AUTO, Device, DeviceMap, Dtype, LoadIn, Loading, ModelName
+from ..models.loading import Device, DeviceMap, Dtype, LoadIn, Loading, ModelName
+from ..models.placement import AUTO
 
 if TYPE_CHECKING:
     from .settings import Settings

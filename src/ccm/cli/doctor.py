@@ -1,0 +1,35 @@
+"""``ccm doctor``. Heavy imports wait until it runs, so that help is quick."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import typer
+
+from .options import AsJson, new_console
+
+EPILOG = "Example: ccm doctor --json"
+
+
+def doctor(as_json: AsJson = False) -> None:
+    """Show what is installed, what would work, and the command that mends what is missing."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from .checks import checks
+
+    found = checks()
+    broken = [check for check in found if check.required and not check.ok]
+    if as_json:
+        print(json.dumps({"ok": not broken, "checks": [asdict(check) for check in found]}))
+    else:
+        table = Table("", "check", "found", "what to do", box=None, padding=(0, 1))
+        for check in found:
+            mark = ("✓", "green") if check.ok else ("✗", "red") if check.required else ("–", "yellow")
+            table.add_row(Text(*mark), check.name, Text(check.found), Text(check.fix))
+        console = new_console()
+        console.print(table)
+        console.print(f"{len(broken)} required checks failed" if broken else "ready")
+    if broken:
+        raise typer.Exit(1)
