@@ -124,8 +124,8 @@ def planned(spec: Spec, model: PreTrainedModel) -> Method:
     """
     spec = named(spec, model)
     method = with_window(spec.method())
-    if not isinstance(method, Trained):
-        return method.bind(model)
+    if not isinstance(method, Trained):  # its sizes are its own; a model without weights cannot be read
+        return method if model.device.type == "meta" else method.bind(model)
     config = read_config(method.adapter or method.name)
     if config.kind in BASELINES and BASELINES[config.kind].whole:
         raise ConfigError(
