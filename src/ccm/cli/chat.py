@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import ConfigError
-from ..methods.memory_option import Adapter, MemoryName, Sink, Slots, Window, memory_name
 from ..models.loading import Device, DeviceMap, Dtype, LoadIn, Loading, ModelName
+from ..models.memory_option import Adapter, MemoryName, Sink, Slots, Window, memory_name
 from ..models.placement import AUTO
 from .options import new_console
 

@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from ..errors import MissingPackageError
-from ..methods.memory_option import MemoryName
 from ..models.loading import Device, DeviceMap, Dtype, LoadIn, Loading, ModelName
+from ..models.memory_option import MemoryName
 from ..models.placement import AUTO
 from .options import AsJson, new_console
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..methods.memory_option import Adapter, memory_name
 from ..models.loading import Device, DeviceMap, Dtype, LoadIn, Loading, ModelName
+from ..models.memory_option import Adapter, memory_name
 from ..models.placement import AUTO
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..methods.memory_option import Adapter, MemoryName, Sink, Slots, Window, memory_name
 from ..models.loading import Device, Dtype, LoadIn, ModelName
+from ..models.memory_option import Adapter, MemoryName, Sink, Slots, Window, memory_name
 from ..models.placement import AUTO
 
 if TYPE_CHECKING:

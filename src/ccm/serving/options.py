@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from ..methods.memory_option import Adapter, MemoryName, Sink, Slots, Window, memory_name
 from ..models.loading import Device, DeviceMap, Dtype, LoadIn, Loading, ModelName
+from ..models.memory_option import Adapter, MemoryName, Sink, Slots, Window, memory_name
 from ..models.placement import AUTO
 
 if TYPE_CHECKING:
