@@ -6,7 +6,7 @@ first minute, and the mark that a trained adapter has to beat.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -43,23 +43,18 @@ class AttentionMatching(Method):
     queries: ClassVar[int] = -1
     sink: int = 1
     slots: int = 64
-    asked: Tensor | None = field(init=False, repr=False, compare=False, default=None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._at_least(slots=1)
-
-    def _on(self, reader: Reader, tokenizer: Any) -> AttentionMatching:
-        bound = super()._on(reader, tokenizer)
-        object.__setattr__(bound, "asked", _questions(reader, tokenizer))
-        return bound
 
     def keep(self, row: Row, leaving: KV, queries: Tensor | None) -> KV:
         held = KV.cat((row.slots, leaving.to(torch.float32)))
         if held.length <= self.slots:
             return held
         own = [] if queries is None else [(queries, 1.0)]
-        return match(self.reader, row, held, self.slots, [*own, (self.asked, GENERAL)])
+        general = _questions(self.reader, self.tokenizer), GENERAL
+        return match(self.reader, row, held, self.slots, [*own, general])
 
     def grown(self, slots: int, leaving: int, folds: int) -> int:
         return min(slots + leaving, self.slots)
