@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .blocks import Blocks, cut
 from .rotary import Rotary, Tables, rotate, unrotate
 from .rules import Rule
+from .scores import Asked
 from .segments import Layout
 from .visibility import parallel_mask, within_window
 
@@ -29,44 +30,6 @@ def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(
         ~visible, torch.finfo(dtype).min
     )
-
-
-class Asked(NamedTuple):
-    """What a layer asks of its keys in a pass.
-
-    Attributes:
-        queries: (B, Hq, Q, D), rotated.
-        options: how it makes scores, by the names of transformers.
-    """
-
-    queries: Tensor
-    options: dict[str, Any]
-
-
-class Scoring(NamedTuple):
-    """How a layer makes scores of queries and keys.
-
-    Attributes:
-        scaling: of every product.
-        softcap: no score is larger; None: they are as they are.
-        sliding: a raw token sees so many, itself included; None: all.
-        sinks: (Hq,) learned scores that stand beside those of the keys.
-    """
-
-    scaling: float
-    softcap: float | None
-    sliding: int | None
-    sinks: Tensor | None
-
-    @classmethod
-    def of(cls, asked: Asked) -> Scoring:
-        options = {
-            name: asked.options.get(name) for name in ("scaling", "softcap", "sliding_window", "s_aux")
-        }
-        scaling = options["scaling"] or asked.queries.shape[-1] ** -0.5
-        sinks = options["s_aux"]
-        sinks = None if sinks is None else sinks.detach()
-        return cls(scaling, options["softcap"], options["sliding_window"], sinks)
 
 
 class StatesDone(Exception):

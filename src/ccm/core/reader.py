@@ -19,11 +19,11 @@ from transformers import DynamicCache, PreTrainedModel
 from ..errors import ConfigError
 from ..files.fingerprint import mismatch, model_fingerprint
 from . import attention, hooks
-from .attention import Asked, Scoring
 from .families import choose_backend, get_family
 from .live import Live, layer_devices
 from .memory import KV, Memory, Row
 from .rotary import Rotary, unrotate
+from .scores import Asked, Scoring
 from .twin import kv_shape
 
 Ids: TypeAlias = Tensor | Sequence[Sequence[int]]
