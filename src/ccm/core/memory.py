@@ -86,26 +86,6 @@ class Row:
         """How many of the newest tokens are still told apart: raw, or in slots of their segment alone."""
         return self.tokens - self.dropped - self.merged + self.window.length
 
-    def counted(self, apart: int) -> Row:
-        """The row itself, or, if it was saved before ``merged`` was counted, what it must have been.
-
-        The lengths of its segments are not known any more: they count as equal.
-
-        Args:
-            apart: segments that have slots of their own (``Rule.apart``).
-        """
-        if self.dropped + self.merged + sum(self.recent) == self.tokens or not self.steps:
-            return self
-        each, rest = divmod(self.tokens, self.steps)
-        if apart == self.steps:
-            return replace(self, recent=(each + rest, *(each,) * (apart - 1)))
-        return replace(
-            self,
-            merged=self.tokens - each * apart,
-            merged_segments=self.steps - apart,
-            recent=(each,) * apart,
-        )
-
     @property
     def length(self) -> int:
         return self.sink.length + self.slots.length + self.window.length
