@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from ..core.memory import Memory
 from . import Method
+
+log = logging.getLogger(__name__)
 
 
 def describe(memory: Memory) -> list[dict[str, Any]]:
@@ -51,6 +54,12 @@ def counters(memory: Memory, method: Method) -> dict[str, int]:
         "nbytes": memory.nbytes,
         "full_context_nbytes": seen * method.reader.kv_bytes_per_token(),
     }
+
+
+def say_losses(before: Memory, after: Memory, method: Method) -> None:
+    """Warn of what one turn has lost, if the method has a word for it."""
+    if lost := method.losses(before.rows[0], after.rows[0]):
+        log.warning("%s", lost)
 
 
 def reach_in_words(stats: dict[str, int]) -> str:

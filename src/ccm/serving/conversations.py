@@ -32,7 +32,7 @@ class View:
         created, updated, expires: seconds since the epoch; None: it does not expire.
         stored_nbytes: bytes in the store.
         metadata: the caller's own.
-        stats: the number of turns beside the counters of :func:`ccm.session.counters`.
+        stats: the number of turns beside the counters of :func:`ccm.methods.accounting.counters`.
         precision: type of the stored memory.
         error: relative error of the stored keys and values, by the precision.
         adapter, fingerprint: of model and adapter that made the memory.

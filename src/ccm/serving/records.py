@@ -14,8 +14,8 @@ from ..chat.messages import Message
 from ..core.memory import Memory
 from ..errors import MismatchError
 from ..methods import Method
-from ..methods.accounting import counters
-from ..session import resumed, say_losses
+from ..methods.accounting import counters, say_losses
+from ..session import resumed
 from . import transcript
 from .metrics import Metrics
 from .settings import Settings
@@ -141,7 +141,7 @@ class Records:
     # ------------------------------------------------------------------ counting
 
     def stats(self, memory: Memory, turns: int = 0) -> dict[str, int]:
-        """The number of turns beside the counters of :func:`ccm.session.counters`."""
+        """The number of turns beside the counters of :func:`ccm.methods.accounting.counters`."""
         return {"turns": turns, **counters(memory, self.method)}
 
     def seen(self, memory: Memory) -> int:
