@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from ..errors import ConfigError, MismatchError
 from ..files import adapter_folder, base_stage
 from ..files.fingerprint import mismatch, model_fingerprint
-from . import gate
+from . import lora
 from .cautions import Cautions
 from .config import CompressorConfig
 from .families import resolve_targets
@@ -66,7 +66,7 @@ class Adapted(Reader):
             raise ConfigError(f"CompressorConfig.kind: got {self.config.kind!r}, expected {self.kind!r}")
         self.rule = get_rule(self.config.rule, **self.config.rule_options)
         self.adapter = f"ccm{len(getattr(model, 'peft_config', {}))}"
-        lora = LoraConfig(
+        config_of_lora = LoraConfig(
             r=self.config.rank,
             lora_alpha=self.config.alpha,
             target_modules=resolve_targets(self.family, self.config.target_modules),
@@ -75,7 +75,7 @@ class Adapted(Reader):
         )
         with torch.random.fork_rng():
             torch.manual_seed(self.config.seed)
-            self.lora_parameters = gate.attach(model, lora, self.adapter, self.family.attention)
+            self.lora_parameters = lora.attach(model, config_of_lora, self.adapter, self.family.attention)
             # COMP embeddings start like words of the vocabulary: same mean, same spread
             table = model.get_input_embeddings().weight.detach().float()
             noise = torch.randn(self.config.slots, table.shape[1]).to(table.device)

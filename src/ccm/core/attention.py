@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import Blocks, cut
+from .devices import moved
 from .rotary import Rotary, Tables, rotate, unrotate
 from .rules import Rule
 from .scores import Asked
@@ -68,7 +69,7 @@ class Plan(ABC):
             return self
         if device not in self._elsewhere:
             own = {f.name: getattr(self, f.name) for f in fields(self) if not f.name.startswith("_")}
-            self._elsewhere[device] = type(self)(**{name: _moved(v, device) for name, v in own.items()})
+            self._elsewhere[device] = type(self)(**{name: moved(v, device) for name, v in own.items()})
         return self._elsewhere[device]
 
     def blocks(self, mask: Any) -> list[Blocks]:
@@ -215,18 +216,6 @@ class RecurrentPlan(Plan):
         visible = visible & (order <= order[-width:].unsqueeze(1))
         visible = visible | (order == order[-width:].unsqueeze(1))
         return query, key, value, additive(visible, query.dtype)
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    """A part of a plan, with all tensors inside, on another device."""
-    if isinstance(value, Tensor | Layout):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: _moved(part, device) for key, part in value.items()}
-    if isinstance(value, tuple):
-        parts = [_moved(part, device) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-    return value
 
 
 def _heads(tables: Tables) -> Tables:

@@ -13,52 +13,21 @@ Two ways to run it, equal to within rounding (the contract of this library):
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import ConfigError
 from . import attention, folding, trial
 from .adapter import Adapted
 from .config import CompressorConfig
-from .head import run_head
+from .head import ParallelOutput, run_head
 from .memory import KV, Memory, Row
 from .reader import Ids
 from .segments import Layout, lay_out
 from .window import joined, overflow
-
-
-@dataclass(frozen=True)
-class ParallelOutput:
-    """What one parallel pass gives.
-
-    Attributes:
-        logits: (B, Q, V) on the grid of ``layout``.
-        layout: where each token of each segment is.
-    """
-
-    logits: Tensor
-    layout: Layout
-
-    def segment_logits(self, row: int, index: int) -> Tensor:
-        """(T_segment, V), equal to the recurrent logits of that segment."""
-        start, stop = self.layout.spans[row][index]
-        return self.logits[row, start:stop]
-
-    @property
-    def loss(self) -> Tensor:
-        """Mean next-token cross-entropy, nats, inside every segment but the first of each row."""
-        logits, targets = [], []
-        for row, spans in enumerate(self.layout.spans):
-            for index, (start, stop) in enumerate(spans):
-                if index or len(spans) == 1:
-                    logits.append(self.segment_logits(row, index)[:-1])
-                    targets.append(self.layout.input_ids[row, start + 1 : stop])
-        if not sum(map(len, targets)):
-            raise ConfigError("no loss: every scored segment has one token; give segments of two or more")
-        return nn.functional.cross_entropy(torch.cat(logits).float(), torch.cat(targets))
 
 
 class Compressor(Adapted):
