@@ -11,13 +11,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from .chat.answers import Answer
-from .chat.dialogue import Dialogue, Dialogues, Step
+from .chat.dialogue import Dialogues, Step
 from .chat.messages import Message
 from .chat.template import template_of
 from .core.compressor import Compressor
@@ -234,7 +233,7 @@ class Session:
             state = json.loads(metadata["session"])
             session = cls(method, tokenizer, **_options(state))
             session.turns = state["turns"]
-            session.dialogue = resumed(session.dialogues, state, memory)
+            session.dialogue = session.dialogues.kept(state, memory.rows[0].seen)
         except (KeyError, TypeError, ValueError) as error:
             raise MemoryFileError(f"{path} holds a memory but no session ({error})") from error
         session.memory = session.method.admit(memory)
@@ -245,15 +244,3 @@ class Session:
 def _options(state: Mapping[str, Any]) -> Mapping[str, Any]:
     """What the method of a saved session is set to; files from before any method could be saved have sizes alone."""
     return parse(state["memory"]).options if "memory" in state else state["budget"]
-
-
-def resumed(dialogues: Dialogues, state: Mapping[str, Any], memory: Memory) -> Dialogue:
-    """The dialogue of a saved session; of one from before dialogues were saved, that something was said.
-
-    Raises:
-        KeyError, TypeError, ConfigError: its state is none.
-    """
-    if "dialogue" in state:
-        return dialogues.resume(state["dialogue"])
-    said = memory.rows[0].tokens + memory.rows[0].window.length
-    return replace(dialogues.begin(), past="assistant" if said else "")

@@ -105,12 +105,7 @@ class ParallelPlan(Plan):
 
     @classmethod
     def build(
-        cls,
-        adapter: str,
-        layout: Layout,
-        rule: Rule,
-        rotary: Rotary,
-        dtype: torch.dtype,
+        cls, adapter: str, layout: Layout, rule: Rule, rotary: Rotary, dtype: torch.dtype
     ) -> ParallelPlan:
         groups, n = layout.comp_index.shape[1:]
         comp_position = layout.rope_position.gather(1, layout.comp_index.flatten(1))

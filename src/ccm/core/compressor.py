@@ -160,11 +160,11 @@ class Compressor(Adapted):
 
     def size(self, name: str, value: int | None = None) -> int:
         """Slots, sink or window: the configured number unless another one is given, which is checked."""
-        most = self.config.slots if name == "slots" else None
-        value = getattr(self.config, name) if value is None else value
-        if value < (name == "slots") or (most is not None and value > most):
-            raise ConfigError(f"{name}: got {value}, expected {'1' if most else '0'} to {most or 'any size'}")
-        return value
+        own = getattr(self.config, name)
+        least, most = (1, own) if name == "slots" else (0, None)
+        if value is not None and (value < least or (most and value > most)):
+            raise ConfigError(f"{name}: got {value}, expected {least} to {most or 'any size'}")
+        return own if value is None else value
 
 
 trial.make = lambda model: Compressor(model, CompressorConfig(slots=2))

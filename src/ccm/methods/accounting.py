@@ -39,12 +39,11 @@ def counters(memory: Memory, method: Method) -> dict[str, int]:
     the first one, as long as they may be.
     """
     row = method.counted(memory.rows[0])
-    seen = row.tokens + row.window.length
     return {
         "sink": row.sink.length,
         "slots": row.slots.length,
         "window": row.window.length,
-        "tokens_seen": seen,
+        "tokens_seen": row.seen,
         "tokens_folded": row.tokens,
         "tokens_dropped": row.dropped,
         "tokens_merged": row.merged,
@@ -52,7 +51,7 @@ def counters(memory: Memory, method: Method) -> dict[str, int]:
         "reach": row.reach,
         "reach_when_full": method.apart(row),
         "nbytes": memory.nbytes,
-        "full_context_nbytes": seen * method.reader.kv_bytes_per_token(),
+        "full_context_nbytes": row.seen * method.reader.kv_bytes_per_token(),
     }
 
 

@@ -15,7 +15,6 @@ from ..core.memory import Memory
 from ..errors import MismatchError
 from ..methods import Method
 from ..methods.accounting import counters, say_losses
-from ..session import resumed
 from . import transcript
 from .metrics import Metrics
 from .settings import Settings
@@ -89,7 +88,7 @@ class Records:
             return State(session, snapshot.version, self.method.empty(), metadata=user)
         memory, _ = await asyncio.to_thread(codec.decode, snapshot.payload)
         memory = self.checked(memory)
-        dialogue = resumed(self.dialogues, kept, memory)
+        dialogue = self.dialogues.kept(kept, memory.rows[0].seen)
         return State(session, snapshot.version, memory, dialogue, kept["stats"]["turns"], user)
 
     async def begin(
