@@ -15,8 +15,9 @@ from ccm.chat.turns import render, turns_of
 from ccm.core.compressor import Compressor, CompressorConfig
 from ccm.errors import ConfigError, MemoryFileError, MismatchError
 from ccm.methods.accounting import reach_in_words
+from ccm.methods.answering import BEHIND
 from ccm.methods.default import CHAT
-from ccm.session import BEHIND, Session
+from ccm.session import Session
 
 TOKENIZER = tiny_tokenizer()
 GREEDY = {"do_sample": False, "max_new_tokens": 8}

@@ -9,31 +9,24 @@ answered is read raw, and folding waits until the answer is there.
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from .chat.answers import Answer, AnswerReader
-from .chat.dialogue import Dialogue, Dialogues, Step
+from .chat.answers import Answer
+from .chat.dialogue import Dialogues, Step
 from .chat.messages import Message
-from .chat.template import answer_ends, template_of
-from .chat.writer import Streamed, Writer
+from .chat.template import template_of
 from .core.compressor import Compressor
 from .core.memory import Memory
-from .errors import ConfigError, MemoryFileError
+from .errors import MemoryFileError
 from .methods import Method, as_method, open_method
-from .methods.accounting import counters
+from .methods.accounting import counters, say_losses
+from .methods.answering import written
 from .methods.spec import parse
 from .models.load import load_tokenizer
-
-log = logging.getLogger(__name__)
-
-#: Positions left free behind an answer that fills the context: for what the template ends it with.
-BEHIND = 16
 
 
 class Session:
@@ -154,7 +147,10 @@ class Session:
                 self.turns += 1
             self.dialogues.check_answer(step.dialogue, step.head)
             self._take(step, answered=True)
-            self.last = self._written(list(step.head), streamer, generate_kwargs)
+            tools = bool(self.dialogue.tools)
+            self.last = written(
+                self.method, self.memory, self.template, step.head, tools, streamer, generate_kwargs
+            )
             self._take(self._step(self.last.message()))
             self.turns += 1
         except BaseException:  # also Ctrl-C while streaming: the turn happens as a whole or not at all
@@ -162,41 +158,15 @@ class Session:
             raise
         return self.last.content
 
-    def _written(self, head: list[int], streamer: Any, generate_kwargs: dict[str, Any]) -> Answer:
-        """An answer behind its head."""
-        ends, texts = answer_ends(self.tokenizer, self.method.reader.model)
-        reader = AnswerReader(self.template, tuple(head), bool(self.dialogue.tools))
-        written = Streamed(Writer(self.template.decode, texts), reader, ends, streamer)
-        options: dict[str, Any] = {
-            "max_new_tokens": 256,
-            "eos_token_id": sorted(ends) or None,
-            "pad_token_id": self.tokenizer.pad_token_id,
-            **generate_kwargs,
-        }
-        options["max_new_tokens"] = self._fitting(options["max_new_tokens"], len(head))
-        if texts:
-            options["stopping_criteria"] = [*options.get("stopping_criteria", ()), written.stops]
-        options["return_dict_in_generate"] = False
-        beams = options.get("num_beams") or 1  # a streamer cannot follow several
-        memory = self.method.recall(self.memory)
-        out = self.method.reader.generate([head], memory, streamer=None if beams > 1 else written, **options)
-        if beams > 1:
-            for token in out[0, len(head) :].tolist():
-                written.add(token)
-            written.end()
-        return reader.answer
-
     def _step(self, message: Message, answer: bool = False) -> Step:
         return self.dialogues.add(self.dialogue, message, answer, back=self._before is not None)
 
     def _take(self, step: Step, answered: bool = False) -> None:
         """Take in what a message brings; go back to before its exchange if the template writes that anew."""
-        memory = self.memory
-        if step.anew and self._before is not None:
-            memory = self._before
+        before = self._before
+        memory = before if step.anew and before is not None else self.memory
         if step.final is not None:
-            memory = self._folded(memory, step.final)
-        before: Memory | None = memory if step.final is not None else self._before
+            before = memory = self._folded(memory, step.final)
         memory = self._folded(memory, step.ids, answered)
         say_losses(self.memory, memory, self.method)
         self.memory, self.dialogue = memory, step.dialogue
@@ -215,26 +185,6 @@ class Session:
             part = [ids[start : start + longest]]
             memory = self.method.fold(memory, part, answered=answered and last)
         return memory
-
-    def _fitting(self, wanted: int, head: int) -> int:
-        """So many new tokens, or those for which there is room beside the memory and the head of the answer."""
-        held, context = self.method.recall(self.memory).length, self.method.reader.context
-        room = context - held - head - BEHIND - self.method.behind
-        if room < 1:
-            raise ConfigError(
-                f"the memory of {held} positions leaves no room for an answer in the model's context of {context}: "
-                "begin a new session, or use a rule that merges (mean, bounded)"
-            )
-        if wanted > room:
-            log.warning(
-                "max_new_tokens: got %d, the model's context of %d has room for %d: a longer answer is cut there",
-                wanted,
-                context,
-                room,
-            )
-        return min(wanted, room)
-
-    # ------------------------------------------------------------------ accounting
 
     def stats(self) -> dict[str, int]:
         """What is held, what it stands for, and what full context would hold. Bytes are measured."""
@@ -283,7 +233,7 @@ class Session:
             state = json.loads(metadata["session"])
             session = cls(method, tokenizer, **_options(state))
             session.turns = state["turns"]
-            session.dialogue = resumed(session.dialogues, state, memory)
+            session.dialogue = session.dialogues.kept(state, memory.rows[0].seen)
         except (KeyError, TypeError, ValueError) as error:
             raise MemoryFileError(f"{path} holds a memory but no session ({error})") from error
         session.memory = session.method.admit(memory)
@@ -294,21 +244,3 @@ class Session:
 def _options(state: Mapping[str, Any]) -> Mapping[str, Any]:
     """What the method of a saved session is set to; files from before any method could be saved have sizes alone."""
     return parse(state["memory"]).options if "memory" in state else state["budget"]
-
-
-def say_losses(before: Memory, after: Memory, method: Method) -> None:
-    """Warn of what one turn has lost, if the method has a word for it."""
-    if lost := method.losses(before.rows[0], after.rows[0]):
-        log.warning("%s", lost)
-
-
-def resumed(dialogues: Dialogues, state: Mapping[str, Any], memory: Memory) -> Dialogue:
-    """The dialogue of a saved session; of one from before dialogues were saved, that something was said.
-
-    Raises:
-        KeyError, TypeError, ConfigError: its state is none.
-    """
-    if "dialogue" in state:
-        return dialogues.resume(state["dialogue"])
-    said = memory.rows[0].tokens + memory.rows[0].window.length
-    return replace(dialogues.begin(), past="assistant" if said else "")

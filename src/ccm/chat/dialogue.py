@@ -14,7 +14,7 @@ not what was taken in (thoughts, say), they are taken in anew, behind the memory
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -118,6 +118,16 @@ class Dialogues:
         if open_:
             return replace(dialogue, taken=tuple(self._kept(dialogue, generation=False)[0]))
         return replace(dialogue, taken=() if dialogue.past else tuple(self._head(dialogue)))
+
+    def kept(self, state: Mapping[str, Any], said: int) -> Dialogue:
+        """The dialogue of a saved session; of one from before dialogues were saved, whether something was said.
+
+        Raises:
+            KeyError, TypeError, ConfigError: as :meth:`resume`.
+        """
+        if "dialogue" in state:
+            return self.resume(state["dialogue"])
+        return Dialogue(past="assistant" if said else "")
 
     def stands(self, dialogue: Dialogue) -> bool:
         """Whether what was taken in of the open messages stays as it is, whatever follows."""

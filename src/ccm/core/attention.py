@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from .blocks import Blocks, cut
+from .devices import moved
 from .rotary import Rotary, Tables, rotate, unrotate
 from .rules import Rule
+from .scores import Asked
 from .segments import Layout
 from .visibility import parallel_mask, within_window
 
@@ -29,44 +31,6 @@ def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(
         ~visible, torch.finfo(dtype).min
     )
-
-
-class Asked(NamedTuple):
-    """What a layer asks of its keys in a pass.
-
-    Attributes:
-        queries: (B, Hq, Q, D), rotated.
-        options: how it makes scores, by the names of transformers.
-    """
-
-    queries: Tensor
-    options: dict[str, Any]
-
-
-class Scoring(NamedTuple):
-    """How a layer makes scores of queries and keys.
-
-    Attributes:
-        scaling: of every product.
-        softcap: no score is larger; None: they are as they are.
-        sliding: a raw token sees so many, itself included; None: all.
-        sinks: (Hq,) learned scores that stand beside those of the keys.
-    """
-
-    scaling: float
-    softcap: float | None
-    sliding: int | None
-    sinks: Tensor | None
-
-    @classmethod
-    def of(cls, asked: Asked) -> Scoring:
-        options = {
-            name: asked.options.get(name) for name in ("scaling", "softcap", "sliding_window", "s_aux")
-        }
-        scaling = options["scaling"] or asked.queries.shape[-1] ** -0.5
-        sinks = options["s_aux"]
-        sinks = None if sinks is None else sinks.detach()
-        return cls(scaling, options["softcap"], options["sliding_window"], sinks)
 
 
 class StatesDone(Exception):
@@ -105,7 +69,7 @@ class Plan(ABC):
             return self
         if device not in self._elsewhere:
             own = {f.name: getattr(self, f.name) for f in fields(self) if not f.name.startswith("_")}
-            self._elsewhere[device] = type(self)(**{name: _moved(v, device) for name, v in own.items()})
+            self._elsewhere[device] = type(self)(**{name: moved(v, device) for name, v in own.items()})
         return self._elsewhere[device]
 
     def blocks(self, mask: Any) -> list[Blocks]:
@@ -141,12 +105,7 @@ class ParallelPlan(Plan):
 
     @classmethod
     def build(
-        cls,
-        adapter: str,
-        layout: Layout,
-        rule: Rule,
-        rotary: Rotary,
-        dtype: torch.dtype,
+        cls, adapter: str, layout: Layout, rule: Rule, rotary: Rotary, dtype: torch.dtype
     ) -> ParallelPlan:
         groups, n = layout.comp_index.shape[1:]
         comp_position = layout.rope_position.gather(1, layout.comp_index.flatten(1))
@@ -252,18 +211,6 @@ class RecurrentPlan(Plan):
         visible = visible & (order <= order[-width:].unsqueeze(1))
         visible = visible | (order == order[-width:].unsqueeze(1))
         return query, key, value, additive(visible, query.dtype)
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    """A part of a plan, with all tensors inside, on another device."""
-    if isinstance(value, Tensor | Layout):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: _moved(part, device) for key, part in value.items()}
-    if isinstance(value, tuple):
-        parts = [_moved(part, device) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-    return value
 
 
 def _heads(tables: Tables) -> Tables:

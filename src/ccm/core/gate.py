@@ -11,18 +11,14 @@ zero gradients.
 from __future__ import annotations
 
 import threading
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from transformers import PreTrainedModel
 
-from ..errors import ConfigError
 from .attention import PLAN, Places, Plan
 
 
@@ -81,56 +77,3 @@ class LayerGate(threading.local):
                 out[:, places].add_(delta)
 
         return add
-
-
-def attach(
-    model: PreTrainedModel, config: LoraConfig, adapter: str, attention: Sequence[str]
-) -> list[nn.Parameter]:
-    """Inject a closed conditional adapter into the model; returns its parameters, in fp32.
-
-    Args:
-        model: that carries it.
-        config: of its LoRA.
-        adapter: its name.
-        attention: names of the model's attention modules.
-
-    Several adapters live side by side, as do PEFT's own that were active before: those apply to all tokens.
-
-    Raises:
-        ConfigError: no module of the model matches the target modules, or one outside its layers does.
-    """
-    gates: dict[str, LayerGate] = {}
-    for name in attention:
-        gates[name.rsplit(".", 1)[0] + "."] = gate = LayerGate(adapter)
-        model.get_submodule(name).register_forward_pre_hook(gate.read, with_kwargs=True)
-    others = {p: p.requires_grad for n, p in model.named_parameters() if "lora_" in n}
-    active = {n: list(m.active_adapters) for n, m in model.named_modules() if isinstance(m, LoraLayer)}
-    try:
-        with warnings.catch_warnings():  # PEFT warns that there is an adapter already; ours do not mix
-            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-            inject_adapter_in_model(config, model, adapter_name=adapter)
-    except ValueError as error:
-        raise ConfigError(f"target_modules {config.target_modules}: {error}") from error
-    parameters: list[nn.Parameter] = []
-    for name, module in model.named_modules():
-        if not isinstance(module, LoraLayer):
-            continue
-        module.set_adapter(active.get(name, []))
-        if adapter in module.lora_A:
-            if module.lora_A[
-                adapter
-            ].weight.is_meta:  # as the layer below, which is on no device until it runs
-                module.lora_A[adapter].to_empty(device=model.device)
-                module.lora_B[adapter].to_empty(device=model.device)
-                module.reset_lora_parameters(adapter, True)
-            own = next((gate for prefix, gate in gates.items() if name.startswith(prefix)), None)
-            if own is None:
-                raise ConfigError(f"target_modules: {name} is in no layer with attention; leave it out")
-            module.register_forward_hook(own.behind(module))
-            parameters += [module.lora_A[adapter].weight, module.lora_B[adapter].weight]
-    for parameter in parameters:
-        parameter.data = parameter.data.float()
-        parameter.requires_grad_(True)
-    for parameter, trained in others.items():  # PEFT freezes what is closed and thaws what is active
-        parameter.requires_grad_(trained)
-    return parameters

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 
-from ..errors import ConfigError
 from .attention import PLAN, RecurrentPlan
 from .memory import Memory
 from .rotary import Rotary
@@ -129,24 +128,3 @@ class Live:
             for name in ("position", "is_memory", "valid")
         )
         return Live(cache, position, is_memory, valid)
-
-
-def is_spread(model: PreTrainedModel) -> bool:
-    """Whether its layers are on several devices, or on none until they run."""
-    return len(set(getattr(model, "hf_device_map", {}).values())) > 1
-
-
-def layer_devices(model: PreTrainedModel, attention: Sequence[str]) -> list[torch.device]:
-    """Where the keys and values of each layer are; empty if that is the same place for all.
-
-    Raises:
-        ConfigError: the embeddings are on no device.
-    """
-    if not is_spread(model):
-        return []
-    if model.device.type == "meta":
-        raise ConfigError(
-            "the device map keeps the embeddings on no device: give them one, such as 0 or 'cpu'"
-        )
-    held = [next(model.get_submodule(name.rsplit(".", 1)[0]).parameters()).device for name in attention]
-    return [model.device if device.type == "meta" else device for device in held]  # those run on the first

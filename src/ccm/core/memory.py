@@ -82,29 +82,14 @@ class Row:
     notes: tuple[int, ...] = ()
 
     @property
+    def seen(self) -> int:
+        """All tokens so far."""
+        return self.tokens + self.window.length
+
+    @property
     def reach(self) -> int:
         """How many of the newest tokens are still told apart: raw, or in slots of their segment alone."""
-        return self.tokens - self.dropped - self.merged + self.window.length
-
-    def counted(self, apart: int) -> Row:
-        """The row itself, or, if it was saved before ``merged`` was counted, what it must have been.
-
-        The lengths of its segments are not known any more: they count as equal.
-
-        Args:
-            apart: segments that have slots of their own (``Rule.apart``).
-        """
-        if self.dropped + self.merged + sum(self.recent) == self.tokens or not self.steps:
-            return self
-        each, rest = divmod(self.tokens, self.steps)
-        if apart == self.steps:
-            return replace(self, recent=(each + rest, *(each,) * (apart - 1)))
-        return replace(
-            self,
-            merged=self.tokens - each * apart,
-            merged_segments=self.steps - apart,
-            recent=(each,) * apart,
-        )
+        return self.seen - self.dropped - self.merged
 
     @property
     def length(self) -> int:
@@ -184,11 +169,8 @@ class Memory:
         """On a device, its raw tokens in a model's type; slots are fp32 everywhere. Itself if that is so."""
         rows = []
         for row in self.rows:
-            sink, slots, window = (
-                row.sink.to(device, dtype),
-                row.slots.to(device, torch.float32),
-                row.window.to(device, dtype),
-            )
+            sink, window = row.sink.to(device, dtype), row.window.to(device, dtype)
+            slots = row.slots.to(device, torch.float32)
             same = sink is row.sink and slots is row.slots and window is row.window
             rows.append(row if same else replace(row, sink=sink, slots=slots, window=window))
         same = all(new is old for new, old in zip(rows, self.rows, strict=True))

@@ -6,11 +6,51 @@ queries at their end or where they are put. Scaling, soft-capping, sliding windo
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any, NamedTuple
+
 import torch
 from torch import Tensor
 
-from .reader import Reader
 from .rotary import rotate
+
+if TYPE_CHECKING:
+    from .reader import Reader
+
+
+class Asked(NamedTuple):
+    """What a layer asks of its keys in a pass.
+
+    Attributes:
+        queries: (B, Hq, Q, D), rotated.
+        options: how it makes scores, by the names of transformers.
+    """
+
+    queries: Tensor
+    options: dict[str, Any]
+
+
+class Scoring(NamedTuple):
+    """How a layer makes scores of queries and keys.
+
+    Attributes:
+        scaling: of every product.
+        softcap: no score is larger; None: they are as they are.
+        sliding: a raw token sees so many, itself included; None: all.
+        sinks: (Hq,) learned scores that stand beside those of the keys.
+    """
+
+    scaling: float
+    softcap: float | None
+    sliding: int | None
+    sinks: Tensor | None
+
+    @classmethod
+    def of(cls, asked: Asked) -> Scoring:
+        scaling, softcap, sliding, sinks = map(
+            asked.options.get, ("scaling", "softcap", "sliding_window", "s_aux")
+        )
+        sinks = None if sinks is None else sinks.detach()
+        return cls(scaling or asked.queries.shape[-1] ** -0.5, softcap, sliding, sinks)
 
 
 def scores(

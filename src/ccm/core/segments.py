@@ -60,8 +60,7 @@ class Layout:
         return self.text_position if self.windowed else self.position
 
     def to(self, device: torch.device | str) -> Layout:
-        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.__dict__.items()}
-        return Layout(**moved)
+        return Layout(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()})
 
 
 #: (token id, segment, comp, folded, text position, canonical position)
@@ -81,12 +80,7 @@ def folded_before(lengths: Sequence[int], window: int) -> list[int]:
 
 
 def lay_out(
-    rows: Sequence[Sequence[Sequence[int]]],
-    *,
-    slots: int,
-    rule: Rule,
-    sink: int = 0,
-    window: int = 0,
+    rows: Sequence[Sequence[Sequence[int]]], *, slots: int, rule: Rule, sink: int = 0, window: int = 0
 ) -> Layout:
     """Lay out rows of segments of token ids.
 

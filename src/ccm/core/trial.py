@@ -83,7 +83,7 @@ def measure(model: PreTrainedModel) -> Outcome:
     text = torch.tensor([[token for segment in rows[0] for token in segment]])
     plain = model(input_ids=text).logits[0]
     compressor = make(model)
-    compressor._warned = True  # of texts without a sink; nobody reads these
+    compressor.cautions.warned = True  # of texts without a sink; nobody reads these
     weights = torch.Generator().manual_seed(1)
     for parameter in compressor.lora_parameters:
         parameter.normal_(0, 0.2, generator=weights)

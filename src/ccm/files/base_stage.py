@@ -16,7 +16,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..core.live import is_spread
+from ..core.devices import is_spread
 from ..errors import ConfigError, MismatchError, StorageError
 from .atomic import write_atomically
 from .fingerprint import model_fingerprint

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from ..core.memory import Memory
 from . import Method
+
+log = logging.getLogger(__name__)
 
 
 def describe(memory: Memory) -> list[dict[str, Any]]:
@@ -36,12 +39,11 @@ def counters(memory: Memory, method: Method) -> dict[str, int]:
     the first one, as long as they may be.
     """
     row = method.counted(memory.rows[0])
-    seen = row.tokens + row.window.length
     return {
         "sink": row.sink.length,
         "slots": row.slots.length,
         "window": row.window.length,
-        "tokens_seen": seen,
+        "tokens_seen": row.seen,
         "tokens_folded": row.tokens,
         "tokens_dropped": row.dropped,
         "tokens_merged": row.merged,
@@ -49,8 +51,14 @@ def counters(memory: Memory, method: Method) -> dict[str, int]:
         "reach": row.reach,
         "reach_when_full": method.apart(row),
         "nbytes": memory.nbytes,
-        "full_context_nbytes": seen * method.reader.kv_bytes_per_token(),
+        "full_context_nbytes": row.seen * method.reader.kv_bytes_per_token(),
     }
+
+
+def say_losses(before: Memory, after: Memory, method: Method) -> None:
+    """Warn of what one turn has lost, if the method has a word for it."""
+    if lost := method.losses(before.rows[0], after.rows[0]):
+        log.warning("%s", lost)
 
 
 def reach_in_words(stats: dict[str, int]) -> str:

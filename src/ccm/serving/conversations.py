@@ -11,7 +11,6 @@ from typing import Any
 from ..chat.messages import Message
 from ..core.memory import Memory
 from ..errors import ConfigError, MemoryFileError
-from ..session import resumed
 from . import transcript
 from .engine import Engine, Job, Result
 from .records import Records, State, new_id
@@ -32,7 +31,7 @@ class View:
         created, updated, expires: seconds since the epoch; None: it does not expire.
         stored_nbytes: bytes in the store.
         metadata: the caller's own.
-        stats: the number of turns beside the counters of :func:`ccm.session.counters`.
+        stats: the number of turns beside the counters of :func:`ccm.methods.accounting.counters`.
         precision: type of the stored memory.
         error: relative error of the stored keys and values, by the precision.
         adapter, fingerprint: of model and adapter that made the memory.
@@ -170,7 +169,7 @@ class Conversations:
         try:
             kept = json.loads(metadata.get("session", "{}"))
             turns = kept.get("turns", 0)
-            dialogue = resumed(self.records.dialogues, kept, memory)
+            dialogue = self.records.dialogues.kept(kept, memory.rows[0].seen)
         except (ValueError, AttributeError, KeyError, TypeError, ConfigError) as error:
             raise MemoryFileError(f"the file's session is not readable ({error})") from error
         if not isinstance(turns, int) or not 0 <= turns < 1 << 53:

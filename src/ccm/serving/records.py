@@ -14,8 +14,7 @@ from ..chat.messages import Message
 from ..core.memory import Memory
 from ..errors import MismatchError
 from ..methods import Method
-from ..methods.accounting import counters
-from ..session import resumed, say_losses
+from ..methods.accounting import counters, say_losses
 from . import transcript
 from .metrics import Metrics
 from .settings import Settings
@@ -89,7 +88,7 @@ class Records:
             return State(session, snapshot.version, self.method.empty(), metadata=user)
         memory, _ = await asyncio.to_thread(codec.decode, snapshot.payload)
         memory = self.checked(memory)
-        dialogue = resumed(self.dialogues, kept, memory)
+        dialogue = self.dialogues.kept(kept, memory.rows[0].seen)
         return State(session, snapshot.version, memory, dialogue, kept["stats"]["turns"], user)
 
     async def begin(
@@ -141,7 +140,7 @@ class Records:
     # ------------------------------------------------------------------ counting
 
     def stats(self, memory: Memory, turns: int = 0) -> dict[str, int]:
-        """The number of turns beside the counters of :func:`ccm.session.counters`."""
+        """The number of turns beside the counters of :func:`ccm.methods.accounting.counters`."""
         return {"turns": turns, **counters(memory, self.method)}
 
     def seen(self, memory: Memory) -> int:

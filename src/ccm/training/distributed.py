@@ -19,8 +19,8 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..core.devices import is_spread
 from ..core.families import get_family
-from ..core.live import is_spread
 from ..errors import ConfigError, MissingPackageError
 from .config import TrainConfig, flat
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..core.compressor import Compressor
-from ..core.live import is_spread
+from ..core.devices import is_spread
 from ..core.rules import Rule
 from ..core.segments import Layout
 from .intervals import BLOCK, Packed, moved, pack, up

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..core.compressor import Compressor
+from ..core.devices import is_spread
 from ..core.families import get_family, resolve_targets
-from ..core.live import is_spread
 from ..core.rules import get_rule
 from ..core.twin import text_config
 from ..errors import ConfigError

@@ -23,7 +23,7 @@ from ...chat.writer import Writer
 from ...core.memory import Memory
 from ...errors import ConfigError
 from ...methods import Method
-from ...session import BEHIND
+from ...methods.answering import BEHIND
 from ..metrics import Metrics
 from .base import Engine, EngineError, Job, Listener, OverloadedError, Result, Ticket
 

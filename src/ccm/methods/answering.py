@@ -1,0 +1,84 @@
+"""An answer, written by the model behind what a method keeps of a conversation."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..chat.answers import Answer, AnswerReader
+from ..chat.template import Template, answer_ends
+from ..chat.writer import Streamed, Writer
+from ..core.memory import Memory
+from ..errors import ConfigError
+from . import Method
+
+log = logging.getLogger(__name__)
+
+#: Positions left free behind an answer that fills the context: for what the template ends it with.
+BEHIND = 16
+
+
+def written(
+    method: Method,
+    memory: Memory,
+    template: Template,
+    head: Sequence[int],
+    tools: bool,
+    streamer: Any,
+    generate_kwargs: Mapping[str, Any],
+) -> Answer:
+    """An answer behind its head; neither becomes part of the memory.
+
+    Args:
+        method: bound to the model.
+        memory: of one conversation.
+        template: of the model.
+        head: token ids that the answer is written behind.
+        tools: whether calls of tools are looked for.
+        streamer, generate_kwargs: as of :meth:`ccm.Session.generate`.
+
+    Raises:
+        ConfigError: the memory leaves no room for an answer.
+    """
+    reader, tokenizer = method.reader, template.tokenizer
+    ends, texts = answer_ends(tokenizer, reader.model)
+    answer = AnswerReader(template, tuple(head), tools)
+    stream = Streamed(Writer(template.decode, texts), answer, ends, streamer)
+    options: dict[str, Any] = {
+        "max_new_tokens": 256,
+        "eos_token_id": sorted(ends) or None,
+        "pad_token_id": tokenizer.pad_token_id,
+        **generate_kwargs,
+    }
+    recalled = method.recall(memory)
+    options["max_new_tokens"] = _fitting(method, recalled.length, len(head), options["max_new_tokens"])
+    if texts:
+        options["stopping_criteria"] = [*options.get("stopping_criteria", ()), stream.stops]
+    options["return_dict_in_generate"] = False
+    beams = options.get("num_beams") or 1  # a streamer cannot follow several
+    out = reader.generate([list(head)], recalled, streamer=None if beams > 1 else stream, **options)
+    if beams > 1:
+        for token in out[0, len(head) :].tolist():
+            stream.add(token)
+        stream.end()
+    return answer.answer
+
+
+def _fitting(method: Method, held: int, head: int, wanted: int) -> int:
+    """So many new tokens, or those for which there is room beside the memory and the head of the answer."""
+    context = method.reader.context
+    room = context - held - head - BEHIND - method.behind
+    if room < 1:
+        raise ConfigError(
+            f"the memory of {held} positions leaves no room for an answer in the model's context of {context}: "
+            "begin a new session, or use a rule that merges (mean, bounded)"
+        )
+    if wanted > room:
+        log.warning(
+            "max_new_tokens: got %d, the model's context of %d has room for %d: a longer answer is cut there",
+            wanted,
+            context,
+            room,
+        )
+    return min(wanted, room)
