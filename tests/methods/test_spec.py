@@ -99,6 +99,7 @@ def test_what_is_written_is_read(text: str, name: str, options: dict[str, Any]) 
         ("full:window=", "expected option=value"),
         ("full:=1", "expected option=value"),
         ("full:window=1,window.a=2", "expected option=value"),
+        ("full:window=1,window=2", "got window twice"),
         ("stream", "did you mean"),
         ("xyz", "unknown method or adapter 'xyz': expected one of"),
         ("no/such-adapter", "no adapter 'no/such-adapter'"),
@@ -121,7 +122,7 @@ def test_what_is_wrong_is_told_in_one_line_before_a_model_is_there(text: str, wo
         checked(text)
         return
     with pytest.raises(ConfigError) as told:
-        checked(text or " ")
+        checked(text)
     assert words in str(told.value) and "\n" not in str(told.value)
 
 
@@ -155,6 +156,7 @@ def test_a_file_brings_its_method(mine: Path) -> None:
         ("x = 1", "", "has no method"),
         ("import no_such_module", "", "cannot be imported (ModuleNotFoundError"),
         ("def", "", "cannot be imported (SyntaxError"),
+        ("raise SystemExit(7)", "", "cannot be imported (SystemExit: 7"),
         (FILE.replace("first-come", "full"), "", "'full' is registered already, by ccm.methods.references"),
         (FILE + OTHER.replace("FirstCome", "Other"), "", "several methods: name one of them"),
         (FILE, "#firstcome", "did you mean first-come?"),

@@ -44,7 +44,7 @@ def checked(text: str | None) -> Spec:
         UnknownNameError: no such method, and no such adapter.
         ConfigError: it is not written as expected, or an option that cannot be used.
     """
-    spec = parse(text or DEFAULT)
+    spec = parse(DEFAULT if text is None else text)
     if spec.name != DEFAULT:
         _holding(spec.method())
     return spec
@@ -91,7 +91,7 @@ def open_method(memory: str | Spec | None, model: PreTrainedModel, tokenizer: An
         MismatchError: an adapter for another model.
         UnsupportedModelError: the model cannot carry a memory.
     """
-    asked = memory if isinstance(memory, Spec) else parse(memory or DEFAULT)
+    asked = memory if isinstance(memory, Spec) else parse(DEFAULT if memory is None else memory)
     spec = named(asked, model)
     if asked.name == DEFAULT and spec.name != ADAPTER:
         log.warning(

@@ -76,9 +76,12 @@ def parse(text: str) -> Spec:
             place = options
             for part in parents:
                 place = place.setdefault(part, {})
+            twice = last in place
             place[last] = yaml.safe_load(value)
         except (TypeError, AttributeError, yaml.YAMLError):
-            last = ""
+            last, twice = "", False
+        if twice:
+            raise ConfigError(f"method {text!r}: got {key} twice, expected it once")
         if not last or not value:
             raise ConfigError(
                 f"method {text!r}: got {pair!r}, expected option=value, such as ccm-concat:slots=2,window=64"
@@ -156,7 +159,7 @@ def _import(point: EntryPoint) -> None:
     """Import the module of an entry point, which registers its methods."""
     try:
         point.load()
-    except Exception as error:  # whatever a package of somebody else raises
+    except (Exception, SystemExit) as error:  # whatever a package of somebody else raises
         raise ConfigError(
             f"method {point.name} of the installed package {point.dist.name if point.dist else point.value} cannot "
             f"be imported ({type(error).__name__}: {error}): update that package, or remove it"
@@ -200,7 +203,7 @@ def _loaded(path: Path) -> str:
     sys.modules[name] = module  # where dataclasses look names up
     try:
         exec(compile(file.read_bytes(), str(file), "exec"), module.__dict__)
-    except Exception as error:  # whatever code of somebody else raises
+    except (Exception, SystemExit) as error:  # whatever code of somebody else raises
         del sys.modules[name]
         for known in [known for known, method in METHODS.items() if method.__module__ == name]:
             del METHODS[known]
