@@ -34,12 +34,14 @@ ASKED, GENERAL = 64, 0.3
 class AttentionMatching(Method):
     """A fixed number of slots, fitted anew whenever text leaves the window.
 
+    At equal bytes one sink token is better than four, and slots are better than a window (docs/decisions.md).
+
     Attributes:
         slots: entries between sink and window, from the first text that is longer.
     """
 
     queries: ClassVar[int] = -1
-    sink: int = 4
+    sink: int = 1
     slots: int = 64
     asked: Tensor | None = field(init=False, repr=False, compare=False, default=None)
 

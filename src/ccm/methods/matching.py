@@ -27,6 +27,8 @@ from ..core.scores import weights
 HELD = 0.3
 #: How strongly an old slot is drawn to its value: a share of the mean weight of an entry.
 DRAWN = 0.1
+#: How strongly every entry is drawn to its value: a share of what it weighs where attention is even.
+FLOOR = 1e-2
 #: What keeps the systems regular: a share of the largest weight of an entry.
 RIDGE = 1e-3
 
@@ -64,7 +66,9 @@ def match(reader: Reader, row: Row, held: KV, n: int, asked: Sequence[Asked]) ->
     missing = b.mT @ (out - rest @ beside - b @ kept.values)
     gram = b.mT @ b
     drawn = torch.where(best < old, DRAWN * _mean(gram), 0.0)
-    lift = torch.diag_embed(drawn + RIDGE * _largest(gram) + 1e-12)
+    even = sum(queries[0, :, :, 0].numel() * weight for queries, weight in asked) / gram.shape[1]
+    even /= (held.length + beside.shape[2]) ** 2  # what an entry weighs where attention is even
+    lift = torch.diag_embed(drawn + RIDGE * _largest(gram) + FLOOR * even)
     values = kept.values + torch.linalg.solve(gram + lift, missing)
     # none is longer than the longest was: again and again, what is missed would build up
     most = held.values.norm(dim=3).amax(2)[..., None, None]
