@@ -1,7 +1,7 @@
 """Adapters and their rivals on the same held-out rows, in nats per scored token.
 
     python benchmarks/held_out.py rows                       make the rows (held_out_rows.py says which)
-    python benchmarks/held_out.py baselines                  none, full, windows, Attention Matching
+    python benchmarks/held_out.py baselines                  none, full, windows, memories that need no training
     python benchmarks/held_out.py adapter ccm-chat           an adapter at every budget
     python benchmarks/held_out.py table held_out_ccm-chat    how they compare
 
@@ -11,7 +11,8 @@ not measured again.
     share = the recovered share                               of what the whole context tells
     told  = (foreign - own) / (full foreign - full)           of what only this context tells, in the last segment
 
-Windows and Attention Matching have the bytes that slots beside 4 sink tokens have at that moment, row by row.
+Windows have the bytes that slots beside 4 sink tokens have at that moment, row by row. So have memories that need no
+training if they are "growing"; else they have from the first segment on what those slots have at last.
 """
 
 from __future__ import annotations
@@ -25,26 +26,30 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import attention_matching
 import held_out_rows
 import numpy as np
 import torch
-from attention_matching import SINK, Score, added
 from common import RESULTS, environment, parser
 from held_out_rows import Rows, key_of
 
 import ccm
+from ccm.core import attention
 from ccm.core.compressor import Compressor
+from ccm.core.reader import Reader
 from ccm.core.rules import get_rule
 from ccm.core.segments import lay_out
 from ccm.errors import DataError
 from ccm.evaluation.share import recovered_share
 from ccm.files.atomic import write_atomically
 from ccm.files.fingerprint import base_name, model_fingerprint
+from ccm.methods import get_method
 from ccm.training.engines import Engine, make_engine
 from ccm.training.packed import ArrayRow
 from ccm.training.targets import Row, only_last
 
+SINK = 4
+#: Summed nats and number of scored tokens of a row.
+Score = tuple[float, int]
 #: Tokens of a pass, on a processor and on an accelerator.
 PASS, PASS_THERE = 1024, 32_768
 #: Tokens of a pass through the head.
@@ -140,14 +145,56 @@ def window(engine: Engine, rows: Sequence[Row], **sizes: int) -> list[Score]:
 
     Tokens stay at their places, and what is known of them is what was read within the window of their time.
     """
-    scores: list[Score] = [(0.0, 0)] * len(rows)
-    for part in batches(rows, PASS if engine.compressor.model.device.type == "cpu" else 8 * PASS):
-        ids = [sum(rows[r].segments, ()) for r in part]
-        seen = [in_window(rows[r], entries_before(rows[r], **sizes)) for r in part]
-        passed = attention_matching.run(engine.compressor, ids, [0] * len(part), visible=seen)
-        for r, text, one in zip(part, ids, passed, strict=True):
-            scores[r] = attention_matching.nats(engine.compressor, one.hidden, text, sum(rows[r].roles, ()))
+    model = engine.compressor.model
+    scores = []
+    for row in rows:
+        ids = torch.tensor([sum(row.segments, ())], device=model.device)
+        seen = in_window(row, entries_before(row, **sizes)).to(model.device)
+        mask = attention.additive(seen[None, None], model.dtype)
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0]
+        scores.append(scored(logits, ids[0], sum(row.roles, ())))
     return scores
+
+
+@torch.no_grad()
+def remembered(
+    engine: Engine,
+    rows: Sequence[Row],
+    tokenizer: Any,
+    name: str,
+    option: str,
+    growing: bool = False,
+    **options: int,
+) -> list[Score]:
+    """Rows lived through segment by segment under a method without training, at the bytes of the first budget."""
+    reader = Reader(engine.compressor.model)
+    scores: list[Score] = []
+    for row in rows:
+        entries = entries_before(row, **BUDGETS["slots 4"])
+        score, memory = (0.0, 0), None
+        for t, (ids, roles) in enumerate(zip(row.segments, row.roles, strict=True)):
+            method = get_method(name, **options).bind(reader, tokenizer)
+            beside = method.sink + method.window
+            limit = entries[min(t + 1, len(entries) - 1) if growing else -1]
+            method = method.resized(**{option: limit - beside})
+            memory = method.empty() if memory is None else memory
+            if any(roles):
+                logits = reader.logits([ids], method.recall(memory, [ids]))[0]
+                score = added(score, scored(logits, torch.tensor(ids, device=logits.device), roles))
+            memory = method.fold(memory, [ids])
+        scores.append(score)
+    return scores
+
+
+def scored(logits: torch.Tensor, ids: torch.Tensor, roles: Sequence[int]) -> Score:
+    """Of the scored tokens of one text (T,) with logits (T, V)."""
+    at = torch.tensor([t for t, role in enumerate(roles) if role], device=ids.device)
+    loss = torch.nn.functional.cross_entropy(logits[at - 1].float(), ids[at], reduction="sum")
+    return float(loss), len(at)
+
+
+def added(first: Score, second: Score) -> Score:
+    return first[0] + second[0], first[1] + second[1]
 
 
 def entries_before(row: Row, **sizes: int) -> list[int]:
@@ -180,36 +227,43 @@ class Measure:
     change: Callable[[Sequence[Row]], list[Row]] = list
 
 
-def matching(way: str, k: int) -> Measure:
-    fit = attention_matching.Fit()
-    return Measure(lambda engine, rows: getattr(attention_matching, way)(engine.compressor, rows, k, fit))
-
-
 def beside(budget: str) -> Measure:
     return Measure(lambda engine, rows: window(engine, rows, **BUDGETS[budget]))
 
 
-#: What is measured without an adapter, in this order.
-BASELINES: dict[str, Measure] = {
-    "none": Measure(without_context),
-    "full": Measure(full),
-    "window as slots 4": beside("slots 4"),
-    "matching online, 4": matching("online", 4),
-    "matching again, 4": matching("again", 4),
-    "last, full": Measure(full, last),
-    "last, full foreign": Measure(full, foreign),
-    "window as slots 2": beside("slots 2"),
-    "matching online, 2": matching("online", 2),
-    "matching again, 2": matching("again", 2),
-    "window as slots 1": beside("slots 1"),
-    "window as slots 4, window 64": beside("slots 4, window 64"),
-}
+#: Methods that keep some entries as they are, and how many of these are the newest.
+EVICTION = ("snapkv", "tova", "h2o", "key-norm", "keydiff", "lagkv", "kvzip")
+NEWEST = 8
+
+
+def baselines(tokenizer: Any = None) -> dict[str, Measure]:
+    """What is measured without an adapter, in this order."""
+
+    def kept(name: str, option: str, **options: Any) -> Measure:
+        return Measure(lambda engine, rows: remembered(engine, rows, tokenizer, name, option, **options))
+
+    return {
+        "none": Measure(without_context),
+        "full": Measure(full),
+        "window as slots 4": beside("slots 4"),
+        "attention-matching": kept("attention-matching", "slots"),
+        "attention-matching, growing": kept("attention-matching", "slots", growing=True),
+        **{name: kept(name, "tokens", window=NEWEST) for name in EVICTION},
+        "streaming-llm": kept("streaming-llm", "window", window=0),
+        "last, full": Measure(full, last),
+        "last, full foreign": Measure(full, foreign),
+        "window as slots 2": beside("slots 2"),
+        "window as slots 1": beside("slots 1"),
+        "window as slots 4, window 64": beside("slots 4, window 64"),
+    }
+
+
 #: What shares are taken of.
 REFERENCES = ("none", "full", "last, full", "last, full foreign")
 #: What a budget is compared with, row by row.
 RIVALS = {
-    "slots 4": ("matching online, 4", "matching again, 4", "window as slots 4"),
-    "slots 2": ("matching online, 2", "window as slots 2"),
+    "slots 4": ("attention-matching, growing", "window as slots 4"),
+    "slots 2": ("window as slots 2",),
     "slots 1": ("window as slots 1",),
     "slots 4, window 64": ("window as slots 4, window 64",),
 }
@@ -414,14 +468,14 @@ def main() -> None:
             Figures.open(RESULTS / "held_out_baselines.json"),
             *(Figures.open(RESULTS / f"{name}.json") for name in given.names),
         ]
-        shown = [name for name in BASELINES if name not in REFERENCES]
+        shown = [name for name in baselines() if name not in REFERENCES]
         shown += [name for name in budgets(RULES) if not name.startswith("last")]
         sys.stdout.write(table(rows, stores, given.figures or shown) + "\n")
         return
     for name in given.names or (None,):
-        model, _ = opened(given.model)
+        model, tokenizer = opened(given.model)
         if name is None:
-            compressor, wanted = Compressor(model), BASELINES
+            compressor, wanted = Compressor(model), baselines(tokenizer)
             store = Figures.open(RESULTS / "held_out_baselines.json", model_fingerprint(model))
         else:
             compressor, wanted = Compressor.from_pretrained(model, name), budgets(RULES)

@@ -34,24 +34,25 @@ def main() -> None:
     options.add_argument("--rules", nargs="*", default=[], choices=held_out.RULES, help="beside its own")
     options.add_argument("--limit", type=int, help="rows of a source")
     options.add_argument(
-        "--rivals", action="store_true", help="windows and Attention Matching as well (minutes)"
+        "--rivals", action="store_true", help="windows and memories without training as well (minutes)"
     )
     given = options.parse_args()
     began = time.monotonic()
     rows = held_out_rows.load(given.rows)
-    model, _ = held_out.opened(given.model, given.device)
+    model, tokenizer = held_out.opened(given.model, given.device)
     compressor = Compressor.from_pretrained(model, given.adapter)
     engine = Padded(compressor)
     figures = held_out.Figures.open(given.out, compressor.fingerprint())
-    wanted = {**held_out.budgets(given.rules), **held_out.BASELINES}
+    own, rivals = held_out.budgets(given.rules), held_out.baselines(tokenizer)
+    wanted = {**own, **rivals}
     wanted = {name: wanted[name] for name in dict.fromkeys(("none", "full", *wanted))}
     for figure, measure in wanted.items():
-        if given.rivals or not figure.startswith(("window", "matching")):
+        if given.rivals or figure in own or figure in held_out.REFERENCES:
             for source, part in rows.items():
                 figures.measure(engine, source, part, figure, measure, given.limit)
             sys.stdout.write(f"{time.monotonic() - began:7.1f} s  {figure}\n")
     baselines = held_out.Figures.open(held_out.RESULTS / "held_out_baselines.json")
-    shown = ["window as slots 4", "matching online, 4", *held_out.budgets(given.rules)]
+    shown = ["window as slots 4", "attention-matching", *held_out.budgets(given.rules)]
     shown = [name for name in shown if not name.startswith("last")]
     sys.stdout.write(held_out.table(rows, [baselines, figures], shown) + "\n")
 

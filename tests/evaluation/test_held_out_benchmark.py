@@ -1,4 +1,4 @@
-"""The yardstick: rows, shares, windows of equal bytes, and Attention Matching (benchmarks/held_out.py)."""
+"""The yardstick: rows, shares, windows and memories of equal bytes (benchmarks/held_out.py)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from tiny import random_rows, tiny_compressor, tiny_tokenizer
 
 from ccm.errors import DataError
+from ccm.methods.attention_matching import AttentionMatching
 from ccm.training.engines import Lean, Padded
 from ccm.training.targets import NONE, TEXT, Row
 
@@ -125,57 +126,31 @@ def test_a_window_of_the_whole_past_is_full_context(held_out):
     assert (total(held_out.window(Padded(compressor), rows, slots=1, sink=4)) - whole).abs().min() > 1e-2
 
 
-# ---------------------------------------------------------------------- Attention Matching
+# ---------------------------------------------------------------------- memories without training
 
 
-@pytest.mark.parametrize("way", ["online", "again"])
-def test_as_many_entries_as_tokens_are_full_context(held_out, way):
+@pytest.mark.parametrize("growing", [True, False])
+def test_a_memory_has_the_bytes_of_the_slots(held_out, growing, monkeypatch):
+    """And if that is the whole past, it is full context."""
     compressor, rows = tiny_compressor(), rows_of()
-    match = getattr(held_out.attention_matching, way)
-    fit = held_out.attention_matching.Fit()
     whole = total(held_out.full(Padded(compressor), rows))
-    torch.testing.assert_close(total(match(compressor, rows, 50, fit)), whole, atol=1e-3, rtol=0)
-    assert (total(match(compressor, rows, 1, fit)) - whole).abs().min() > 1e-2
+    seen = []
+    fold = AttentionMatching.fold
 
+    def folded(method, *args, **kwargs):
+        memory = fold(method, *args, **kwargs)
+        seen.append(memory.length)
+        return memory
 
-def outputs(queries, entries):
-    scores = queries @ entries.keys.transpose(2, 3) + entries.bias.unsqueeze(2)
-    return scores.softmax(-1) @ entries.values
-
-
-def test_masses_bring_the_outputs_nearer(held_out):
-    """Control: the same fit without biases is farther from what the entries said, for queries that it never saw."""
-    torch.manual_seed(0)
-    matching = held_out.attention_matching
-    gone, stay = (
-        matching.Entries(torch.randn(2, 3, n, 8), torch.randn(2, 3, n, 8), torch.zeros(2, 3, n))
-        for n in (24, 6)
-    )
-    queries, fresh = 0.5 * torch.randn(2, 2, 3, 64, 8)
-    wanted = outputs(fresh, matching.Entries.cat([stay, gone]))
-
-    def error(**options):
-        few = matching.Fit(**options)(queries, gone, stay, 6, 1.0)
-        assert few.length == 6
-        return float((outputs(fresh, matching.Entries.cat([stay, few])) - wanted).square().mean())
-
-    nothing = float((outputs(fresh, stay) - wanted).square().mean())
-    assert error() < 0.7 * error(biased=False) and error(biased=False) < 0.5 * nothing
-
-
-def test_masses_are_least_squares_above_the_bound(held_out):
-    torch.manual_seed(1)
-    a, w = torch.rand(1, 1, 50, 4), torch.tensor([2.0, 0.5, 0.0, 3.0])
-    mass = (a @ w).unsqueeze(-1)
-    found = held_out.attention_matching.masses(a, mass, 3000, 0.05)
-    assert found[0, 0, 2] == 0.05
-    assert (a @ found.squeeze() - mass.squeeze(-1)).abs().max() < 0.1
-
-
-def test_the_bytes_of_biases_count(held_out):
-    room = held_out.attention_matching.room
-    for slots in (1, 4, 40, 400):
-        assert room(slots, 64) * (2 * 64 + 1) <= slots * 2 * 64 < (room(slots, 64) + 1) * (2 * 64 + 1)
+    monkeypatch.setattr(AttentionMatching, "fold", folded)
+    few = held_out.remembered(Padded(compressor), rows, None, "attention-matching", "slots", growing=growing)
+    read = [sum(LENGTHS[0][: i + 1]) for i in range(4)]
+    most = [8, 12, 16, 20] if growing else [20] * 4
+    assert seen[:4] == [min(held, limit) for held, limit in zip(read, most, strict=True)]
+    assert (total(few) - whole).abs().max() > 1e-2
+    monkeypatch.setattr(held_out, "entries_before", lambda row, **sizes: [50] * len(row.segments))
+    many = held_out.remembered(Padded(compressor), rows, None, "attention-matching", "slots", growing=growing)
+    torch.testing.assert_close(total(many), whole, atol=1e-3, rtol=0)
 
 
 # ---------------------------------------------------------------------- shares and files
