@@ -206,6 +206,24 @@ def talk(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     return run
 
 
+@pytest.mark.parametrize(
+    ("memory", "shown"),
+    [
+        ("none", "[nothing is kept · full context"),
+        ("streaming-llm:sink=1,window=0", "no token is told apart"),
+        ("full", "reaches back to the start, ~"),
+    ],
+)
+def test_the_meter_of_a_memory_that_keeps_nothing_or_all(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], memory: str, shown: str
+) -> None:
+    monkeypatch.setitem(ccm.cli.repl.SAMPLING, "max_new_tokens", 5)
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello.\n/memory\n"))
+    assert cli.main(["chat", "--model", str(home / "model"), "--memory", memory]) == 0
+    out = capsys.readouterr().out
+    assert shown in out and "9,223" not in out
+
+
 def test_chat_shows_the_memory_after_each_answer(talk) -> None:
     shown = talk("Hello there.", "", "And now?", "/memory", options=("--window", "200", "--sink", "1"))
     assert shown.count("full context") == 3  # two meters and /memory

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from family_models import family_model
-from tiny import random_rows
+from tiny import random_rows, tiny_model, tiny_tokenizer
 
 from ccm import get_method
 from ccm.core.memory import KV, Row
@@ -142,3 +142,11 @@ def test_it_needs_no_tokenizer_and_says_what_it_cannot_do() -> None:
     assert type(get_method("am")) is type(get_method("attention-matching"))
     row: Row = bound().fold(bound().empty(), [TEXT]).rows[0]
     assert (row.sink.length, row.slots.length, row.window.length) == (2, 6, 0)
+
+
+def test_its_own_questions_fit_a_short_context() -> None:
+    """Bytes as words: they are longer than the model's context."""
+    model = tiny_model(vocab_size=300, max_position_embeddings=96)
+    method = get_method("attention-matching", slots=6).bind(model, tiny_tokenizer())
+    memory = method.fold(method.empty(), [TEXT])
+    assert memory.rows[0].slots.length == 6

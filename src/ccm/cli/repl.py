@@ -95,6 +95,8 @@ class Repl:
     def _meter(self) -> str:
         stats = self.session.stats()
         full, held = stats["full_context_nbytes"], stats["nbytes"]
+        if not held:
+            return f"[nothing is kept · full context {decimal(full)}]"
         parts = [f"{stats[name]} {name}" for name in ("sink", "slots", "window") if stats[name]]
         return (
             f"[{' + '.join(parts)}: {decimal(held)} · {stats['tokens_folded']} tokens folded · "

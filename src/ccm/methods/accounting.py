@@ -64,6 +64,8 @@ def say_losses(before: Memory, after: Memory, method: Method) -> None:
 def reach_in_words(stats: dict[str, int]) -> str:
     """How far back a memory tells things apart, from its :func:`counters`."""
     lost = stats["tokens_merged"] + stats["tokens_dropped"]
+    if lost and not stats["reach"]:
+        return "no token is told apart"
     if lost:
         return f"reaches back {_about(stats['reach'])} tokens"
     return f"reaches back to the start, {_about(stats['reach_when_full'])} tokens when full"

@@ -74,5 +74,5 @@ def _questions(reader: Reader, tokenizer: Any) -> Tensor:
         words = reader.model.get_input_embeddings().weight.shape[0]
         some = torch.randint(words, (2 * ASKED,), generator=torch.Generator().manual_seed(0)).tolist()
         ids = tokenizer(QUESTIONS, add_special_tokens=False)["input_ids"] if said else some
-        ((_, known[said]),) = reader.watch([ids], newest=ASKED)
+        ((_, known[said]),) = reader.watch([ids[-reader.context :]], newest=ASKED)
     return known[said]

@@ -325,7 +325,7 @@ class Method:
 
     def apart(self, row: Row) -> int:
         """Tokens that are still told apart once the memory is full: raw ones."""
-        return self.window
+        return min(self.window, self.reader.context)
 
     def losses(self, before: Row, after: Row) -> str:
         """What a turn has lost that people should know; empty if there is nothing."""
