@@ -37,7 +37,7 @@ class KV(NamedTuple):
 
     def take(self, index: Tensor) -> KV:
         """Entries by index (L, H, n): every layer and head has its own choice."""
-        keys, values = (part.take_along_dim(index.unsqueeze(-1), dim=2) for part in self)
+        keys, values = (p.gather(2, index.unsqueeze(-1).expand(-1, -1, -1, p.shape[3])) for p in self)
         return KV(keys, values)
 
     def to(self, *args: Any) -> KV:

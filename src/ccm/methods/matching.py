@@ -79,29 +79,40 @@ def match(reader: Reader, row: Row, held: KV, n: int, asked: Sequence[Asked]) ->
 def pick(gram: Tensor, side: Tensor, n: int) -> Tensor:
     """n columns of A that together explain most of Y, in the order they stand in: (L, H, n).
 
-    From x = argmin |Y - A x|^2 with the columns that are left, column j can go at a loss of
+    With P = (A^T A)^-1 and x = P A^T Y, column j can go at a loss of
 
-        |x_j|^2 / ((A^T A)^-1)_jj        (optimal brain surgeon, Hassibi and Stork 1993)
+        |x_j|^2 / P_jj        (optimal brain surgeon, Hassibi and Stork 1993)
 
-    Half of what is too much goes at once, and x is solved for again.
+    Half of what is too much goes at once; P and x of what stays follow from those of all.
 
     Args:
         gram: A^T A (L, H, N, N).
         side: A^T Y (L, H, N, E).
     """
     index = torch.arange(gram.shape[2], device=gram.device).expand(gram.shape[:3])
-    gram = gram + torch.diag_embed(RIDGE * _largest(gram).expand(gram.shape[:3]) + 1e-12)
+    lifted = gram + torch.diag_embed(RIDGE * _largest(gram).expand(gram.shape[:3]) + 1e-12)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(lifted))
+    x = inverse @ side
     while (more := index.shape[2] - n) > 0:
-        own = gram.take_along_dim(index.unsqueeze(3), dim=2).take_along_dim(index.unsqueeze(2), dim=3)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(own))
-        x = inverse @ side.take_along_dim(index.unsqueeze(3), dim=2)
         mantissa, exponent = (x.square().sum(-1) / inverse.diagonal(dim1=2, dim2=3)).frexp()
-        loss = (
-            (mantissa * 2**12).round().ldexp(exponent)
-        )  # of equal ones the first go, whatever rounding says
-        stay = loss.argsort(dim=2, stable=True)[:, :, more - more // 2 :].sort(dim=2).values
-        index = index.take_along_dim(stay, dim=2)
+        loss = (mantissa * 2**12).round().ldexp(exponent)  # of equal ones the first go, whatever rounding says
+        gone, stay = loss.argsort(dim=2, stable=True).split([more - more // 2, n + more // 2], dim=2)
+        stay = stay.sort(dim=2).values
+        left = _rows(inverse, gone)
+        across = _columns(left, stay)
+        share = torch.linalg.solve(_columns(left, gone), across)  # of what goes, what each that stays takes over
+        x = _rows(x, stay) - share.mT @ _rows(x, gone)
+        inverse = _columns(_rows(inverse, stay), stay) - share.mT @ across
+        index = index.gather(2, stay)
     return index
+
+
+def _rows(matrix: Tensor, index: Tensor) -> Tensor:
+    return matrix.gather(2, index.unsqueeze(3).expand(-1, -1, -1, matrix.shape[3]))
+
+
+def _columns(matrix: Tensor, index: Tensor) -> Tensor:
+    return matrix.gather(3, index.unsqueeze(2).expand(-1, -1, matrix.shape[2], -1))
 
 
 def _weights(
