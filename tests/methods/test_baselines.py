@@ -469,7 +469,8 @@ def test_baselines_have_slots_only(kind, adapters):
 
 def test_bad_kinds_are_refused():
     with pytest.raises(
-        ConfigError, match=r"unknown compressor\.kind 'gist': expected one of autocompressor, ccm"
+        ConfigError,
+        match=r"unknown compressor\.kind 'gist' \(did you mean gisting\?\): expected one of autocompressor, ccm",
     ):
         TrainConfig(compressor=CompressorConfig(kind="gist"))
     for made_by, kind in ((Compressor, "gisting"), (COMPRESSORS["gisting"], "ccm")):

@@ -104,7 +104,10 @@ MISTAKES = [
     (["--device", "cuda:2"], "device 'cuda:2' is not there: this machine has 2, counted from 0"),
     (["--dtype", "int4"], "unknown type of weights 'int4': expected one of auto, bfloat16, float16, float32"),
     (["--dtype", "bfloat16"], "dtype bfloat16: device cuda cannot do it"),
-    (["--load-in", "3bit"], "unknown kind of quantized weights '3bit': expected one of 4bit, 8bit"),
+    (
+        ["--load-in", "3bit"],
+        "unknown kind of quantized weights '3bit' (did you mean 8bit?): expected one of 4bit, 8bit",
+    ),
     (["--load-in", "4bit"], "needs bitsandbytes: pip install 'compressed-context-memory[quant]'"),
     (["--load-in", "8bit"], "needs torchao: pip install 'compressed-context-memory[quant]'"),
     (["--load-in", "8bit", "--model", "{gguf}"], "its weights were rounded once"),

@@ -120,7 +120,8 @@ def test_constant_tiny_and_huge_values():
 def test_what_cannot_be_encoded():
     memory = memory_of()
     with pytest.raises(
-        UnknownNameError, match="unknown dtype 'int4': expected one of bfloat16, float32, int8"
+        UnknownNameError,
+        match=r"unknown dtype 'int4' \(did you mean int8\?\): expected one of bfloat16, float32, int8",
     ):
         encode(memory, "int4")
     memory.rows[0].slots.keys[0, 0, 0, 0] = math.nan

@@ -95,12 +95,16 @@ def pick(gram: Tensor, side: Tensor, n: int) -> Tensor:
     x = inverse @ side
     while (more := index.shape[2] - n) > 0:
         mantissa, exponent = (x.square().sum(-1) / inverse.diagonal(dim1=2, dim2=3)).frexp()
-        loss = (mantissa * 2**12).round().ldexp(exponent)  # of equal ones the first go, whatever rounding says
+        loss = (
+            (mantissa * 2**12).round().ldexp(exponent)
+        )  # of equal ones the first go, whatever rounding says
         gone, stay = loss.argsort(dim=2, stable=True).split([more - more // 2, n + more // 2], dim=2)
         stay = stay.sort(dim=2).values
         left = _rows(inverse, gone)
         across = _columns(left, stay)
-        share = torch.linalg.solve(_columns(left, gone), across)  # of what goes, what each that stays takes over
+        share = torch.linalg.solve(
+            _columns(left, gone), across
+        )  # of what goes, what each that stays takes over
         x = _rows(x, stay) - share.mT @ _rows(x, gone)
         inverse = _columns(_rows(inverse, stay), stay) - share.mT @ across
         index = index.gather(2, stay)
