@@ -13,12 +13,16 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import random_rows, tiny_compressor, tiny_model
+from tiny import random_rows, tiny_compressor, tiny_model, tiny_tokenizer
 
 from ccm.core.live import Live
 from ccm.errors import ConfigError, MismatchError, MissingPackageError, UnsupportedModelError
 from ccm.files.fingerprint import model_fingerprint
+from ccm.methods.base import METHODS
+from ccm.serving.build import _engine
 from ccm.serving.engine import EngineError, OverloadedError, Sampling
+from ccm.serving.metrics import Metrics
+from ccm.serving.options import Options
 from ccm.serving.store import NotFoundError, Snapshot, codec, open_store
 from ccm.serving.vllm.checkpoint import Checkpoint
 from ccm.serving.vllm.client import Call, VllmServer
@@ -190,6 +194,21 @@ def test_tokens_of_a_stream():
         assert VllmServer(url).context == 99
     with pretending(lines=(*choice,)) as url, pytest.raises(EngineError, match="lost during the answer"):
         tokens(url)
+
+
+def test_a_method_that_is_not_plain_is_refused_before_vllm_is_asked(monkeypatch):
+    class Placed(METHODS["none"]):
+        plain = False
+
+    asked: list[str] = []
+    monkeypatch.setattr(VllmServer, "__init__", lambda self, url, **options: asked.append(url) or 1 / 0)
+    options = Options(store="dir:///nowhere", vllm="http://127.0.0.1:9")
+    with pytest.raises(ConfigError, match="vLLM cannot serve method none"):
+        _engine(options, Placed().bind(tiny_model()), tiny_tokenizer(), Metrics())
+    assert not asked
+    with pytest.raises(ZeroDivisionError):  # the control: a plain one goes on to the server
+        _engine(options, METHODS["none"]().bind(tiny_model()), tiny_tokenizer(), Metrics())
+    assert asked
 
 
 def test_an_unsupported_vllm_is_refused():

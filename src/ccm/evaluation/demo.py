@@ -245,7 +245,7 @@ def _table(players: Sequence[Player], traces: dict[str, Trace], final: bool = Fa
     table = Table(
         box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption="\n".join(notes) or None, caption_justify="left"
     )
-    table.add_column("method", no_wrap=True)
+    table.add_column("method", overflow="fold")  # long names give way, figures do not
     interval = ("95 % CI",) if final else ()
     columns = ("NLL", "per-\nplexity", "recovered\nshare", *interval, "KV bytes", "times\nless", "sec.")
     for column in columns:

@@ -56,7 +56,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(axis="y", color="0.9")
         axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=len(methods), frameon=False)
+    figure.legend(loc="outside lower center", ncols=min(4, len(methods)), frameon=False)
     count = result["conversations"]
     subject = f"{count} held-out conversation{'s' if count > 1 else ''}, {result['model']}"
     figure.suptitle(subject, fontsize=10, color="0.35")

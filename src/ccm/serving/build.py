@@ -57,6 +57,7 @@ def _engine(options: Options, method: Method, tokenizer: Any, metrics: Metrics) 
     from .vllm.client import VllmServer
     from .vllm.engine import VllmEngine
 
+    method.check_plain("vLLM")  # before anybody waits for a server
     server = VllmServer(options.vllm, key=os.environ.get(VLLM_KEY))
     shared = open_store(options.vllm_store or options.store, Limits(ttl=TURN))
     return VllmEngine(method, tokenizer, server, shared, metrics=metrics, **sizes)
