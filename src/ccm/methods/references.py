@@ -14,7 +14,7 @@ from .base import Method, register
 @register("none")
 @dataclass(frozen=True, kw_only=True)
 class NoContext(Method):
-    """No memory: recovered share 0. What is answered is read, and nothing else."""
+    """No memory: recovered share 0. What is answered is read, and nothing stays of what leaves the window."""
 
     def keep(self, row: Row, leaving: KV, queries: Tensor | None) -> KV:
         return row.slots

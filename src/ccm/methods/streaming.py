@@ -7,16 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from torch import Tensor
-
-from ..core.memory import KV, Memory, Row
+from ..core.memory import Memory
 from ..core.reader import Ids
-from .base import Method, register
+from .base import register
+from .references import NoContext
 
 
 @register("streaming-llm", "window")
 @dataclass(frozen=True, kw_only=True)
-class StreamingLLM(Method):
+class StreamingLLM(NoContext):
     """Sink and recent tokens.
 
     Attributes:
@@ -27,16 +26,6 @@ class StreamingLLM(Method):
     sink: int = 4
     window: int = 252
     read_sink: int | None = field(default=None, init=False)  # of the sink, what is read
-
-    def keep(self, row: Row, leaving: KV, queries: Tensor | None) -> KV:
-        return row.slots
-
-    def grown(self, slots: int, leaving: int, folds: int) -> int:
-        return slots
-
-    @property
-    def limit(self) -> int:
-        return self.sink + self.window
 
     def recall(self, memory: Memory, ids: Ids | None = None) -> Memory:
         if self.read_sink is None:
