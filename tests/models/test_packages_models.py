@@ -125,7 +125,9 @@ def test_cache_that_cannot_be_written(tmp_path, monkeypatch):
 
 def test_embedded_model_speaks(embedded):
     model, tokenizer = embedded
-    own = [w for name, w in model.named_parameters() if "lora_" not in name]  # adapters of other tests may be on it
+    own = [
+        w for name, w in model.named_parameters() if "lora_" not in name
+    ]  # adapters of other tests may be on it
     assert not model.training and not any(weight.requires_grad for weight in own)
     assert model.config._name_or_path == model.name_or_path == tokenizer.name_or_path == models.DEFAULT_MODEL
     tokens = tokenizer("The capital of France is", return_tensors="pt")
