@@ -30,6 +30,7 @@ class Evict(Method):
         tokens: entries that stay beside them.
     """
 
+    made: ClassVar[str] = "chosen"
     sink: int = 4
     window: int = 64
     tokens: int = 64
