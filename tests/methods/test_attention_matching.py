@@ -11,7 +11,7 @@ from tiny import random_rows, tiny_model, tiny_tokenizer
 
 from ccm import get_method
 from ccm.core.memory import KV, Row
-from ccm.core.scores import weights
+from ccm.methods.scores import scoring, weights
 from ccm.core.window import joined
 from ccm.errors import ConfigError
 from ccm.methods import matching
@@ -104,7 +104,7 @@ def test_what_fits_is_the_full_context(family: str) -> None:
     reader = method.reader
     whole = get_method("full").bind(reader)
     expected = reader.logits([LATER], whole.fold(whole.fold(whole.empty(), [TEXT[:15]]), [TEXT[15:]]))
-    if not any(scoring.sliding for scoring in reader.scoring):  # slots are seen from everywhere
+    if not any(how.sliding for how in scoring(reader)):  # slots are seen from everywhere
         assert torch.allclose(got, expected, atol=1e-4)
     assert memory.rows[0].slots.length == len(TEXT) - 2
     few = bound(family, slots=8)

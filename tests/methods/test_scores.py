@@ -9,7 +9,7 @@ from tiny import random_rows
 
 from ccm import get_method
 from ccm.core.memory import KV
-from ccm.core.scores import scores, weights
+from ccm.methods.scores import scores, weights
 
 SEGMENTS = random_rows([[9, 12, 10, 7]])[0]
 FAMILIES = [

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,6 @@ from .blocks import Blocks, cut
 from .devices import moved
 from .rotary import Rotary, Tables, rotate, unrotate
 from .rules import Rule
-from .scores import Asked
 from .segments import Layout
 from .visibility import parallel_mask, within_window
 
@@ -35,6 +34,18 @@ def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
 
 class StatesDone(Exception):
     """Every layer's keys and values are in the cache, and the pass was for nothing else."""
+
+
+class Asked(NamedTuple):
+    """What a layer asks of its keys in a pass.
+
+    Attributes:
+        queries: (B, Hq, Q, D), rotated.
+        options: how it makes scores, by the names of transformers.
+    """
+
+    queries: Tensor
+    options: dict[str, Any]
 
 
 #: Where the tokens with the adapter are in a pass: indices into (B Q), or the same columns of every row.

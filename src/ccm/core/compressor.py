@@ -14,17 +14,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from . import attention, folding, trial
+from . import attention, trial
 from .adapter import Adapted
 from .config import CompressorConfig
+from .folding import put
 from .head import ParallelOutput, run_head
-from .memory import KV, Memory, Row
+from .memory import KV, Memory
 from .reader import Ids
 from .segments import Layout, lay_out
 from .window import joined, overflow
@@ -131,13 +130,13 @@ class Compressor(Adapted):
             joined(row, raw, length) for row, (raw, _), length in zip(memory.rows, new, lengths, strict=True)
         ]
         if at_once:
-            rows = [self.put(row, block, sink) for row, (_, block) in zip(rows, new, strict=True)]
+            rows = [put(row, block, self.rule, sink) for row, (_, block) in zip(rows, new, strict=True)]
         while full := [r for r, row in enumerate(rows) if overflow(row.segments, window)]:
             oldest = [replace(rows[r], window=rows[r].window.slice(0, rows[r].segments[0])) for r in full]
             none = ids.new_empty(len(full), 0)
             new = self.blocks(replace(memory, rows=tuple(oldest)), none, none.bool(), n)
             for r, (_, block) in zip(full, new, strict=True):
-                rows[r] = self.put(rows[r], block, sink)
+                rows[r] = put(rows[r], block, self.rule, sink)
         return Memory(tuple(rows), self.fingerprint())
 
     def blocks(
@@ -145,18 +144,6 @@ class Compressor(Adapted):
     ) -> list[tuple[KV, KV]]:
         """Per row the raw KV of its text, or of the first ``keep`` tokens, and h(t), its block of n slots."""
         return self.step(memory, ids, mask, self.comp_embeddings[:n], keep, gate=slice(ids.shape[1], None))
-
-    def put(self, row: Row, block: KV, sink: int) -> Row:
-        """The row with the block of its oldest raw segment among the slots."""
-        return folding.put(row, block, self.rule, sink)
-
-    def counted(self, row: Row) -> Row:
-        """The row with all of its counters, also if a file from before they were kept has brought it."""
-        return folding.counted(row, self.rule)
-
-    def know(self, tokenizer: Any) -> None:
-        """Learn the tokenizer's special tokens: a text that begins with one needs no sink."""
-        self.cautions.know(tokenizer)
 
     def size(self, name: str, value: int | None = None) -> int:
         """Slots, sink or window: the configured number unless another one is given, which is checked."""

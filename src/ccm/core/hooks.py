@@ -15,10 +15,9 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .attention import PLAN, ParallelPlan, Plan, StatesDone
+from .attention import PLAN, Asked, ParallelPlan, Plan, StatesDone
 from .blocks import attend as in_blocks
 from .blocks import grouped
-from .scores import Asked
 
 
 def _wrap(

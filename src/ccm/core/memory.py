@@ -151,16 +151,6 @@ class Memory:
         return sum(row.tokens for row in self.rows)
 
     @property
-    def dropped(self) -> int:
-        """Tokens whose trace was dropped rather than folded, over the batch."""
-        return sum(row.dropped for row in self.rows)
-
-    @property
-    def merged(self) -> int:
-        """Tokens of segments that share their slots with others, over the batch."""
-        return sum(row.merged for row in self.rows)
-
-    @property
     def nbytes(self) -> int:
         """Bytes of all tensors held, measured."""
         return sum(kv.nbytes for row in self.rows for kv in (row.sink, row.slots, row.window))

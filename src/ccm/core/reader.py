@@ -7,7 +7,6 @@ a prefix of keys and values can stand in its place.
 from __future__ import annotations
 
 from contextlib import suppress
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,11 +14,11 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from . import attention
+from .attention import Asked
 from .carrier import Carrier, Ids
 from .live import Live
 from .memory import KV, Memory
 from .rotary import unrotate
-from .scores import Asked, Scoring
 
 __all__ = ["Ids", "Reader"]
 
@@ -77,15 +76,6 @@ class Reader(Carrier):
             at = start[r] + torch.arange(first, text.length, device=ids.device)
             result.append((text, unrotate(queries, *self.rotary.stacked(at))))
         return result
-
-    @cached_property
-    def scoring(self) -> tuple[Scoring, ...]:
-        """How each layer makes scores of queries and keys."""
-        seen: dict[int, Asked] = {}
-        ids = torch.zeros(1, 1, dtype=torch.long, device=self.model.device)
-        with torch.no_grad():
-            self.step(self.empty(), ids, ids == 0, None, asked=seen)
-        return tuple(Scoring.of(seen[i]) for i in range(len(seen)))
 
     @torch.no_grad()
     def generate(

@@ -338,10 +338,6 @@ class Method:
         """Most entries that one conversation holds, however long it is; None: they grow with it."""
         return None
 
-    def counted(self, row: Row) -> Row:
-        """The row with all of its counters, also if a file from before they were kept has brought it."""
-        return row
-
     def apart(self, row: Row) -> int:
         """Tokens that are still told apart once the memory is full: raw ones."""
         return min(self.window, self.reader.context)

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..core.compressor import Compressor
+from ..core.folding import counted
 from ..core.memory import Memory, Row
 from ..core.reader import Ids, Reader
 from ..core.window import overflow
@@ -68,7 +69,7 @@ class Trained(Method):
             )
         own = {n: getattr(config, n) for n in ("slots", "sink", "window") if getattr(self, n) is None}
         if tokenizer is not None:
-            compressor.know(tokenizer)
+            compressor.cautions.know(tokenizer)
         return replace(self, **own)._on(compressor, tokenizer)
 
     def _load(self, model: PreTrainedModel | Reader) -> Compressor:
@@ -88,6 +89,10 @@ class Trained(Method):
 
     def check(self, memory: Memory, batch: int | None = None) -> None:
         self.reader.check(memory, batch)
+
+    def admit(self, memory: Memory) -> Memory:
+        memory = super().admit(memory)
+        return replace(memory, rows=tuple(counted(row, self.reader.rule) for row in memory.rows))
 
     def check_plain(self, engine: str) -> None:
         super().check_plain(engine)
@@ -126,9 +131,6 @@ class Trained(Method):
         window = self.window + (self.longest if answered and self.made_by.kind == "ccm" else 0)
         return self.reader.compress(ids, memory, mask, slots=self.slots, sink=self.sink, window=window)
 
-    def counted(self, row: Row) -> Row:
-        return self.reader.counted(row)
-
     def _between(self, row: Row, found: list[Part], lengths: Sequence[int]) -> list[Part]:
         """A block of slots for every segment that has its own, behind one for those that share theirs."""
         merged = row.merged_segments
@@ -155,17 +157,16 @@ class Trained(Method):
         return round(segments * each) + self.window
 
     def losses(self, before: Row, after: Row) -> str:
-        old, new = self.counted(before), self.counted(after)
-        if new.dropped > old.dropped:
+        if after.dropped > before.dropped:
             return (
-                f"the memory is full: {new.dropped - old.dropped} tokens of the oldest text were dropped, not "
-                f"folded ({new.dropped} in all); use rule 'mean', or 'bounded' with overflow='merge', to keep a "
+                f"the memory is full: {after.dropped - before.dropped} tokens of the oldest text were dropped, not "
+                f"folded ({after.dropped} in all); use rule 'mean', or 'bounded' with overflow='merge', to keep a "
                 "trace of them"
             )
         # a rule that merges all there is, by design, says nothing
-        if new.merged and not old.merged and (self.reader.rule.blocks or 0) > 1:
+        if after.merged and not before.merged and (self.reader.rule.blocks or 0) > 1:
             return (
-                f"the memory is full: what is older than the newest {new.reach} tokens is merged from here on, and "
+                f"the memory is full: what is older than the newest {after.reach} tokens is merged from here on, and "
                 "facts in it blur; a rule with more blocks reaches further (rule_options)"
             )
         return ""

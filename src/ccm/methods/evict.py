@@ -2,7 +2,7 @@
 
 What differs from method to method is the score. It is made anew whenever text leaves the window, for the entries kept
 so far and the leaving ones, and every layer and key head keeps entries of its own. Entries stay as they were computed
-and stand in the order of the text. Attention is that of the pass that read the newest text (``ccm.core.scores``),
+and stand in the order of the text. Attention is that of the pass that read the newest text (``ccm.methods.scores``),
 which methods of one long prompt took from their prompt.
 """
 
@@ -18,8 +18,8 @@ from torch.nn.functional import avg_pool1d, cosine_similarity, normalize
 
 from ..core.memory import KV, Memory, Row
 from ..core.reader import Ids
-from ..core.scores import weights
 from .base import Method, register, texts
+from .scores import weights
 
 
 @dataclass(frozen=True, kw_only=True)

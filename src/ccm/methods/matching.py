@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..core.memory import KV, Row
 from ..core.reader import Reader
-from ..core.scores import weights
+from .scores import weights
 
 #: What an old slot counts when keys are picked: a share of the mean weight of an entry.
 HELD = 0.3

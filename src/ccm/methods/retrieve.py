@@ -18,6 +18,7 @@ from ..core.memory import KV, Memory, Row
 from ..core.reader import Ids
 from .base import Method, register
 from .parts import RAW, Part, behind
+from .scores import scoring
 
 
 @register("retrieve")
@@ -76,7 +77,7 @@ class Retrieve(Method):
         keys, length = row.slots.keys.float(), row.slots.length
         if not length:
             return ()
-        scaling = torch.tensor([scoring.scaling for scoring in self.reader.scoring], device=keys.device)
+        scaling = torch.tensor([how.scaling for how in scoring(self.reader)], device=keys.device)
         asked = queries.unflatten(1, (keys.shape[1], -1)) * scaling.view(-1, 1, 1, 1, 1)
         mass = (asked @ keys.unsqueeze(2).mT).softmax(-1).mean(dim=(0, 1, 2, 3))
         blocks = torch.nn.functional.pad(mass, (0, -length % self.block)).view(-1, self.block).sum(1)

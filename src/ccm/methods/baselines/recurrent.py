@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ...core.compressor import Compressor
 from ...core.config import CompressorConfig
+from ...core.folding import put
 from ...core.memory import KV, Row
 from ...core.segments import Layout
 from ...errors import ConfigError
@@ -82,7 +83,7 @@ class Baseline(Compressor):
                 ids, mask = left_padded([torch.cat(texts[r][first : step + 1]) for r in folding])
                 held = replace(memory, rows=tuple(self._cut(rows[r], n) for r in folding))
                 for r, (_, block) in zip(folding, self.blocks(held, ids, mask, n), strict=True):
-                    rows[r] = self.put(replace(rows[r], segments=(len(texts[r][step]),)), block, 0)
+                    rows[r] = put(replace(rows[r], segments=(len(texts[r][step]),)), block, self.rule, 0)
         return out
 
     def _cut(self, row: Row, n: int) -> Row:

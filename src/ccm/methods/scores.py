@@ -6,27 +6,14 @@ queries at their end or where they are put. Scaling, soft-capping, sliding windo
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .rotary import rotate
-
-if TYPE_CHECKING:
-    from .reader import Reader
-
-
-class Asked(NamedTuple):
-    """What a layer asks of its keys in a pass.
-
-    Attributes:
-        queries: (B, Hq, Q, D), rotated.
-        options: how it makes scores, by the names of transformers.
-    """
-
-    queries: Tensor
-    options: dict[str, Any]
+from ..core.attention import Asked
+from ..core.reader import Reader
+from ..core.rotary import rotate
 
 
 class Scoring(NamedTuple):
@@ -53,6 +40,19 @@ class Scoring(NamedTuple):
         return cls(scaling or asked.queries.shape[-1] ** -0.5, softcap, sliding, sinks)
 
 
+def scoring(reader: Reader) -> tuple[Scoring, ...]:
+    """How each layer makes scores, asked once and kept with the model."""
+    known = reader.model.__dict__
+    if "_ccm_scoring" not in known:
+        seen: dict[int, Asked] = {}
+        ids = torch.zeros(1, 1, dtype=torch.long, device=reader.model.device)
+        with torch.no_grad():
+            reader.step(reader.empty(), ids, ids == 0, None, asked=seen)
+        known["_ccm_scoring"] = tuple(Scoring.of(seen[i]) for i in range(len(seen)))
+    how: tuple[Scoring, ...] = known["_ccm_scoring"]
+    return how
+
+
 def scores(
     reader: Reader, queries: Tensor, keys: Tensor, *, memory: int = 0, start: int | None = None
 ) -> Tensor:
@@ -75,13 +75,13 @@ def scores(
     turned = rotate(queries.float(), *reader.rotary.stacked(asked)).unflatten(1, (keys.shape[1], -1))
     found = turned @ rotate(keys.float(), *reader.rotary.stacked(place)).unsqueeze(2).mT
     distance = asked.unsqueeze(1) - place
-    for layer, scoring in zip(found, reader.scoring, strict=True):
-        layer *= scoring.scaling
-        if scoring.softcap is not None:
-            layer.div_(scoring.softcap).tanh_().mul_(scoring.softcap)
+    for layer, how in zip(found, scoring(reader), strict=True):
+        layer *= how.scaling
+        if how.softcap is not None:
+            layer.div_(how.softcap).tanh_().mul_(how.softcap)
         hidden = distance < 0
-        if scoring.sliding is not None:
-            hidden = hidden | (distance >= scoring.sliding) & (place >= memory)
+        if how.sliding is not None:
+            hidden = hidden | (distance >= how.sliding) & (place >= memory)
         layer.masked_fill_(hidden, -torch.inf)
     return found
 
@@ -92,8 +92,8 @@ def weights(
     """Attention weights, the softmax of :func:`scores`; a learned sink takes its part of them."""
     found = scores(reader, queries, keys, memory=memory, start=start)
     mass = found.logsumexp(-1, keepdim=True)
-    for layer, scoring in zip(mass, reader.scoring, strict=True):
-        if scoring.sinks is not None:
-            sink = scoring.sinks.float().to(layer.device).view(len(layer), -1, 1, 1)
+    for layer, how in zip(mass, scoring(reader), strict=True):
+        if how.sinks is not None:
+            sink = how.sinks.float().to(layer.device).view(len(layer), -1, 1, 1)
             torch.logaddexp(layer, sink, out=layer)
     return found.sub_(mass).exp_()
