@@ -10,11 +10,12 @@ import torch
 from method_cases import TOKENIZER, model, tiny_adapters
 from tiny import random_rows, tiny_model
 
-from ccm import get_method, list_methods, load_default_model, shipped_adapters
+from ccm import get_method, list_methods, load_default_model, open_method, shipped_adapters
 from ccm.core.compressor import Compressor
 from ccm.errors import ConfigError, UnknownNameError
 from ccm.evaluation.suites import parse_method
 from ccm.methods import Method, Run, register
+from ccm.methods.accounting import counters
 from ccm.methods.base import METHODS
 
 SEGMENTS = random_rows([[6, 9, 5, 7]])[0]
@@ -208,3 +209,28 @@ def test_shipped_adapters_open_by_name(name: str) -> None:
     run = parse_method(name).method().open(model, tokenizer)
     run.append(tokenizer.encode("My cat is called Miso."))
     assert run.kv_bytes > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "reach", "full"),
+    [  # after 40 tokens, and whatever comes
+        ("attention-matching:slots=8", 1 + 8, 1 + 8),
+        ("snapkv:tokens=8,window=8", 4 + 8 + 8, 4 + 8 + 8),
+        ("streaming-llm:sink=4,window=8", 4 + 8, 4 + 8),
+        ("mean-pool:slots=2", 4 * 2, 256),
+        ("retrieve:tokens=8,block=4,window=8", 40, 40),
+        ("none", 0, 0),
+        ("full", 40, 256),
+    ],
+)
+def test_reach_counts_tokens_that_have_an_entry_of_their_own(name, reach, full):
+    method = open_method(name, tiny_model())
+    memory = method.empty()
+    for k in range(4):
+        memory = method.fold(memory, [list(range(3 + 10 * k, 13 + 10 * k))])
+        if k == 0 and name.startswith("snapkv"):
+            assert counters(memory, method)["tokens_merged"] == 0, "all of it is still there"
+    stats = counters(memory, method)
+    assert (stats["reach"], stats["reach_when_full"]) == (reach, full)
+    assert stats["tokens_merged"] == 40 - reach
+    assert stats["segments_merged"] == (4 - bool(stats["window"]) if stats["tokens_merged"] else 0)

@@ -62,7 +62,7 @@ class Row:
         steps: segments folded so far (t).
         tokens: tokens folded so far.
         dropped: tokens whose trace a bounded rule has dropped.
-        merged: tokens of segments that share their slots with others.
+        merged: tokens that share their slots with others, or have none.
         merged_segments: these segments.
         recent: token counts of the segments that have slots of their own, oldest first; empty with a rule that gives
             every segment its own.
@@ -88,7 +88,7 @@ class Row:
 
     @property
     def reach(self) -> int:
-        """How many of the newest tokens are still told apart: raw, or in slots of their segment alone."""
+        """How many tokens are still told apart: raw, in slots of their segment alone, or with a slot of their own."""
         return self.seen - self.dropped - self.merged
 
     @property

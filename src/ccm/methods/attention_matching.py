@@ -64,9 +64,6 @@ class AttentionMatching(Method):
     def limit(self) -> int:
         return self.sink + self.slots + self.window
 
-    def sizes(self) -> dict[str, int]:
-        return {**super().sizes(), "slots": self.slots}
-
 
 def _questions(reader: Reader, tokenizer: Any) -> Tensor:
     """Queries (L, Hq, w, D) of the model's own, kept with it; of some tokens or other where there is no tokenizer."""

@@ -186,7 +186,8 @@ class Method:
 
     def sizes(self) -> dict[str, int]:
         """What one conversation may keep, by option."""
-        return {"sink": self.sink, "window": self.window, "segment": self.longest}
+        numbers = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.init}
+        return {**{name: n for name, n in numbers.items() if type(n) is int}, "segment": self.longest}
 
     # ------------------------------------------------------------------ write
 
@@ -235,7 +236,7 @@ class Method:
             left = [self._left(rows[r], kv, sink) for r, kv, sink in zip(full, leaving, sinks, strict=True)]
             kept = self.kept(left, behind, [queries[r] for r in full])
             for r, row, slots in zip(full, left, kept, strict=True):
-                rows[r] = replace(row, slots=slots.to(torch.float32))
+                rows[r] = self._counted(replace(row, slots=slots.to(torch.float32)))
         return tuple(rows)
 
     def _leaving(self, row: Row, window: int) -> int:
@@ -258,9 +259,13 @@ class Method:
             segments=segments,
             steps=row.steps + folded,
             tokens=row.tokens + leaving.length,
-            merged=row.merged + leaving.length,
-            merged_segments=row.merged_segments + folded,
         )
+
+    @staticmethod
+    def _counted(row: Row) -> Row:
+        """The row with what is merged: the tokens between sink and window that have no entry of their own."""
+        merged = max(0, row.tokens - row.sink.length - row.slots.length)
+        return replace(row, merged=merged, merged_segments=row.steps if merged else 0)
 
     def kept(self, rows: Sequence[Row], leaving: Sequence[KV], queries: Sequence[Tensor | None]) -> list[KV]:
         """The new slots of every row; a method that works on a batch at once overrides this."""
@@ -339,8 +344,9 @@ class Method:
         return None
 
     def apart(self, row: Row) -> int:
-        """Tokens that are still told apart once the memory is full: raw ones."""
-        return min(self.window, self.reader.context)
+        """Tokens that are still told apart once the memory is full: those that have an entry of their own."""
+        context = self.reader.context
+        return context if self.limit is None else min(self.limit, context)
 
     def losses(self, before: Row, after: Row) -> str:
         """What a turn has lost that people should know; empty if there is nothing."""

@@ -59,9 +59,6 @@ class Evict(Method):
     def limit(self) -> int:
         return self.sink + self.tokens + self.window
 
-    def sizes(self) -> dict[str, int]:
-        return {**super().sizes(), "tokens": self.tokens}
-
 
 @register("key-norm")
 @dataclass(frozen=True, kw_only=True)

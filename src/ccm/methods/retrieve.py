@@ -50,39 +50,26 @@ class Retrieve(Method):
     def settled(
         self, rows: Sequence[Row], queries: Sequence[Tensor | None], room: int = 0
     ) -> tuple[Row, ...]:
-        rows = super().settled(rows, queries, room)
-        return tuple(
-            replace(
-                row,
-                merged=0,
-                merged_segments=0,
-                notes=row.notes if asked is None else self._chosen(row, asked),
-            )
-            for row, asked in zip(rows, queries, strict=True)
-        )
+        return tuple(map(self._noted, super().settled(rows, queries, room), queries))
 
     def recall(self, memory: Memory, ids: Ids | None = None) -> Memory:
-        read = replace(memory, rows=tuple(map(self._read, memory.rows)))
-        if ids is None or not any(row.slots.length for row in memory.rows):
-            return read
-        asked = self.reader.watch(ids, read, newest=self.queries)
-        rows = (
-            self._read(replace(row, notes=self._chosen(row, queries)))
-            for row, (_, queries) in zip(memory.rows, asked, strict=True)
-        )
-        return replace(memory, rows=tuple(rows))
+        rows = memory.rows
+        if ids is not None and any(row.slots.length for row in rows):
+            asked = self.reader.watch(ids, self.recall(memory), newest=self.queries)
+            rows = tuple(map(self._noted, rows, [queries for _, queries in asked]))
+        return replace(memory, rows=tuple(map(self._read, rows)))
 
-    def _chosen(self, row: Row, queries: Tensor) -> tuple[int, ...]:
-        """The blocks that queries attend to most, in the order of the text."""
-        keys, length = row.slots.keys.float(), row.slots.length
-        if not length:
-            return ()
+    def _noted(self, row: Row, queries: Tensor | None) -> Row:
+        """The row with the blocks that queries attend to most, in the order of the text."""
+        if queries is None or not row.slots.length:
+            return row
+        keys = row.slots.keys.float()
         scaling = torch.tensor([how.scaling for how in scoring(self.reader)], device=keys.device)
         asked = queries.unflatten(1, (keys.shape[1], -1)) * scaling.view(-1, 1, 1, 1, 1)
         mass = (asked @ keys.unsqueeze(2).mT).softmax(-1).mean(dim=(0, 1, 2, 3))
-        blocks = torch.nn.functional.pad(mass, (0, -length % self.block)).view(-1, self.block).sum(1)
+        blocks = torch.stack([block.sum() for block in mass.split(self.block)])
         best = blocks.topk(min(len(blocks), self.tokens // self.block)).indices
-        return tuple(best.sort().values.tolist())
+        return replace(row, notes=tuple(best.sort().values.tolist()))
 
     def _read(self, row: Row) -> Row:
         """The row with its chosen blocks alone."""
@@ -101,10 +88,7 @@ class Retrieve(Method):
 
     def apart(self, row: Row) -> int:
         """All tokens so far: it is never full."""
-        return row.tokens + row.window.length
+        return row.seen
 
     def grown(self, slots: int, leaving: int, folds: int) -> int:
         return slots + leaving
-
-    def sizes(self) -> dict[str, int]:
-        return {**super().sizes(), "tokens": self.tokens, "block": self.block}

@@ -77,6 +77,10 @@ class Summary(Method):
             f"method {self.name} does not say its size: a summary is as long as the model makes it"
         )
 
+    def apart(self, row: Row) -> int:
+        """The newest segments, when they are as long as they may be."""
+        return min(self.every * self.longest, self.reader.context)
+
     def _told(self, row: Row, text: list[int]) -> Row:
         if not text:
             raise ConfigError("got an empty segment; give at least one token")
