@@ -114,6 +114,7 @@ def test_no_arguments_show_help_and_version_shows_the_version(capsys: pytest.Cap
         (["chat", "--memory", "./mine.py"], "no file mine.py"),
         (["chat", "--memory", "ccm-chat"], "train an adapter for this one"),
         (["chat", "--load", "missing.ccm"], "no memory file"),
+        (["chat", "--memory", "ccm-chat:adapter=ccm-merge"], "got two adapters"),
         (["demo", "--methods", "none,streaming-llm:windw=3"], "did you mean window?"),
     ],
 )

@@ -35,7 +35,16 @@ from ccm.evaluation.records import Records
 from ccm.evaluation.report import read
 from ccm.evaluation.runner import Evaluation
 from ccm.evaluation.share import turn_nll
-from ccm.evaluation.suites import SUITES, Plan, get_suite, in_order, own_suite, parse_method, split_methods
+from ccm.evaluation.suites import (
+    SUITES,
+    Plan,
+    get_suite,
+    in_order,
+    meant,
+    own_suite,
+    parse_method,
+    split_methods,
+)
 from ccm.evaluation.tasks import EvalTask, list_tasks
 from ccm.files.adapter_folder import shipped_adapters
 from ccm.methods import Run, get_method, list_methods
@@ -491,6 +500,15 @@ def test_methods_without_adapter_are_left_out_unless_asked_for(
     other = tiny_model(hidden_size=16)
     skipped = Evaluation(other, None, "toys", [plan(adapters, "none", "concat")]).skipped
     assert "is for" in skipped[adapters["concat"]]
+
+
+def test_the_default_is_the_best_memory_for_the_model(tmp_path: Path) -> None:
+    texts = ("none", "default:slots=4", "streaming-llm@default:slots=4")
+    result = evaluation(plan({}, *texts, limit=1)).run(tmp_path / "a")
+    found = {row["method"] for row in result["rows"]}
+    best = "attention-matching:slots=4"
+    assert found == {"none", best, f"streaming-llm@{best}"}
+    assert meant("snapkv:tokens=4@none", tiny_model()) == "snapkv:tokens=4@none"
 
 
 # ---------------------------------------------------------------------- rows

@@ -238,6 +238,11 @@ def test_an_adapter_alone_is_a_method(adapter: str) -> None:
     assert ContextMemoryLM(model(), TOKENIZER, adapter="ccm-merge").spec.method().name == "ccm-merge"
 
 
+def test_without_a_name_it_is_the_best_memory_for_the_model() -> None:
+    assert ContextMemoryLM(model(), TOKENIZER).spec.text == "attention-matching"
+    assert ContextMemoryLM(model(), TOKENIZER, "default:slots=8").spec.text == "attention-matching:slots=8"
+
+
 def test_wrong_arguments_are_told_before_a_model_is_loaded() -> None:
     with pytest.raises(UnknownNameError, match="unknown method or adapter 'ccm-concatenate'"):
         ContextMemoryLM(method="ccm-concatenate")

@@ -11,10 +11,10 @@ from tiny import random_rows, tiny_model, tiny_tokenizer
 
 from ccm import get_method
 from ccm.core.memory import KV, Row
-from ccm.methods.scores import scoring, weights
 from ccm.core.window import joined
 from ccm.errors import ConfigError
 from ccm.methods import matching
+from ccm.methods.scores import scoring, weights
 
 #: Plain; a few layers that slide; soft caps; partial rotary; learned sinks.
 FAMILIES = ["llama", "gemma3_text", "gemma2", "gpt_neox", "gpt_oss"]

@@ -214,9 +214,9 @@ def test_shipped_adapters_open_by_name(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "reach", "full"),
     [  # after 40 tokens, and whatever comes
-        ("attention-matching:slots=8", 1 + 8, 1 + 8),
-        ("snapkv:tokens=8,window=8", 4 + 8 + 8, 4 + 8 + 8),
-        ("streaming-llm:sink=4,window=8", 4 + 8, 4 + 8),
+        ("attention-matching:slots=8", 8, 8),
+        ("snapkv:tokens=8,window=8", 8 + 8, 8 + 8),
+        ("streaming-llm:sink=4,window=8", 8, 8),
         ("mean-pool:slots=2", 4 * 2, 256),
         ("retrieve:tokens=8,block=4,window=8", 40, 40),
         ("none", 0, 0),

@@ -104,6 +104,7 @@ def test_what_is_written_is_read(text: str, name: str, options: dict[str, Any]) 
         ("xyz", "unknown method or adapter 'xyz': expected one of"),
         ("no/such-adapter", "no adapter 'no/such-adapter'"),
         ("ccm-chat:slot=2", "method ccm-chat: unknown option slot; did you mean slots?"),
+        ("ccm-chat:adapter=ccm-merge", "got two adapters, expected one: leave adapter=ccm-merge out"),
         ("streaming-llm:token=2", "unknown option token (options: sink, window, segment)"),
         ("streaming-llm:windw=2", "method streaming-llm: unknown option windw; did you mean window?"),
         ("streaming-llm:reader=1", "unknown option reader"),

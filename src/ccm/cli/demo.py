@@ -24,7 +24,7 @@ def demo(
         str | None,
         typer.Option(
             help="Memories by commas, as --memory has one; none and full always play.",
-            show_default="window, and the best for the model",
+            show_default="window, the adapters for the model, and attention-matching",
         ),
     ] = None,
     model: ModelName = None,
@@ -39,16 +39,17 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Play held-out conversations turn by turn through every method at once, and compare them."""
-    from ..evaluation.demo import choose_players
     from ..evaluation.demo import demo as play_demo
     from ..evaluation.plot import plot as save_plot
     from ..evaluation.suites import split_methods
+    from ..methods.default import checked
 
     console = new_console(as_json)
     names = split_methods(methods or "")
     if memory:
         names = [*(names or ["window"]), memory]
-    choose_players(names)  # a wrong name shows before anything is loaded
+    for name in names:
+        checked(name)  # a wrong name shows before anything is loaded
     language_model, tokenizer = Loading(model, device, dtype, load_in, device_map).load()
     result = play_demo(language_model, tokenizer, console, conversations, turns, names)
     try:

@@ -144,6 +144,7 @@ def evaluate(
     from rich.console import Console
 
     from ..evaluation.suites import parse_method, split_methods
+    from ..methods.default import checked
 
     named = tuple(split_methods(methods or ""))
     loading = Loading(model, device, dtype, load_in, device_map)
@@ -151,7 +152,7 @@ def evaluate(
     options = Options(suite, named, _names(tasks), limit, loading, added, first_stage, threads, strict)
     chosen, plans = options.chosen()
     for text in {text for plan in plans for text in plan.methods}:
-        parse_method(text).method()  # a wrong name shows before anything is loaded
+        checked(parse_method(text))  # a wrong name shows before anything is loaded
     loading.check()
     folder = out or Path("results") / "eval" / chosen.name
     console = Console(stderr=as_json)

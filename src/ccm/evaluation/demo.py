@@ -28,7 +28,7 @@ from ..errors import ConfigError
 from ..files.fingerprint import base_name
 from ..methods import Method, get_method
 from ..methods.compressed import Compressed
-from ..methods.default import ADAPTER, default_memory
+from ..methods.default import ADAPTER, UNTRAINED, default_memory, named
 from ..methods.spec import parse
 from ..methods.streaming import StreamingLLM
 from .protocol import State, run_item
@@ -142,8 +142,8 @@ def demo(
     """Play held-out test conversations with a live table on ``console``.
 
     Args:
-        methods: as they are written; by default none, full, and beside a window of equal bytes the adapters of the
-            embedded model, or the best memory for a model that has none.
+        methods: as they are written; by default none, full, and beside windows of equal bytes the adapters of the
+            embedded model, if it is that, and the best memory that needs no training.
 
     Returns:
         ``{"task", "turns", "methods": {name: {"nll", "perplexity", "recovered_share", "kv_bytes", "seconds",
@@ -161,9 +161,9 @@ def demo(
     if conversations < 1:
         raise ConfigError(f"conversations: got {conversations}, expected at least 1")
     if not methods:
-        best = default_memory(model)
-        methods = ("window", *(ADAPTERS if best == ADAPTER else (best,)))
-    players = choose_players(methods)
+        trained = ADAPTERS if default_memory(model) == ADAPTER else ()
+        methods = ("window", *trained, UNTRAINED)
+    players = choose_players([named(parse(name), model).text for name in methods])
     rows = held_out_rows(chitchat.load_chitchat("test"), tokenizer, turns)
     if len(rows) < conversations:
         raise ConfigError(

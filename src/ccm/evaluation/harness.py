@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ..errors import CCMError, ConfigError, MissingPackageError
 from ..methods import Run
+from ..methods.default import DEFAULT, named
 from ..methods.spec import parse
 from ..models.loading import Loading
 from ..models.placement import AUTO
@@ -62,7 +63,7 @@ class ContextMemoryLM(HFLM):
         pretrained: folder or hub id of a causal language model, or the model itself; None is the embedded one.
         tokenizer: of a model that is given itself.
         memory: as it is written everywhere (``ccm.methods.spec``), such as snapkv:tokens=64; ``method`` is the same.
-            Without either it is ``adapter``, or ``ccm-concat``.
+            Without either it is ``adapter``, or the best for the model.
         delimiter: text that ends a demonstration; ``\\n`` may be written as backslash and n.
         segment: tokens of a segment when a whole text is scored (``loglikelihood_rolling``).
         device: where a model is loaded to; what there is if it is a CUDA device and there is none.
@@ -91,21 +92,24 @@ class ContextMemoryLM(HFLM):
         max_batch_size: int | None = None,
         **options: Any,
     ) -> None:
-        spec = parse(memory or method or options.pop("adapter", "ccm-concat"))
-        self.spec = replace(spec, options={**spec.options, **options})
+        spec = parse(memory or method or options.pop("adapter", DEFAULT))
+        spec = replace(spec, options={**spec.options, **options})
+        if spec.name != DEFAULT:
+            spec.method()  # what is wrong shows before anything is loaded
         self.delimiter = delimiter.replace("\\n", "\n")
         self.segment = segment
         if not self.delimiter or segment < 1:
             raise ConfigError(
                 f"delimiter is {delimiter!r} and segment {segment}, expected a text and at least 1"
             )
-        self.context_method = self.spec.method()  # a wrong name shows before anything is loaded
         if pretrained is None or isinstance(pretrained, str):
             # the harness asks for cuda:0 unless it is told otherwise, and its own class takes what there is
             absent = str(device).startswith("cuda") and not torch.cuda.is_available()
             where = AUTO if absent or device is None or device_map else str(device)
             pretrained, tokenizer = Loading(pretrained, where, dtype, load_in, device_map).load()
         super().__init__(pretrained=pretrained, tokenizer=tokenizer, backend="causal", batch_size=1)
+        self.spec = named(spec, self.model)
+        self.context_method = self.spec.method()
         self.folded = 0
         self._ends: dict[str, list[int]] = {}  # of demonstrations, in contexts made by the chat template
         self._held: tuple[tuple[Ids, ...], Run] | None = None

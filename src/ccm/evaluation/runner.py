@@ -8,7 +8,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from . import summary
 from .items import Generation, Item, Likelihood
 from .protocol import State, run_item
 from .records import Key, Records
-from .suites import MethodSpec, Plan, in_order
+from .suites import MethodSpec, Plan, in_order, meant
 
 FORMAT, SCHEMA, SEED = "ccm-eval/1", 1, 0
 #: What a forward pass costs beside its tokens, in tokens; for the progress bar.
@@ -101,7 +101,8 @@ class Evaluation:
         self.skipped: dict[str, str] = {}
         self.methods: dict[str, Method] = {}
         self.prints: dict[str, str] = {}
-        needed = {spec.text for spec in in_order(required)}
+        plans = [replace(plan, methods=tuple(meant(text, model) for text in plan.methods)) for plan in plans]
+        needed = {spec.text for spec in in_order(meant(text, model) for text in required)}
         for spec in in_order(text for plan in plans for text in plan.methods):
             self._open(spec, spec.text in needed)
         self.work: list[tuple[Plan, list[MethodSpec], list[Item]]] = []

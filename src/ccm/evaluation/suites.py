@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from ..errors import ConfigError, UnknownNameError
+from ..methods.default import UNTRAINED, named
 from ..methods.spec import Spec, parse
 from .own_data import own_task
 from .tasks import EvalTask, get_task
@@ -67,6 +70,11 @@ def in_order(texts: Iterable[str]) -> list[MethodSpec]:
     for text in texts:
         put(text)
     return list(specs.values())
+
+
+def meant(text: str, model: PreTrainedModel) -> str:
+    """The same method; "default", alone or behind @, gives way to the name of the best memory for a model."""
+    return "@".join(named(parse(part), model).text for part in text.split("@", 1))
 
 
 @dataclass(frozen=True)
@@ -131,8 +139,8 @@ class Suite:
         ]
 
 
-#: For a user's own data: what needs no adapter beyond those that are meant for use.
-OWN = (
+#: What needs no adapter beyond those that are meant for use.
+USED = (
     "none",
     "full",
     "ccm-concat",
@@ -142,8 +150,10 @@ OWN = (
     "streaming-llm@ccm-merge",
     "mean-pool",
 )
+#: For a user's own data, on a model of their own: and the best that needs no training.
+OWN = (*USED, UNTRAINED, f"streaming-llm@{UNTRAINED}")
 #: And the trained baselines beside CCM of the same short training (recipes/baselines).
-MAIN = (*OWN, "ccm-concat-short", "ccm-merge-short", "gisting-online", "compressive")
+MAIN = (*USED, "ccm-concat-short", "ccm-merge-short", "gisting-online", "compressive")
 #: The same and variants: another rule, the chat setting, a window without sink, one more trained baseline.
 MORE = (
     *MAIN,

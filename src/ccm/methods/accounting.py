@@ -36,10 +36,10 @@ def describe(memory: Memory) -> list[dict[str, Any]]:
 def counters(memory: Memory, method: Method) -> dict[str, int]:
     """What the memory of one conversation holds and stands for, and what full context would hold.
 
-    ``reach`` is how many tokens are still told apart: the newest ones, in memories of blocks, and in those of chosen
-    or fitted entries as many as have an entry. ``reach_when_full`` is what it comes to once old segments are merged or
-    dropped, or the model's context is full: with segments as long as those so far, or, before the first one, as long
-    as they may be.
+    ``reach`` is how many tokens are still told apart: the newest ones in a memory of blocks, as many as have an entry
+    in one of chosen or fitted entries; a sink does not count. ``reach_when_full`` is what it comes to once old
+    segments are merged or dropped, or the model's context is full: with segments as long as those so far, or, before
+    the first one, as long as they may be.
     """
     row = memory.rows[0]
     return {

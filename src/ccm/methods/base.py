@@ -263,8 +263,9 @@ class Method:
 
     @staticmethod
     def _counted(row: Row) -> Row:
-        """The row with what is merged: the tokens between sink and window that have no entry of their own."""
-        merged = max(0, row.tokens - row.sink.length - row.slots.length)
+        """The row with what is merged: the tokens before its window that have no slot of their own."""
+        whole = row.tokens <= row.sink.length + row.slots.length
+        merged = 0 if whole else row.tokens - row.slots.length
         return replace(row, merged=merged, merged_segments=row.steps if merged else 0)
 
     def kept(self, rows: Sequence[Row], leaving: Sequence[KV], queries: Sequence[Tensor | None]) -> list[KV]:
@@ -344,9 +345,9 @@ class Method:
         return None
 
     def apart(self, row: Row) -> int:
-        """Tokens that are still told apart once the memory is full: those that have an entry of their own."""
+        """Tokens that are still told apart once the memory is full: those that have an entry beside the sink."""
         context = self.reader.context
-        return context if self.limit is None else min(self.limit, context)
+        return context if self.limit is None else min(self.limit - self.sink, context)
 
     def losses(self, before: Row, after: Row) -> str:
         """What a turn has lost that people should know; empty if there is nothing."""

@@ -14,7 +14,7 @@ from ..core.memory import Memory
 from ..errors import ConfigError, MemoryFileError, UnknownNameError
 from ..files import adapter_folder
 from ..files.fingerprint import base_name
-from .base import METHODS, Method
+from .base import Method
 from .compressed import CCM, Compressed, Trained
 from .spec import Spec, is_file, parse
 
@@ -24,27 +24,25 @@ log = logging.getLogger(__name__)
 DEFAULT = "default"
 #: The shipped adapter for conversations; it is taken for the model that it was trained on.
 ADAPTER = "ccm-chat"
-#: Memories that need no training, the best one first.
-UNTRAINED = ("attention-matching", "snapkv", "streaming-llm")
+#: The best memory that needs no training.
+UNTRAINED = "attention-matching"
 #: What an adapter keeps beside its slots in a conversation: the first tokens as attention sink, the newest turns raw.
 CHAT = {"sink": 4, "window": 64}
 
 
 def default_memory(model: PreTrainedModel) -> str:
     """The best memory for a model: the adapter that was trained for it, else one that needs no training."""
-    if adapter_folder.is_for(ADAPTER, model):
-        return ADAPTER
-    return next(name for name in UNTRAINED if name in METHODS)
+    return ADAPTER if adapter_folder.is_for(ADAPTER, model) else UNTRAINED
 
 
-def checked(text: str | None) -> Spec:
+def checked(memory: str | Spec | None) -> Spec:
     """A memory as it is written, None for the default. Raises before a model is loaded what can be told without one.
 
     Raises:
         UnknownNameError: no such method, and no such adapter.
         ConfigError: it is not written as expected, or an option that cannot be used.
     """
-    spec = parse(DEFAULT if text is None else text)
+    spec = memory if isinstance(memory, Spec) else parse(DEFAULT if memory is None else memory)
     if spec.name != DEFAULT:
         _holding(spec.method())
     return spec
@@ -91,7 +89,7 @@ def open_method(memory: str | Spec | None, model: PreTrainedModel, tokenizer: An
         MismatchError: an adapter for another model.
         UnsupportedModelError: the model cannot carry a memory.
     """
-    asked = memory if isinstance(memory, Spec) else parse(DEFAULT if memory is None else memory)
+    asked = checked(memory)
     spec = named(asked, model)
     if asked.name == DEFAULT and spec.name != ADAPTER:
         log.warning(

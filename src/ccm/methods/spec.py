@@ -56,6 +56,10 @@ class Spec:
         if not _is_adapter(self.name):
             known = {*list_methods(), *adapter_folder.shipped_adapters()}
             raise UnknownNameError("method or adapter", self.name, list(known))
+        if "adapter" in self.options:
+            raise ConfigError(
+                f"method {self.text!r}: got two adapters, expected one: leave adapter={self.options['adapter']} out"
+            )
         kind = adapter_folder.read_config(self.name).kind
         chosen = METHODS["ccm-concat" if kind == "ccm" else kind]
         return _made(self.name, chosen, {"adapter": self.name, **self.options})
