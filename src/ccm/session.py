@@ -206,7 +206,7 @@ class Session:
 
     def inside(self) -> Inside:
         """Which turns each entry of the memory stands for."""
-        row = self.method.counted(self.method.recall(self.memory).rows[0])
+        (row,) = self.method.recall(self.memory).rows
         return look(self.method, row, self.said)
 
     def ask(self, text: str, **generate_kwargs: Any) -> Inside:

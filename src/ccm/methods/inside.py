@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..core.memory import Memory, Row
 from ..core.reader import Reader
-from ..core.scores import weights
 from .base import Method
 from .parts import RAW, Part
+from .scores import weights
 
 #: Groups of layers that a picture shows, at most.
 GROUPS = 6
