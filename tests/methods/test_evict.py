@@ -147,7 +147,13 @@ def test_retrieval_reads_the_blocks_that_the_newest_text_asks_for() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [("snapkv", {"tokens": -1}), ("h2o", {"tokens": -2}), ("retrieve", {"block": 0})]
+    ("name", "options"),
+    [
+        ("snapkv", {"tokens": -1}),
+        ("h2o", {"tokens": -2}),
+        ("retrieve", {"block": 0}),
+        ("retrieve", {"tokens": 15}),
+    ],
 )
 def test_options_that_make_no_sense(name: str, options: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match=rf"method {name}: .*at least"):

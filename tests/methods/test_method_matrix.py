@@ -158,7 +158,7 @@ def test_with_slots_for_everything_it_is_full_context(name: str, family: str) ->
     assert memory.rows[0].slots.length > 20
     expected = method.reader.logits([ROWS[0][4]], whole)
     assert torch.allclose(method.reader.logits([ROWS[0][4]], method.recall(memory)), expected, atol=1e-4)
-    less = method.resized(tokens=4)  # negative control
+    less = method.resized(tokens=16)  # negative control, a block of retrieval
     memory = less.recall(lived(less, ROWS[0][:4]))
     assert not torch.allclose(less.reader.logits([ROWS[0][4]], memory), expected, atol=1e-2)
 

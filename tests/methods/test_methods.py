@@ -17,6 +17,7 @@ from ccm.evaluation.suites import parse_method
 from ccm.methods import Method, Run, register
 from ccm.methods.accounting import counters
 from ccm.methods.base import METHODS
+from ccm.methods.references import NoContext
 
 SEGMENTS = random_rows([[6, 9, 5, 7]])[0]
 ENTRY = 2 * 3 * 2 * 8 * 4  # keys and values, 3 layers, 2 KV heads of 8, fp32: bytes of one token
@@ -192,7 +193,7 @@ def test_an_empty_segment_is_refused_and_changes_nothing(method: Method) -> None
 
 
 def test_a_new_method_joins_by_registration(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Ours(Method):
+    class Ours(NoContext):
         def open(self, model, tokenizer=None):
             return get_method("none").open(model)
 

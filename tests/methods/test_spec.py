@@ -159,6 +159,7 @@ def test_a_file_brings_its_method(mine: Path) -> None:
         ("def", "", "cannot be imported (SyntaxError"),
         ("raise SystemExit(7)", "", "cannot be imported (SystemExit: 7"),
         (FILE.replace("first-come", "full"), "", "'full' is registered already, by ccm.methods.references"),
+        (FILE.partition("    def keep")[0], "", "does not say what becomes of text that leaves its window"),
         (FILE + OTHER.replace("FirstCome", "Other"), "", "several methods: name one of them"),
         (FILE, "#firstcome", "did you mean first-come?"),
     ],

@@ -358,10 +358,14 @@ def register(*names: str) -> Callable[[_M], _M]:
     """Class decorator: make a method known under its name, and further names for the same thing.
 
     Raises:
-        ConfigError: another module has a method of that name.
+        ConfigError: another module has a method of that name, or the class does not say what it keeps.
     """
 
     def put(method: _M) -> _M:
+        if all(getattr(method, hook) is getattr(Method, hook) for hook in ("fold", "kept", "keep")):
+            raise ConfigError(
+                f"method {names[0]!r} does not say what becomes of text that leaves its window: give it a 'keep'"
+            )
         for name in names:
             if (other := METHODS.get(name, method).__module__) != method.__module__:
                 raise ConfigError(f"a method {name!r} is registered already, by {other}: take another name")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..core.memory import KV, Row
@@ -30,6 +31,12 @@ class NoContext(Method):
 @register("full")
 @dataclass(frozen=True, kw_only=True)
 class FullContext(Method):
-    """The raw keys and values of everything said: recovered share 1. One cache that grows with every token."""
+    """The keys and values of everything said: recovered share 1. One cache that grows with every token."""
 
     window: int = sys.maxsize
+
+    def keep(self, row: Row, leaving: KV, queries: Tensor | None) -> KV:
+        return KV.cat((row.slots, leaving.to(torch.float32)))
+
+    def grown(self, slots: int, leaving: int, folds: int) -> int:
+        return slots + leaving

@@ -16,14 +16,15 @@ from torch import Tensor
 
 from ..core.memory import KV, Memory, Row
 from ..core.reader import Ids
-from .base import Method, register
+from .base import register
 from .parts import RAW, Part, behind
+from .references import FullContext
 from .scores import scoring
 
 
 @register("retrieve")
 @dataclass(frozen=True, kw_only=True)
-class Retrieve(Method):
+class Retrieve(FullContext):
     """Sink, window, and of the text between them the blocks that are asked for.
 
     A row's slots are all the text between, its notes the numbers of the blocks that the newest text asked for: what a
@@ -42,10 +43,7 @@ class Retrieve(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._at_least(tokens=0, block=1)
-
-    def keep(self, row: Row, leaving: KV, queries: Tensor | None) -> KV:
-        return KV.cat((row.slots, leaving.to(torch.float32)))
+        self._at_least(block=1, tokens=self.block)
 
     def settled(
         self, rows: Sequence[Row], queries: Sequence[Tensor | None], room: int = 0
@@ -89,6 +87,3 @@ class Retrieve(Method):
     def apart(self, row: Row) -> int:
         """All tokens so far: it is never full."""
         return row.seen
-
-    def grown(self, slots: int, leaving: int, folds: int) -> int:
-        return slots + leaving
