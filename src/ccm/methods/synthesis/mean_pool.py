@@ -13,8 +13,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..core.memory import KV, Row
-from .base import Method, register
+from ...core.memory import KV, Row
+from ..base import Method, register
 
 
 @register("mean-pool")

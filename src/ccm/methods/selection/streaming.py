@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from ..core.memory import Memory
-from ..core.reader import Ids
-from .base import register
-from .references import NoContext
+from ...core.memory import Memory
+from ...core.reader import Ids
+from ..base import register
+from ..references import NoContext
 
 
 @register("streaming-llm", "window")
