@@ -21,12 +21,18 @@ from .chat.messages import Message
 from .chat.template import template_of
 from .core.compressor import Compressor
 from .core.memory import Memory
-from .errors import MemoryFileError
+from .errors import ConfigError, MemoryFileError
+from .files.fingerprint import base_name
 from .methods import Method, as_method, open_method
-from .methods.accounting import counters, say_losses
+from .methods.accounting import counters, in_words, say_losses
 from .methods.answering import written
+from .methods.drawing import picture
+from .methods.inside import Inside, Said, look, read_by
 from .methods.spec import parse
 from .models.load import load_tokenizer
+
+#: What a session knows of its turns, to be shown: the newest so many, and of each so many characters.
+TURNS, CHARACTERS = 1000, 200
 
 
 class Session:
@@ -43,6 +49,7 @@ class Session:
 
     Attributes:
         last: the newest answer, with its thoughts and the calls of tools that it asks for.
+        said: the newest turns, each with the beginning of its text and its tokens; for pictures, not for the memory.
 
     Example:
         >>> session = ccm.Session.open(model, tokenizer)
@@ -63,6 +70,7 @@ class Session:
         self.memory: Memory = self.method.empty()
         self.turns = 0
         self.last: Answer | None = None
+        self.said: tuple[Said, ...] = ()
         self.template = template_of(tokenizer)
         self.dialogues = Dialogues(self.template)
         self.dialogue = self.dialogues.begin(tools)
@@ -109,7 +117,7 @@ class Session:
             ConfigError: empty text, or a role that the chat template refuses. The session is unchanged.
         """
         message = text if isinstance(text, Message) else Message(role, text)
-        self._take(self._step(message))
+        self._take(self._step(message), message)
         self.turns += 1
 
     def generate(
@@ -137,39 +145,45 @@ class Session:
             ConfigError: empty text, a place where the chat template has no answer, or a memory that leaves no room
                 for one in the model's context. The session is unchanged.
         """
-        before = self.memory, self.turns, self.dialogue, self._before
+        before = self.memory, self.turns, self.dialogue, self._before, self.said
         try:
-            if text is None:
-                step = self.dialogues.answer(self.dialogue)
-            else:
-                message = text if isinstance(text, Message) else Message(role, text)
-                step = self._step(message, answer=True)
-                self.turns += 1
-            self.dialogues.check_answer(step.dialogue, step.head)
-            self._take(step, answered=True)
-            tools = bool(self.dialogue.tools)
-            self.last = written(
-                self.method, self.memory, self.template, step.head, tools, streamer, generate_kwargs
-            )
-            self._take(self._step(self.last.message()))
+            head = self._asked(text, role)
+            self.last = self._written(head, streamer, generate_kwargs)
+            self._take(self._step(self.last.message()), self.last.message())
             self.turns += 1
         except BaseException:  # also Ctrl-C while streaming: the turn happens as a whole or not at all
-            self.memory, self.turns, self.dialogue, self._before = before
+            self.memory, self.turns, self.dialogue, self._before, self.said = before
             raise
         return self.last.content
+
+    def _asked(self, text: str | Message | None, role: str) -> tuple[int, ...]:
+        """Take in what is said before an answer; returns the token ids that the answer is written behind."""
+        message = text if isinstance(text, Message) or text is None else Message(role, text)
+        step = self.dialogues.answer(self.dialogue) if message is None else self._step(message, answer=True)
+        self.dialogues.check_answer(step.dialogue, step.head)
+        self._take(step, message, answered=True)
+        self.turns += message is not None
+        return step.head
+
+    def _written(self, head: tuple[int, ...], streamer: Any, options: Mapping[str, Any]) -> Answer:
+        tools = bool(self.dialogue.tools)
+        return written(self.method, self.memory, self.template, head, tools, streamer, options)
 
     def _step(self, message: Message, answer: bool = False) -> Step:
         return self.dialogues.add(self.dialogue, message, answer, back=self._before is not None)
 
-    def _take(self, step: Step, answered: bool = False) -> None:
+    def _take(self, step: Step, message: Message | None, answered: bool = False) -> None:
         """Take in what a message brings; go back to before its exchange if the template writes that anew."""
-        before = self._before
+        before, seen = self._before, self.memory.rows[0].seen
         memory = before if step.anew and before is not None else self.memory
         if step.final is not None:
             before = memory = self._folded(memory, step.final)
         memory = self._folded(memory, step.ids, answered)
         say_losses(self.memory, memory, self.method)
         self.memory, self.dialogue = memory, step.dialogue
+        if message is not None:
+            turn = Said(message.role, message.content[:CHARACTERS], max(0, memory.rows[0].seen - seen))
+            self.said = (*self.said, turn)[-TURNS:]
         # a second memory is kept only where the template may still change what stands behind it
         if not step.dialogue.open:
             before = memory
@@ -190,18 +204,49 @@ class Session:
         """What is held, what it stands for, and what full context would hold. Bytes are measured."""
         return {"turns": self.turns, **counters(self.memory, self.method)}
 
+    def inside(self) -> Inside:
+        """Which turns each entry of the memory stands for."""
+        row = self.method.counted(self.method.recall(self.memory).rows[0])
+        return look(self.method, row, self.said)
+
+    def ask(self, text: str, **generate_kwargs: Any) -> Inside:
+        """Which entries an answer to ``text`` reads. It is written, and neither of them is remembered.
+
+        Args:
+            text: what the user asks.
+            generate_kwargs: as of :meth:`generate`.
+
+        Raises:
+            ConfigError: as :meth:`generate`; or the answer is empty.
+        """
+        twin = self.fork()
+        head = twin._asked(text, "user")
+        answer = twin._written(head, None, generate_kwargs).content
+        if not (ids := self.template.encode(answer)):
+            raise ConfigError(f"the model's answer to {text[:40]!r} is empty: ask something else")
+        return look(
+            self.method, twin.memory.rows[0], twin.said, read_by(self.method, twin.memory, head, ids), answer
+        )
+
+    def __repr__(self) -> str:
+        name = f"{self.method.title} on {base_name(self.method.reader.model)}"
+        return f"<ccm.Session: {name}, {self.turns} turns; {in_words(self.stats())}>"
+
+    def _repr_html_(self) -> str:
+        return picture(self.inside(), repr(self)[1:-1])
+
     # ------------------------------------------------------------------ copies and files
 
     def fork(self) -> Session:
         """An independent copy: what one is told, the other does not know."""
         twin = Session(self.method, self.tokenizer)
         twin.memory, twin.turns, twin.last = self.memory, self.turns, self.last
-        twin.dialogue, twin._before = self.dialogue, self._before
+        twin.dialogue, twin._before, twin.said = self.dialogue, self._before, self.said
         return twin
 
     def reset(self) -> None:
         """Forget everything."""
-        self.memory, self.turns, self.last = self.method.empty(), 0, None
+        self.memory, self.turns, self.last, self.said = self.method.empty(), 0, None, ()
         self.dialogue, self._before = self.dialogues.begin(self.dialogue.tools), self.memory
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -215,6 +260,7 @@ class Session:
             "budget": self.method.sizes(),
             "turns": self.turns,
             "dialogue": self.dialogue.as_dict(),
+            "said": [[turn.role, turn.text, turn.tokens] for turn in self.said],
         }
         self.memory.save(path, {"session": json.dumps(state)})
 
@@ -232,13 +278,28 @@ class Session:
         try:
             state = json.loads(metadata["session"])
             session = cls(method, tokenizer, **_options(state))
-            session.turns = state["turns"]
+            session.turns, session.said = state["turns"], said(state)
             session.dialogue = session.dialogues.kept(state, memory.rows[0].seen)
         except (KeyError, TypeError, ValueError) as error:
             raise MemoryFileError(f"{path} holds a memory but no session ({error})") from error
         session.memory = session.method.admit(memory)
         session._before = None
         return session
+
+
+def said(state: Mapping[str, Any]) -> tuple[Said, ...]:
+    """The turns of a saved session; files from before these were kept have none.
+
+    Raises:
+        TypeError, ValueError: they are not as they were written.
+    """
+    turns = tuple(Said(role, text, tokens) for role, text, tokens in state.get("said", ()))
+    for turn in turns:
+        if type(turn.tokens) is not int or turn.tokens < 0 or not isinstance(turn.role, str):
+            raise ValueError(f"a turn of {turn.role!r} and {turn.tokens!r} tokens")
+        if not isinstance(turn.text, str | None):
+            raise TypeError(f"a turn that says {type(turn.text).__name__}")
+    return turns
 
 
 def _options(state: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -16,6 +16,7 @@ import ccm
 import ccm.cli.repl
 from ccm import cli
 from ccm.core.compressor import Compressor, CompressorConfig
+from ccm.core.memory import Memory
 from ccm.data.chitchat import Conversation, Turn
 from ccm.data.rows import ConversationRow
 from ccm.evaluation.demo import Player, choose_players
@@ -24,7 +25,7 @@ from ccm.evaluation.share import turn_nll
 from ccm.methods import get_method
 from ccm.session import Session
 
-COMMANDS = ["chat", "demo", "train", "doctor", "memory", "memory inspect"]
+COMMANDS = ["chat", "demo", "train", "doctor", "memory", "memory inspect", "memory show"]
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +103,7 @@ def test_no_arguments_show_help_and_version_shows_the_version(capsys: pytest.Cap
         (["train"], "expected a recipe"),
         (["train", "missing.yaml"], "missing.yaml"),
         (["memory", "inspect", "missing.ccm"], "no memory file"),
+        (["memory", "show", "missing.ccm"], "no memory file"),
         (["chat", "--load", "missing.ccm", "--slots", "1"], "--load"),
         (["chat", "--adapter", "no-such/adapter"], "no adapter"),
         (["chat", "--adapter", "a", "--memory", "none"], "leave --adapter out"),
@@ -187,6 +189,42 @@ def test_memory_inspect_refuses_a_damaged_file(saved: Path, capsys: pytest.Captu
     saved.write_bytes(bytes(data[:40]))
     assert cli.main(["memory", "inspect", str(saved)]) == 2
     assert "no usable stored memory" in one_error(capsys)
+
+
+def test_memory_show(saved: Path, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["memory", "show", str(saved), "--json"]) == 0  # without the model
+    result = json.loads(capsys.readouterr().out)
+    assert [part["kind"] for part in result["parts"]] == ["slots"] and result["parts"][0]["turns"] == [0, 1]
+    assert result["turns"][0]["text"] == "My cat is called Miso." and result["read"] == []
+    asked = ["--ask", "What is it called?", "--model", str(home / "model"), "--png", str(tmp_path / "m.png")]
+    assert cli.main(["memory", "show", str(saved), "--json", *asked]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["answer"] and [line["kind"] for line in result["lines"]] == ["slots", "window", "prompt"]
+    assert len(result["layers"]) == len(result["read"]) == 3
+    assert all(abs(sum(shares) - 1) < 1e-4 for shares in result["read"])
+    assert (tmp_path / "m.png").read_bytes().startswith(b"\x89PNG")
+    assert cli.main(["memory", "show", str(saved), *asked]) == 0
+    shown = capsys.readouterr().out
+    assert "slots 0–1" in shown and "folded" in shown and "turn 2, user" in shown and "1–1" in shown
+    assert "asked: What is it called?" in shown and "\x18" not in shown
+
+
+def test_memory_show_refuses_what_is_no_session(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    memory, metadata = Memory.load(saved)
+    memory.save(tmp_path / "bare.ccm")
+    assert cli.main(["memory", "show", str(tmp_path / "bare.ccm")]) == 2
+    assert "holds a memory but no session" in one_error(capsys)
+    state = json.loads(metadata["session"])
+    for said in ([["user", "hello"]], [["user", 5, 3]], [["user", "hi", -3]], "nonsense"):
+        memory.save(tmp_path / "odd.ccm", {"session": json.dumps({**state, "said": said})})
+        assert cli.main(["memory", "show", str(tmp_path / "odd.ccm")]) == 2
+        assert "holds a memory but no session" in one_error(capsys)
+    del state["said"]  # as older releases wrote it
+    memory.save(tmp_path / "old.ccm", {"session": json.dumps(state)})
+    assert cli.main(["memory", "show", str(tmp_path / "old.ccm")]) == 0
+    assert "before turns were kept" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------- chat

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from rich.filesize import decimal
+
 from ..core.memory import Memory
 from . import Method
 
@@ -69,6 +71,15 @@ def reach_in_words(stats: dict[str, int]) -> str:
     if lost:
         return f"reaches back {_about(stats['reach'])} tokens"
     return f"reaches back to the start, {_about(stats['reach_when_full'])} tokens when full"
+
+
+def in_words(stats: dict[str, int]) -> str:
+    """What a memory holds, from its :func:`counters`, in one line."""
+    full, held = stats["full_context_nbytes"], stats["nbytes"]
+    if not held:
+        return f"nothing is kept, full context {decimal(full)}"
+    parts = " + ".join(f"{stats[name]} {name}" for name in ("sink", "slots", "window") if stats[name])
+    return f"{parts}: {decimal(held)}, full context {decimal(full)}; {reach_in_words(stats)}"
 
 
 def _about(count: int) -> str:

@@ -41,6 +41,7 @@ class AttentionMatching(Method):
     """
 
     queries: ClassVar[int] = -1
+    made: ClassVar[str] = "fitted"
     sink: int = 1
     slots: int = 64
 

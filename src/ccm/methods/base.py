@@ -31,6 +31,7 @@ from ..core.reader import Ids, Reader
 from ..core.window import joined, without
 from ..errors import ConfigError, MemoryFileError
 from ..files.fingerprint import mismatch, model_fingerprint
+from .parts import RAW, Part, behind
 
 #: Longest segment folded at once, in tokens.
 LONGEST = 128
@@ -59,6 +60,8 @@ class Method:
     whole: ClassVar[bool] = False
     #: Whether engines can serve it that know nothing but keys and values in front of a prompt.
     plain: ClassVar[bool] = True
+    #: What slots are of the text between sink and window (:attr:`ccm.methods.parts.Part.how`).
+    made: ClassVar[str] = "kept"
 
     sink: int = 0
     window: int = 0
@@ -286,6 +289,22 @@ class Method:
             ids: (B, T) of the prompt, if it is known.
         """
         return memory
+
+    def parts(self, row: Row, lengths: Sequence[int] = ()) -> list[Part]:
+        """What the entries of a row stand for, as it is read (:meth:`recall`). The method need not be bound.
+
+        Args:
+            row: of one conversation.
+            lengths: tokens of each segment since the beginning, if they are known.
+        """
+        sink = row.sink.length
+        found = behind([], "sink", RAW, sink, (0, sink))
+        found = self._between(row, found, lengths)
+        return behind(found, "window", RAW, row.window.length, (row.tokens, row.seen))
+
+    def _between(self, row: Row, found: list[Part], lengths: Sequence[int]) -> list[Part]:
+        """The parts up to the sink, and what the slots stand for: here, all of them for all that left the window."""
+        return behind(found, "slots", self.made, row.slots.length, (row.sink.length, row.tokens))
 
     # ------------------------------------------------------------------ sizes
 

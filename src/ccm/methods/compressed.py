@@ -17,6 +17,7 @@ from ..core.reader import Ids, Reader
 from ..core.window import overflow
 from ..errors import ConfigError
 from .base import Method, register
+from .parts import Part, behind
 
 _T = TypeVar("_T", bound="Trained")
 
@@ -33,6 +34,7 @@ class Trained(Method):
 
     made_by: ClassVar[type[Compressor]] = Compressor
     whole: ClassVar[bool] = True
+    made: ClassVar[str] = "folded"
     adapter: str = ""
     slots: int | None = None
     sink: int = None  # type: ignore[assignment]  # a number once it is bound
@@ -126,6 +128,23 @@ class Trained(Method):
 
     def counted(self, row: Row) -> Row:
         return self.reader.counted(row)
+
+    def _between(self, row: Row, found: list[Part], lengths: Sequence[int]) -> list[Part]:
+        """A block of slots for every segment that has its own, behind one for those that share theirs."""
+        merged = row.merged_segments
+        known = tuple(lengths[: row.steps])
+        own = row.recent or (() if merged else known)  # a rule without an end keeps no counts
+        start = row.dropped + row.merged
+        blocks = len(own) + bool(merged)
+        if not blocks or row.slots.length % blocks or start + sum(own) != row.tokens:
+            return behind(found, "slots", self.made, row.slots.length, (0, row.tokens))
+        each = row.slots.length // blocks
+        if merged:
+            found = behind(found, "slots", "merged", each, (row.dropped, start))
+        for length in own:
+            found = behind(found, "slots", self.made, each, (start, start + length))
+            start += length
+        return found
 
     def apart(self, row: Row) -> int:
         """Raw tokens, and those of the segments that have slots of their own in a full memory."""

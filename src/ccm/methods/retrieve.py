@@ -17,6 +17,7 @@ from torch import Tensor
 from ..core.memory import KV, Memory, Row
 from ..core.reader import Ids
 from .base import Method, register
+from .parts import RAW, Part, behind
 
 
 @register("retrieve")
@@ -86,6 +87,16 @@ class Retrieve(Method):
         """The row with its chosen blocks alone."""
         parts = [row.slots.slice(n * self.block, (n + 1) * self.block) for n in row.notes]
         return replace(row, slots=KV.cat([row.slots.slice(0, 0), *parts]))
+
+    def _between(self, row: Row, found: list[Part], lengths: Sequence[int]) -> list[Part]:
+        """The blocks that were chosen, each as it was said; all of them where nothing was left out."""
+        sink, between = row.sink.length, row.tokens - row.sink.length
+        if row.slots.length == between:
+            return behind(found, "slots", RAW, between, (sink, row.tokens))
+        for number in row.notes:
+            start, stop = sink + number * self.block, sink + min((number + 1) * self.block, between)
+            found = behind(found, "slots", RAW, stop - start, (start, stop))
+        return found
 
     def apart(self, row: Row) -> int:
         """All tokens so far: it is never full."""

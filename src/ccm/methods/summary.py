@@ -21,6 +21,7 @@ from ..core.reader import Ids, Reader
 from ..core.window import joined
 from ..errors import ConfigError
 from .base import Method, register, texts
+from .parts import RAW, Part, behind
 
 #: Who says the summary, and how it begins.
 ROLE, OPENING = "system", "Summary of the conversation so far: "
@@ -64,6 +65,12 @@ class Summary(Method):
         self.check(memory)
         rows = [self._told(row, text) for row, text in zip(memory.rows, texts(ids, mask), strict=True)]
         return replace(memory, rows=tuple(rows))
+
+    def parts(self, row: Row, lengths: Sequence[int] = ()) -> list[Part]:
+        written = row.segments[0] if row.notes and row.notes[0] else 0
+        found = behind([], "window", "summary", written, (0, row.tokens))
+        newest = row.window.length - written
+        return behind(found, "window", RAW, newest, (row.tokens, row.tokens + newest))
 
     def size(self, lengths: Sequence[int]) -> tuple[int, int, int]:
         raise ConfigError(

@@ -9,6 +9,7 @@ which methods of one long prompt took from their prompt.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ class Evict(Method):
         tokens: entries that stay beside them.
     """
 
+    made: ClassVar[str] = "chosen"
     sink: int = 4
     window: int = 64
     tokens: int = 64

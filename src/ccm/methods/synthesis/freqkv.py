@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ from ..selection.evict import Evict
 @dataclass(frozen=True, kw_only=True)
 class FreqKV(Evict):
     """Entries that hold the low frequencies of more."""
+
+    made: ClassVar[str] = "filtered"
 
     def shortened(self, row: Row, held: KV, queries: Tensor | None) -> KV:
         n, length = self.tokens, held.length

@@ -7,6 +7,7 @@ positions, and each mean takes the place of one token.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from ...core.memory import KV, Row
 from ..base import Method, register
+from ..parts import Part, behind
 
 
 @register("mean-pool")
@@ -27,6 +29,7 @@ class MeanPool(Method):
     """
 
     whole: ClassVar[bool] = True
+    made: ClassVar[str] = "pooled"
     slots: int = 4
 
     def __post_init__(self) -> None:
@@ -39,6 +42,18 @@ class MeanPool(Method):
 
     def grown(self, slots: int, leaving: int, folds: int) -> int:
         return slots + min(self.slots, leaving)
+
+    def _between(self, row: Row, found: list[Part], lengths: Sequence[int]) -> list[Part]:
+        """As many means for every segment as it has tokens, and no more than there are slots for one."""
+        parts, start, left = found, 0, row.sink.length
+        for length in lengths[: row.steps]:
+            sunk = min(left, length)  # the sink takes the first tokens
+            means = min(self.slots, length - sunk)
+            parts = behind(parts, "slots", self.made, means, (start + sunk, start + length))
+            start, left = start + length, left - sunk
+        if start == row.tokens and parts and parts[-1].entries[1] == row.sink.length + row.slots.length:
+            return parts
+        return super()._between(row, found, lengths)
 
 
 def pooled(states: Tensor, n: int) -> Tensor:

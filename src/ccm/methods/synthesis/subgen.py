@@ -8,6 +8,7 @@ values stands for what the paper samples, and a cluster has no mass of its own.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from ..selection.evict import Evict, coarse
 @dataclass(frozen=True, kw_only=True)
 class SubGen(Evict):
     """Means of clusters of entries."""
+
+    made: ClassVar[str] = "pooled"
 
     def shortened(self, row: Row, held: KV, queries: Tensor | None) -> KV:
         centres = far_apart(held.keys, self.tokens)

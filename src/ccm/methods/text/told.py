@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ class Told(Method):
         tokens: that stay.
     """
 
+    made: ClassVar[str] = "retold"
     window: int = 64
     tokens: int = 64
 
