@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from itertools import chain
+from pathlib import Path
 
 import pytest
 import torch
 from method_cases import TOKENIZER, model
 from tiny import random_rows
 
-from ccm import get_method
+from ccm import get_method, list_methods
 from ccm.core.memory import KV, Row
 from ccm.core.rotary import rotate
+from ccm.methods.base import METHODS
 from ccm.methods.recall.retrieve_text import bm25
 from ccm.methods.selection.compactor import leverage
 from ccm.methods.synthesis.freqkv import cosines
@@ -181,3 +184,14 @@ def test_segments_are_read_apart() -> None:
     for segment in long:
         memory = full.fold(memory, [segment])
     assert not torch.allclose(memory.rows[0].window.slice(7).values, memories[0].slice(7).values, atol=1e-4)
+
+
+def test_every_method_stands_on_the_page_of_papers() -> None:
+    """And the page names none that is not there."""
+    page = Path(__file__).parents[2].joinpath("docs/papers.md").read_text()
+    rows = [line.split("|") for line in page.splitlines() if line.startswith("| ")]
+    named = {name for row in rows for name in re.findall(r"`([^`]+)`", row[2])}
+    methods = {METHODS[name].name for name in list_methods()} - {"none", "full"}
+    assert named == methods
+    without = [row for row in rows if "`" not in row[2] and row[2].strip() != "runs"]
+    assert without and all(row[2].strip() == "no" and len(row[3].strip()) > 10 for row in without)
