@@ -23,6 +23,8 @@ from ..references import FullContext
 class APE(FullContext):
     """The raw keys and values of every segment, each read alone.
 
+    APE, Yang et al., ICLR 2025, arXiv 2502.05431.
+
     Attributes:
         sink: first tokens of the text that every segment is read behind.
     """

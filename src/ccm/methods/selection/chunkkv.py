@@ -20,7 +20,7 @@ from .evict import Attended
 @register("chunkkv")
 @dataclass(frozen=True, kw_only=True)
 class ChunkKV(Attended):
-    """Chunks that the newest text attends to."""
+    """Chunks that the newest text attends to (ChunkKV, Liu et al., NeurIPS 2025, arXiv 2502.00299)."""
 
     queries: ClassVar[int] = 32
     chunk: ClassVar[int] = 8

@@ -24,7 +24,10 @@ from .evict import Attended
 @register("expected-attention")
 @dataclass(frozen=True, kw_only=True)
 class ExpectedAttention(Attended):
-    """Entries that text to come is expected to attend to."""
+    """Entries that text to come is expected to attend to.
+
+    Expected Attention, Devoto et al., 2025, arXiv 2510.00636.
+    """
 
     queries: ClassVar[int] = -1
     #: Distances behind the memory at which queries are expected, in tokens.

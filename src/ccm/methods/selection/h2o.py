@@ -18,7 +18,10 @@ from .evict import Attended
 @register("h2o")
 @dataclass(frozen=True, kw_only=True)
 class H2O(Attended):
-    """Heavy hitters: the attention that entries have gathered."""
+    """Heavy hitters: the attention that entries have gathered.
+
+    Zhang et al., NeurIPS 2023, arXiv 2306.14048.
+    """
 
     queries: ClassVar[int] = -1
 

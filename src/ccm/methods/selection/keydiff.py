@@ -15,7 +15,7 @@ from .evict import Evict
 @register("keydiff")
 @dataclass(frozen=True, kw_only=True)
 class KeyDiff(Evict):
-    """Keys unlike the mean key stay."""
+    """Keys unlike the mean key stay (Park et al., 2025, arXiv 2504.15364)."""
 
     def score(self, row: Row, held: KV, queries: Tensor | None) -> Tensor:
         mean = normalize(held.keys, dim=-1).mean(dim=2, keepdim=True)

@@ -24,7 +24,7 @@ from .evict import Evict
 @register("kvzip")
 @dataclass(frozen=True, kw_only=True)
 class KVzip(Evict):
-    """What is needed to repeat the text."""
+    """What is needed to repeat the text (Kim et al., NeurIPS 2025, arXiv 2505.23416)."""
 
     REQUEST: ClassVar[str] = "\n\nRepeat the previous context exactly.\n\n"
 

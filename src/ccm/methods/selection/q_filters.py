@@ -20,7 +20,10 @@ from .evict import Attended
 @register("q-filters")
 @dataclass(frozen=True, kw_only=True)
 class QFilters(Attended):
-    """Entries whose keys lie in the direction of the queries."""
+    """Entries whose keys lie in the direction of the queries.
+
+    Q-Filters, Godey et al., 2025, arXiv 2503.02812.
+    """
 
     queries: ClassVar[int] = -1
 

@@ -16,7 +16,10 @@ from .evict import Attended
 @register("snapkv")
 @dataclass(frozen=True, kw_only=True)
 class SnapKV(Attended):
-    """What the last 32 queries attend to, smoothed over neighbours."""
+    """What the last 32 queries attend to, smoothed over neighbours.
+
+    Li et al., NeurIPS 2024, arXiv 2404.14469.
+    """
 
     queries: ClassVar[int] = 32
     kernel: ClassVar[int] = 5

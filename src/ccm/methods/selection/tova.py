@@ -18,7 +18,7 @@ from .evict import Attended
 @register("tova")
 @dataclass(frozen=True, kw_only=True)
 class TOVA(Attended):
-    """What the last query attends to."""
+    """What the last query attends to (Oren et al., EMNLP 2024, arXiv 2401.06104)."""
 
     queries: ClassVar[int] = 1
 

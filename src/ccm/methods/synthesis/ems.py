@@ -22,7 +22,10 @@ from .merging import joined_to_nearest
 @register("ems")
 @dataclass(frozen=True, kw_only=True)
 class EMS(Attended):
-    """Entries that count locally or globally, with similar ones merged into them."""
+    """Entries that count locally or globally, with similar ones merged into them.
+
+    EMS, Li et al., 2024, arXiv 2412.08521.
+    """
 
     queries: ClassVar[int] = -1
     #: Newest queries that say what counts locally.

@@ -21,7 +21,7 @@ from ..selection.evict import Evict, coarse
 @register("subgen")
 @dataclass(frozen=True, kw_only=True)
 class SubGen(Evict):
-    """Means of clusters of entries."""
+    """Means of clusters of entries (SubGen, Zandieh et al., 2024, arXiv 2402.06082)."""
 
     made: ClassVar[str] = "pooled"
 

@@ -19,7 +19,10 @@ from .told import Told
 @register("selective-context")
 @dataclass(frozen=True, kw_only=True)
 class SelectiveContext(Told):
-    """The tokens of old text that were hardest to guess."""
+    """The tokens of old text that were hardest to guess.
+
+    Selective Context, Li et al., EMNLP 2023, arXiv 2310.06201.
+    """
 
     def chosen(self, old: Sequence[int], newest: Sequence[int], sink: Memory) -> Sequence[int]:
         logits = self.reader.logits([list(old)], sink)[0, :-1].float()
