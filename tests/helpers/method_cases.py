@@ -21,7 +21,7 @@ TOKENIZER = tiny_tokenizer()
 NAMES = sorted({METHODS[name].name for name in list_methods()})
 _SMALL = {"sink": 2, "window": 6, "tokens": 8, "slots": 2, "block": 4, "every": 2, "max_tokens": 4}
 #: Methods whose sizes are what they are.
-_AS_THEY_ARE = ("none", "full")
+_AS_THEY_ARE = ("none", "full", "ape")
 
 
 def model(family: str = "llama") -> PreTrainedModel:

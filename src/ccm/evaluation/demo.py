@@ -29,8 +29,8 @@ from ..files.fingerprint import base_name
 from ..methods import Method, get_method
 from ..methods.compressed import Compressed
 from ..methods.default import ADAPTER, UNTRAINED, default_memory, named
+from ..methods.selection.streaming import StreamingLLM
 from ..methods.spec import parse
-from ..methods.streaming import StreamingLLM
 from .protocol import State, run_item
 from .share import Nll, bootstrap_share, recovered_share
 from .tasks.conversation import row_item

@@ -1,4 +1,4 @@
-"""Context memories behind one protocol; every file of this folder registers its own (see ``base``)."""
+"""Context memories behind one protocol; every file of these folders registers its own (see ``base``)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import pkgutil
 
 from .base import Method, Run, register
 
-for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f".{_module.name}", __name__)
+for _module in pkgutil.walk_packages(__path__, f"{__name__}."):
+    importlib.import_module(_module.name)
 
 # every file of the folder is imported by now
 from .compressed import as_method  # noqa: E402

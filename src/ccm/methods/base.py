@@ -362,7 +362,9 @@ def register(*names: str) -> Callable[[_M], _M]:
     """
 
     def put(method: _M) -> _M:
-        if all(getattr(method, hook) is getattr(Method, hook) for hook in ("fold", "kept", "keep")):
+        if all(
+            getattr(method, hook) is getattr(Method, hook) for hook in ("fold", "settled", "kept", "keep")
+        ):
             raise ConfigError(
                 f"method {names[0]!r} does not say what becomes of text that leaves its window: give it a 'keep'"
             )

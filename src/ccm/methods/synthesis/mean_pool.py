@@ -14,9 +14,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..core.memory import KV, Row
-from .base import Method, register
-from .parts import Part, behind
+from ...core.memory import KV, Row
+from ..base import Method, register
+from ..parts import Part, behind
 
 
 @register("mean-pool")

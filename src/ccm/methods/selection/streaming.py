@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from ..core.memory import Memory
-from ..core.reader import Ids
-from .base import register
-from .references import NoContext
+from ...core.memory import Memory
+from ...core.reader import Ids
+from ..base import register
+from ..references import NoContext
 
 
 @register("streaming-llm", "window")
 @dataclass(frozen=True, kw_only=True)
 class StreamingLLM(NoContext):
-    """Sink and recent tokens.
+    """Sink and recent tokens (Xiao et al., ICLR 2024).
 
     Attributes:
         sink: first tokens that stay.

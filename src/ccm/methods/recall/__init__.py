@@ -1,0 +1,1 @@
+"""Recall: more is kept than a prompt reads, and the prompt says what."""

@@ -1,0 +1,35 @@
+"""Keys along the direction in which a head asks (Q-Filters, Godey et al., 2025, arXiv 2503.02812).
+
+The queries of a head lie about one direction u, so a key's mean score is about <k, u>. Here u is the first singular
+vector of the newest text's queries, off their places, where the paper finds it once on other text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+from torch.linalg import eigh
+
+from ...core.memory import KV, Row
+from ..base import register
+from .evict import Attended
+
+
+@register("q-filters")
+@dataclass(frozen=True, kw_only=True)
+class QFilters(Attended):
+    """Entries whose keys lie in the direction of the queries.
+
+    Q-Filters, Godey et al., 2025, arXiv 2503.02812.
+    """
+
+    queries: ClassVar[int] = -1
+
+    def score(self, row: Row, held: KV, queries: Tensor | None) -> Tensor:
+        assert queries is not None  # the method asks for them
+        asked = queries.float().unflatten(1, (held.keys.shape[1], -1)).flatten(2, 3)  # (L, H, q, D)
+        first = eigh(asked.mT @ asked).eigenvectors[..., -1:]  # of Q^T Q: (L, H, D, 1)
+        towards = (asked @ first).mean(2, keepdim=True).sign()
+        return (held.keys @ (first * towards)).squeeze(3)

@@ -1,0 +1,1 @@
+"""Synthesis: entries that stand for several, made without training."""
