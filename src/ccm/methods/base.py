@@ -362,15 +362,15 @@ def register(*names: str) -> Callable[[_M], _M]:
     """
 
     def put(method: _M) -> _M:
+        for name in names:
+            if (other := METHODS.get(name, method).__module__) != method.__module__:
+                raise ConfigError(f"a method {name!r} is registered already, by {other}: take another name")
         if all(
             getattr(method, hook) is getattr(Method, hook) for hook in ("fold", "settled", "kept", "keep")
         ):
             raise ConfigError(
                 f"method {names[0]!r} does not say what becomes of text that leaves its window: give it a 'keep'"
             )
-        for name in names:
-            if (other := METHODS.get(name, method).__module__) != method.__module__:
-                raise ConfigError(f"a method {name!r} is registered already, by {other}: take another name")
         method.name = names[0]
         METHODS.update(dict.fromkeys(names, method))
         return method
