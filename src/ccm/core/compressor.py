@@ -147,7 +147,7 @@ class Compressor(Adapted):
         return self.step(memory, ids, mask, self.comp_embeddings[:n], keep, gate=slice(ids.shape[1], None))
 
     def put(self, row: Row, block: KV, sink: int) -> Row:
-        """The row with the block of its oldest raw segment among the slots."""
+        """The row with the block (L, H, n, D) of its oldest raw segment among the slots."""
         return folding.put(row, block, self.rule, sink)
 
     def counted(self, row: Row) -> Row:
