@@ -15,10 +15,10 @@ from typing import Any
 from typer.main import get_command
 
 from ccm.cli import app
+from ccm.errors import ConfigError
 from ccm.files.adapter_folder import read_config, shipped_adapters
 from ccm.methods import Method
 from ccm.methods.base import METHODS
-from ccm.methods.compressed import Trained
 
 DOCS = Path(__file__).parents[1] / "docs"
 MADE = "This page is made by `python tools/pages.py`"
@@ -44,11 +44,39 @@ for what. [Extend](extending.md) shows how to add one."""
 _SHARED = ("sink", "window", "segment")
 _TYPES = {str: "TEXT", int: "NUMBER", float: "NUMBER", Path: "PATH"}
 
-_GROUPS = {
-    "Trained memories": "An adapter makes the slots. It belongs to one model, and `ccm train` makes one for yours.",
-    "Memories without training": "These work with any supported model at once.",
-    "Yardsticks": "No context and full context are the ends of the scale on which `ccm eval` puts all others.",
-}
+#: Title, what the group has in common, and what the modules of its methods begin with.
+_GROUPS = (
+    (
+        "Trained memories",
+        "An adapter makes the slots. It belongs to one model, and `ccm train` makes one for yours.",
+        ("compressed", "baselines"),
+    ),
+    (
+        "Entries that are made",
+        "These need no training. Slots are fitted, merged or averaged from what they stand for.",
+        ("attention_matching", "synthesis"),
+    ),
+    (
+        "Entries that are chosen",
+        "These need no training. A part of the keys and values stays as it is.",
+        ("selection",),
+    ),
+    (
+        "Entries that are looked up",
+        "These need no training. Everything is kept, and the prompt says what is read.",
+        ("retrieve", "recall"),
+    ),
+    (
+        "Text in place of entries",
+        "These need no training. What leaves the window stays as words.",
+        ("summary", "text"),
+    ),
+    (
+        "Yardsticks",
+        "No context and full context are the ends of the scale on which `ccm eval` puts all others.",
+        ("references",),
+    ),
+)
 
 
 def main() -> None:
@@ -128,20 +156,20 @@ def methods() -> Iterator[str]:
     known: dict[type[Method], list[str]] = {}
     for name, method in METHODS.items():
         known.setdefault(method, []).append(name)
-    for title, said in _GROUPS.items():
+    for title, said, modules in _GROUPS:
         yield f"## {title}"
         yield said
-        for method, names in sorted(known.items(), key=lambda found: found[1]):
-            if _group(method) == title:
-                yield from _method(method, names)
+        for method in [m for m in sorted(known, key=lambda m: known[m]) if _module(m) in modules]:
+            yield from _method(method, known.pop(method))
         if title == "Trained memories":
             yield from _adapters()
+    if known:
+        raise ConfigError(f"methods in no group of the page: {', '.join(map(str, known.values()))}")
 
 
-def _group(method: type[Method]) -> str:
-    if issubclass(method, Trained):
-        return "Trained memories"
-    return "Yardsticks" if method.name in ("none", "full") else "Memories without training"
+def _module(method: type[Method]) -> str:
+    """The file or folder of ``ccm.methods`` that the method stands in."""
+    return method.__module__.split(".")[2]
 
 
 def _method(method: type[Method], names: list[str]) -> Iterator[str]:

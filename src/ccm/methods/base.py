@@ -48,7 +48,7 @@ class Method:
     Attributes:
         sink: first raw tokens that stay for ever.
         window: newest raw tokens that stay.
-        segment: longest segment folded at once; None is half the window, or :data:`LONGEST` tokens without one.
+        segment: longest segment folded at once; None is half the window, or 128 tokens without one.
         reader: the model, once the method is bound.
         tokenizer: of the model, for methods that look at text.
     """
