@@ -8,10 +8,11 @@ OLDEST := .venv-oldest
 NEWEST := .venv-newest
 VLLM := .venv-vllm
 QUANT := .venv-quant
+DOCS := .venv-docs
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench-serving test test-slow test-oldest test-newest test-ray ray-env test-vllm vllm-env test-quant quant-env lint types clean
+.PHONY: help demo bench-serving test test-slow test-oldest test-newest test-ray ray-env test-vllm vllm-env test-quant quant-env docs package release lint types clean
 
 help: ## show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
@@ -53,6 +54,15 @@ test-quant: $(QUANT)/.installed ## run the tests of quantized weights, in an env
 
 quant-env: $(QUANT)/.installed ## make that environment
 
+docs: $(DOCS)/.installed ## build the documentation site into build/site; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet --strict
+
+package: $(DOCS)/.installed ## build wheel and sdist into dist, and try them in an empty environment
+	$(DOCS)/bin/python tools/package.py
+
+release: $(DOCS)/.installed ## build, check and tag a release, VERSION=1.2.3; uploads nothing
+	$(DOCS)/bin/python tools/package.py --release "$(VERSION)"
+
 lint: $(STAMP) ## check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -61,7 +71,7 @@ types: $(STAMP) ## check the type annotations
 	$(BIN)/mypy
 
 clean: ## remove the environment, caches and build outputs
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(RAY) $(VLLM) $(QUANT) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(RAY) $(VLLM) $(QUANT) $(DOCS) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch is asked for by itself, so that a CPU build that the machine provides is taken when there is one.
@@ -96,6 +106,13 @@ $(QUANT)/.installed: pyproject.toml constraints.txt
 	$(QUANT)/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
 	$(QUANT)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[quant]' \
 		pytest pytest-timeout
+	@touch $@
+
+# What builds the site and the packages reads the sources, and needs nothing of what they import.
+$(DOCS)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		$$(sed -n 's/^docs = \[\(.*\)\]/\1/p' pyproject.toml | tr -d '",') build ruff twine
 	@touch $@
 
 # vLLM's build for CPUs. Its torch comes without the three packages beside it, whose builds do not fit that torch.

@@ -11,7 +11,7 @@ _WHERE = {
     "Compressor": "core.compressor",
     "CompressorConfig": "core.config",
     "shipped_adapters": "files.adapter_folder",
-    "Reader": "core.compressor",
+    "Reader": "core.reader",
     "Memory": "core.memory",
     "Message": "chat.messages",
     "ToolCall": "chat.messages",

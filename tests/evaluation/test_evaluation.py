@@ -1033,7 +1033,7 @@ def test_bad_input_is_one_line_and_code_2(
 
 
 def test_the_page_on_evaluation_says_what_there_is(tmp_path: Path) -> None:
-    """Its data are read, its methods and suites are all that there are, its commands are understood."""
+    """Its data are read, its suites are all that there are, its commands are understood."""
     page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
     chats, items, row = re.findall(r"```json\n(.*?)\n```", page, re.DOTALL)
     for text, name in ((chats, "own-chats"), (items, "own-items")):
@@ -1043,7 +1043,7 @@ def test_the_page_on_evaluation_says_what_there_is(tmp_path: Path) -> None:
         assert task.name == name
         assert len(list(task.items(tiny_tokenizer(), 9))) == len(text.splitlines())
     first_cells = " ".join(re.findall(r"^\| (`.*?) \|", page, re.MULTILINE))
-    assert set(re.findall(r"`([\w-]+)`", first_cells)) == {*list_methods(), *SUITES}
+    assert set(re.findall(r"`([\w-]+)`", first_cells)) == {*SUITES}
     for method, task_names in re.findall(r"ccm eval quick --methods (\S+) --tasks (\S+)", page):
         assert get_suite("quick").plans(task_names.split(","), split_methods(method))
     rows = evaluation(plan({}, "none", "full")).run(tmp_path / "out")["rows"]

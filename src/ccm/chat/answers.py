@@ -30,6 +30,7 @@ class Answer:
     tool_calls: tuple[ToolCall, ...] = ()
 
     def message(self) -> Message:
+        """As the message of an assistant."""
         return Message("assistant", self.content, self.reasoning, self.tool_calls)
 
 

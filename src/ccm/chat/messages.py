@@ -83,4 +83,5 @@ class Message:
         return message
 
     def without_thoughts(self) -> Message:
+        """The same message, its thoughts left out."""
         return replace(self, reasoning="") if self.reasoning else self

@@ -125,6 +125,8 @@ class Template:
     # ------------------------------------------------------------------ text and token ids
 
     def broken(self, text: str, allowed: frozenset[str] = frozenset()) -> str:
+        """The text with control tokens broken by one character, but for those that are ``allowed``."""
+
         def cut(found: re.Match[str]) -> str:
             token = found.group()
             return token if token in allowed else token[0] + _BREAK + token[1:]

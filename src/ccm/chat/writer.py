@@ -77,6 +77,7 @@ class Streamed:
         self._prompt = True
 
     def put(self, value: torch.Tensor) -> None:
+        """Called by ``generate`` with the prompt, then with each new token."""
         if self.also:
             self.also.put(value)
         if self._prompt:  # generate() sends the prompt first
@@ -86,10 +87,12 @@ class Streamed:
             self.add(token)
 
     def add(self, token: int) -> None:
+        """Take in one token of the answer, and tell what text it completes."""
         if token not in self.ends and not self.writer.stopped:
             self._tell(self.writer.put(token))
 
     def end(self) -> None:
+        """Called by ``generate`` when the answer is complete: tell the rest."""
         if self.also:
             self.also.end()
         self._tell(self.writer.end())

@@ -15,6 +15,7 @@ AsJson = Annotated[
 
 
 def new_console(as_json: bool = False) -> Console:
+    """Where a command speaks: stdout, or stderr if stdout is for one JSON object."""
     from rich.console import Console
 
     return Console(stderr=as_json)

@@ -53,6 +53,7 @@ class Repl:
 
     @property
     def session(self) -> Session:
+        """The session that is talked to."""
         return self.sessions[self.current]
 
     def run(self) -> None:

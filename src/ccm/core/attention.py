@@ -118,6 +118,7 @@ class ParallelPlan(Plan):
     def build(
         cls, adapter: str, layout: Layout, rule: Rule, rotary: Rotary, dtype: torch.dtype
     ) -> ParallelPlan:
+        """The plan of one pass over a layout, on its device."""
         groups, n = layout.comp_index.shape[1:]
         comp_position = layout.rope_position.gather(1, layout.comp_index.flatten(1))
         place = rule.placed(groups, n).place if groups else torch.empty(0, dtype=torch.long)

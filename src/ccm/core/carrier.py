@@ -113,6 +113,7 @@ class Carrier(nn.Module):
         return ids, mask.bool()
 
     def check_ids(self, ids: Tensor) -> None:
+        """Raises ConfigError for token ids, of any shape, outside the model's vocabulary."""
         words = self.model.get_input_embeddings().weight.shape[0]
         if int(ids.min()) < 0 or int(ids.max()) >= words:
             raise ConfigError(
@@ -123,6 +124,7 @@ class Carrier(nn.Module):
     def check_length(
         self, length: int, advice: str = "split the text into shorter segments and fold them one by one"
     ) -> None:
+        """Raises ConfigError for more positions than the model's context has."""
         if length > self.context:
             raise ConfigError(
                 f"{length} positions are more than the model's context of {self.context}; {advice}"

@@ -54,6 +54,7 @@ class LayerGate(threading.local):
         return self
 
     def read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Hook before a layer: which rows of this pass are COMP tokens."""
         plan: Plan | None = kwargs.get(PLAN)
         self.places = plan.gate if plan is not None and plan.adapter == self.adapter else None
 

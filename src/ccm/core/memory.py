@@ -26,13 +26,16 @@ class KV(NamedTuple):
 
     @property
     def length(self) -> int:
+        """Entries (N)."""
         return self.keys.shape[2]
 
     @property
     def nbytes(self) -> int:
+        """Bytes of both tensors."""
         return self.keys.nbytes + self.values.nbytes
 
     def slice(self, start: int, stop: int | None = None) -> KV:
+        """Entries from ``start`` up to ``stop``, copied: (L, H, n, D)."""
         return KV(self.keys[:, :, start:stop].clone(), self.values[:, :, start:stop].clone())
 
     def take(self, index: Tensor) -> KV:
@@ -41,11 +44,13 @@ class KV(NamedTuple):
         return KV(keys, values)
 
     def to(self, *args: Any) -> KV:
+        """On another device or in another type, as ``Tensor.to``; the same object if nothing changes."""
         keys, values = self.keys.to(*args), self.values.to(*args)
         return self if keys is self.keys and values is self.values else KV(keys, values)
 
     @staticmethod
     def cat(parts: Iterable[KV]) -> KV:
+        """Entries of all parts, (L, H, N, D) each, one behind the other."""
         keys, values = zip(*parts, strict=True)
         return KV(torch.cat(keys, dim=2), torch.cat(values, dim=2))
 
@@ -93,6 +98,7 @@ class Row:
 
     @property
     def length(self) -> int:
+        """Entries in sink, slots and window."""
         return self.sink.length + self.slots.length + self.window.length
 
     def placed(self, rotary: Rotary, dtype: torch.dtype) -> KV:
@@ -143,6 +149,7 @@ class Memory:
 
     @property
     def steps(self) -> int:
+        """Segments folded so far, in the conversation that has most."""
         return max(row.steps for row in self.rows)
 
     @property

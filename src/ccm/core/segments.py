@@ -60,6 +60,7 @@ class Layout:
         return self.text_position if self.windowed else self.position
 
     def to(self, device: torch.device | str) -> Layout:
+        """The same layout on another device."""
         return Layout(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()})
 
 

@@ -33,6 +33,7 @@ class Fact:
     candidates: tuple[str, ...]
 
     def answer_with(self, value: str) -> str:
+        """What is said if the value is ``value``."""
         return self.answer.format(value)
 
 

@@ -50,6 +50,7 @@ class Profile:
 
     @property
     def ratings(self) -> tuple[Rating, ...]:
+        """All ratings in their order, those that are asked for last."""
         return self.history + self.targets
 
 

@@ -199,32 +199,38 @@ def rare(rng: random.Random, syllables: tuple[int, ...] = (2, 2, 3)) -> str:
 
 
 def first_name(rng: random.Random) -> str:
+    """Drawn from a pool, or put together."""
     return rare(rng) if rng.random() < 0.35 else rng.choice(FIRST_NAMES)
 
 
 def full_name(rng: random.Random) -> str:
+    """A first name and a family name."""
     family = rare(rng) if rng.random() < 0.3 else rng.choice(_FAMILY)
     return f"{first_name(rng)} {family}"
 
 
 def pet_name(rng: random.Random) -> str:
+    """Drawn from a pool, or put together."""
     if rng.random() < 0.6:
         return rare(rng, (1, 2, 2))
     return rng.choice(_PET_NAMES)
 
 
 def town(rng: random.Random) -> str:
+    """Drawn from a pool, or put together."""
     if rng.random() < 0.4:
         return rare(rng, (1, 1, 2)) + rng.choice(_TOWN_ENDS)
     return rng.choice(_TOWNS)
 
 
 def digits(rng: random.Random, lengths: tuple[int, ...] = (3, 4, 5, 6)) -> str:
+    """A whole number of one of these lengths, as text."""
     length = rng.choice(lengths)
     return str(rng.randrange(10 ** (length - 1), 10**length))
 
 
 def code(rng: random.Random) -> str:
+    """Letters and digits, such as "KX-482"."""
     letters = "ABCDEFGHJKLMNPQRSTUVWXYZ"
     made = [
         rng.choice(letters if kind == "x" else "0123456789")
@@ -234,22 +240,27 @@ def code(rng: random.Random) -> str:
 
 
 def date(rng: random.Random) -> str:
+    """In words, with a year or without."""
     day, month = rng.randrange(1, 29), rng.choice(MONTHS)
     return rng.choice((f"{day} {month}", f"{month} {day}", f"{month} {day}, {rng.randrange(1950, 2030)}"))
 
 
 def iso_date(rng: random.Random) -> str:
+    """As YYYY-MM-DD."""
     return f"{rng.randrange(2018, 2028)}-{rng.randrange(1, 13):02}-{rng.randrange(1, 29):02}"
 
 
 def clock(rng: random.Random) -> str:
+    """A time of day, as HH:MM."""
     return f"{rng.randrange(24):02}:{rng.choice((0, 5, 10, 15, 20, 30, 40, 45, 50)):02}"
 
 
 def price(rng: random.Random) -> str:
+    """With two digits behind the point."""
     return f"{rng.randrange(1, 900)}.{rng.choice((0, 25, 49, 50, 90, 95, 99)):02}"
 
 
 def email(rng: random.Random) -> str:
+    """Made from drawn names."""
     first, family, host = (make(rng).lower() for make in (first_name, rare, rare))
     return f"{first}.{family}@{host}.{rng.choice(('com', 'org', 'net', 'io'))}"

@@ -30,6 +30,7 @@ class ConversationRow:
 
     @property
     def tokens(self) -> int:
+        """Tokens of all segments."""
         return sum(map(len, self.segments))
 
 
@@ -56,6 +57,7 @@ def answers(content: Sequence[tuple[int, int]]) -> tuple[tuple[int, int, int], .
 def row(
     conversation: str, turns: Sequence[RenderedTurn], recall: Sequence[tuple[int, int, int]] = ()
 ) -> ConversationRow:
+    """A row of rendered turns, a segment each."""
     return ConversationRow(
         conversation, tuple(t.ids for t in turns), tuple(t.content for t in turns), tuple(recall)
     )

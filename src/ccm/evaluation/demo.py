@@ -65,14 +65,17 @@ class Trace:
         )
 
     def nll_at(self, turn: int) -> float:
+        """Nats per scored token at a turn, over all conversations."""
         turns = [record["queries"][turn] for record in self.records]
         return float(sum(turn["nll"] for turn in turns) / sum(turn["tokens"] for turn in turns))
 
     def kv_bytes_at(self, turn: int) -> float:
+        """Bytes held at a turn, the mean over conversations."""
         return float(sum(record["steps"][turn]["kv_bytes"] for record in self.records) / len(self.records))
 
     @property
     def seconds(self) -> float:
+        """Of folding and of first tokens, in all."""
         steps = (step for record in self.records for step in record["steps"])
         return float(sum(step["fold_seconds"] + step["ttft_seconds"] for step in steps))
 

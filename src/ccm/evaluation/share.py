@@ -32,6 +32,7 @@ class Nll:
 
     @property
     def mean(self) -> float:
+        """Nats per scored token."""
         return sum(self.total) / sum(self.tokens)
 
 

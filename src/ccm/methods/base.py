@@ -48,7 +48,7 @@ class Method:
     Attributes:
         sink: first raw tokens that stay for ever.
         window: newest raw tokens that stay.
-        segment: longest segment folded at once; None is half the window, or :data:`LONGEST` tokens without one.
+        segment: longest segment folded at once; None is half the window, or 128 tokens without one.
         reader: the model, once the method is bound.
         tokenizer: of the model, for methods that look at text.
     """
@@ -224,7 +224,13 @@ class Method:
     def settled(
         self, rows: Sequence[Row], queries: Sequence[Tensor | None], room: int = 0
     ) -> tuple[Row, ...]:
-        """The rows when all that does not fit the window, and so many tokens more, has left it."""
+        """The rows when all that does not fit the window, and ``room`` tokens more, has left it.
+
+        Args:
+            rows: of B conversations.
+            queries: of each row (L, Hq, w, D), as :meth:`keep` gets them.
+            room: tokens that the window may have beyond its own.
+        """
         rows = list(rows)
         window = self.window + room
         while full := [r for r, row in enumerate(rows) if row.window.length > window]:
@@ -269,7 +275,11 @@ class Method:
         return replace(row, merged=merged, merged_segments=row.steps if merged else 0)
 
     def kept(self, rows: Sequence[Row], leaving: Sequence[KV], queries: Sequence[Tensor | None]) -> list[KV]:
-        """The new slots of every row; a method that works on a batch at once overrides this."""
+        """The new slots of every row, (L, H, n, D) each; a method that works on a batch at once overrides this.
+
+        Args:
+            rows, leaving, queries: of each conversation what :meth:`keep` gets.
+        """
         return [
             self.keep(row, kv, asked) if kv.length else row.slots
             for row, kv, asked in zip(rows, leaving, queries, strict=True)

@@ -178,7 +178,8 @@ class Compressed(Trained):
 
     Attributes:
         sink, window: raw tokens that stay, first and newest.
-        rule: how blocks enter the memory, and its options.
+        rule: how blocks enter the memory: a name of ``core.rules``.
+        rule_options: of that rule, such as the number of blocks of "bounded".
     """
 
     rule: str | None = None

@@ -33,6 +33,7 @@ class Scoring(NamedTuple):
 
     @classmethod
     def of(cls, asked: Asked) -> Scoring:
+        """As a layer has handed it to its attention function."""
         scaling, softcap, sliding, sinks = map(
             asked.options.get, ("scaling", "softcap", "sliding_window", "s_aux")
         )

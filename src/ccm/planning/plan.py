@@ -51,14 +51,17 @@ class Load:
 
     @property
     def tokens(self) -> int:
+        """Of a turn: given, or assumed."""
         return self.tokens_per_turn or TOKENS
 
     @property
     def seconds(self) -> float:
+        """Between two answers of a user: given, or assumed."""
         return self.pace or PACE
 
     @property
     def answers(self) -> int:
+        """Of one conversation: every second turn is one."""
         return self.turns // 2
 
 

@@ -84,6 +84,7 @@ class Held:
 
     @property
     def length(self) -> int:
+        """Entries in all."""
         return self.sink + self.slots + self.window
 
     def nbytes(self, shape: Shape) -> int:

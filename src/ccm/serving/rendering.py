@@ -77,10 +77,12 @@ class Rendering:
 
     @property
     def tools(self) -> bool:
+        """Whether the dialogue has tools."""
         return bool(self.dialogue.tools)
 
     @property
     def segments(self) -> tuple[Ids, ...]:
+        """What the memory takes in, cut to the method's length."""
         return self._segments([*self._settled, *self._open])
 
     @property

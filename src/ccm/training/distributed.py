@@ -123,6 +123,7 @@ class Processes:
 
     @property
     def sharded(self) -> bool:
+        """Whether the frozen model is spread over the processes."""
         return self.config.parallel == "fsdp2" and self.world > 1
 
     # ------------------------------------------------------------------ curves
@@ -136,6 +137,7 @@ class Processes:
             )
 
     def curve(self, report: dict[str, Any]) -> None:
+        """Write a report to TensorBoard, if the run has it."""
         if self.config.tensorboard:
             self.accelerator.log(report, step=report["step"])
 

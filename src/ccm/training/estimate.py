@@ -71,6 +71,7 @@ class Line:
 
     @classmethod
     def through(cls, points: Sequence[tuple[float, float]]) -> Line:
+        """The line of least squares, with no slope below 0 and no base below 0."""
         x, y = (sum(values) / len(points) for values in zip(*points, strict=True))
         spread = sum((a - x) ** 2 for a, _ in points)
         slope = sum((a - x) * (b - y) for a, b in points) / spread if spread else y / x
@@ -78,6 +79,7 @@ class Line:
         return cls(y - slope * x, slope)
 
     def at(self, x: float) -> float:
+        """Its value at ``x``."""
         return self.base + self.slope * x
 
 

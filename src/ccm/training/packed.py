@@ -43,15 +43,18 @@ class ArrayRow(NamedTuple):
 
     @property
     def tokens(self) -> int:
+        """Tokens of all segments."""
         return len(self.ids)
 
     @classmethod
     def from_row(cls, row: Row) -> ArrayRow:
+        """The same row as arrays."""
         ids = np.array(sum(row.segments, ()), np.int32)
         roles = np.array(sum(row.roles, ()), np.uint8)
         return cls(ids, roles, np.cumsum([len(part) for part in row.segments], dtype=np.int32))
 
     def to_row(self) -> Row:
+        """The same row as tuples."""
         ids, roles, stops = self.ids.tolist(), self.roles.tolist(), self.stops.tolist()
         spans = list(zip([0, *stops], stops, strict=False))
         return Row(tuple(tuple(ids[a:b]) for a, b in spans), tuple(tuple(roles[a:b]) for a, b in spans))
@@ -206,6 +209,7 @@ class PackedFile:
 
     @property
     def sources(self) -> tuple[str, ...]:
+        """Names of the sources that the rows are from."""
         return tuple(self.data)
 
     @property

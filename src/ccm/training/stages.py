@@ -274,6 +274,7 @@ class BaseStage(Stage):
 
 
 def as_row(row: Row | ArrayRow) -> Row:
+    """A row as tuples, whichever form it has."""
     return row.to_row() if isinstance(row, ArrayRow) else row
 
 

@@ -93,6 +93,7 @@ class Machine:
 
     @classmethod
     def here(cls, device: torch.device) -> Machine:
+        """This machine, as far as training on the device goes."""
         if device.type == "cuda":
             free = torch.cuda.mem_get_info(device)[0]
             name = torch.cuda.get_device_name(device)

@@ -33,6 +33,7 @@ class Row:
 
     @property
     def tokens(self) -> int:
+        """Tokens of all segments."""
         return sum(map(len, self.segments))
 
     def __add__(self, other: Row) -> Row:
@@ -47,6 +48,7 @@ class Row:
         return Row((sum(self.segments, ()),), (sum(self.roles, ()),)) if self.segments else self
 
     def unscored(self) -> Row:
+        """The same row with nothing scored."""
         return Row(self.segments, tuple((NONE,) * len(ids) for ids in self.segments))
 
 

@@ -46,6 +46,7 @@ def by_length(
 
 
 def encode(tokenizer: Any, text: str) -> Ids:
+    """Token ids of the text alone."""
     return tuple(tokenizer.encode(text, add_special_tokens=False))
 
 

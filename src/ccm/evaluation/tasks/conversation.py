@@ -66,6 +66,8 @@ def row_item(row: ConversationRow, steps: Sequence[int]) -> Item:
 @register_task
 @dataclass(frozen=True)
 class ChitChatTask(ConversationTask):
+    """Small talk of people who are in no training split."""
+
     name, title = "conversation", "The next turn of small talk (Chit-Chat Challenge)"
     metrics = ("nll",)
     licence, origin = ChitChat.licence, ChitChat.origin
@@ -77,6 +79,8 @@ class ChitChatTask(ConversationTask):
 @register_task
 @dataclass(frozen=True)
 class TopicalChatTask(ConversationTask):
+    """Dialogs about a given topic."""
+
     name, title = "topical-chat", "The next turn of a dialog about a given topic (Topical-Chat)"
     metrics = ("nll",)
     licence, origin = TopicalChat.licence, TopicalChat.origin
@@ -103,6 +107,8 @@ class HubTask(ConversationTask):
 @register_task
 @dataclass(frozen=True)
 class DailyDialogTask(HubTask):
+    """Everyday dialogs, from a model hub."""
+
     name, title = "daily-dialog", "The next turn of an everyday dialog (DailyDialog, as in the paper)"
     metrics = ("nll",)
     source = DailyDialog
@@ -112,6 +118,8 @@ class DailyDialogTask(HubTask):
 @register_task
 @dataclass(frozen=True)
 class SodaTask(HubTask):
+    """Social dialogs written by a model, from a model hub."""
+
     name, title = "soda", "The next turn of a social dialog written by a model (SODA)"
     metrics = ("nll",)
     source = Soda

@@ -107,11 +107,13 @@ def _model(service: Service) -> dict[str, Any]:
 
 @_models.get("")
 async def models(service: ServiceDep, tenant: Tenant) -> dict[str, Any]:
+    """The one model that is served."""
     return {"object": "list", "data": [_model(service)]}
 
 
 @_models.get("/{model:path}")
 async def model(model: str, service: ServiceDep, tenant: Tenant) -> dict[str, Any]:
+    """The model of this name."""
     check_model(service, model)
     return _model(service)
 
@@ -147,11 +149,13 @@ async def metrics(service: ServiceDep) -> Response:
 
 @_state.get("/", include_in_schema=False)
 async def page() -> Response:
+    """The web page."""
     return _file("index.html")
 
 
 @_state.get("/page/{name}", include_in_schema=False)
 async def page_file(name: str) -> Response:
+    """A file of the web page."""
     return _file(name)
 
 

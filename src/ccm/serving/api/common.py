@@ -16,6 +16,7 @@ ALIAS = "ccm"
 
 
 def service_of(request: Request) -> Service:
+    """The service behind the application."""
     service: Service = request.app.state.service
     return service
 

@@ -27,6 +27,7 @@ async def create(service: ServiceDep, tenant: Tenant, body: ConversationBody | N
 
 @router.get("/{session}")
 async def retrieve(session: Session, service: ServiceDep, tenant: Tenant) -> dict[str, Any]:
+    """A conversation and its metadata."""
     return _shown(await service.view(tenant, session))
 
 

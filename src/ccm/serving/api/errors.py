@@ -73,6 +73,7 @@ class ApiError(CCMError):
 
 
 def body_of(message: str, kind: str, code: str | None, param: str | None = None) -> dict[str, Any]:
+    """An error in OpenAI's shape."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
@@ -92,6 +93,7 @@ def describe(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
 
 
 def response(error: Exception) -> JSONResponse:
+    """What a client gets for an error."""
     status, body, headers = describe(error)
     return JSONResponse(body, status, headers)
 

@@ -56,6 +56,7 @@ async def inspect(session: Session, service: ServiceDep, tenant: Tenant) -> dict
 
 @router.delete("/{session}")
 async def delete(session: Session, service: ServiceDep, tenant: Tenant) -> dict[str, Any]:
+    """Forget a conversation: memory, versions and texts."""
     await service.delete(tenant, session)
     return {"id": session, "object": "memory.deleted", "deleted": True}
 

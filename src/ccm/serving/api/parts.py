@@ -73,6 +73,8 @@ def only(noun: str, known: Sequence[str], instead: str) -> BeforeValidator:
 
 
 class TextPart(Body):
+    """A piece of text."""
+
     type: Literal["text", "input_text", "output_text"]
     text: Text
     annotations: Unused = None
@@ -89,6 +91,7 @@ class RefusalPart(Body):
 
     @property
     def text(self) -> str:
+        """What was said."""
         return self.refusal
 
 
@@ -108,6 +111,7 @@ def text_of(content: Content | None) -> str:
 
 
 def role_of(role: str) -> str:
+    """The role as templates know it: a developer's message is a system message."""
     return "system" if role == "developer" else role
 
 
@@ -115,6 +119,8 @@ def role_of(role: str) -> str:
 
 
 class Function(Body):
+    """A function that the model may call."""
+
     name: Name
     description: Text | None = None
     parameters: dict[str, Any] | None = None
@@ -131,6 +137,7 @@ class ChatTool(Body):
     cache_control: Unused = None
 
     def tool(self) -> dict[str, Any]:
+        """In the form of chat templates."""
         return as_tool(self.function)
 
 
@@ -141,6 +148,7 @@ class FlatTool(Function):
     defer_loading: Literal[False] | None = None
 
     def tool(self) -> dict[str, Any]:
+        """In the form of chat templates."""
         return as_tool(self)
 
 
@@ -156,6 +164,8 @@ FlatTools = Annotated[list[Annotated[FlatTool, _functions]], Field(max_length=10
 
 
 class FunctionName(Body):
+    """The name of a function."""
+
     name: Name
 
 
@@ -167,6 +177,7 @@ class ChatChoice(Body):
 
     @property
     def called(self) -> str:
+        """The function that has to be called."""
         return self.function.name
 
 
@@ -177,6 +188,7 @@ class FlatChoice(FunctionName):
 
     @property
     def called(self) -> str:
+        """The function that has to be called."""
         return self.name
 
 
@@ -228,16 +240,22 @@ def _moved(schema: Any, place: str) -> Any:
 
 
 class TextFormat(Body):
+    """Answers in any form."""
+
     type: Literal["text"]
 
     def schema_text(self) -> str | None:
+        """The JSON schema that binds the answer: none."""
         return None
 
 
 class JsonObject(Body):
+    """Answers that are one JSON object."""
+
     type: Literal["json_object"]
 
     def schema_text(self) -> str | None:
+        """The JSON schema that binds the answer."""
         return '{"type": "object"}'
 
 
@@ -250,6 +268,7 @@ class JsonSchema(Body):
     description: Text | None = None
 
     def schema_text(self) -> str | None:
+        """The JSON schema that binds the answer."""
         return json.dumps(self.schema_ or {"type": "object"})
 
 
@@ -260,6 +279,7 @@ class ChatJsonSchema(Body):
     json_schema: JsonSchema
 
     def schema_text(self) -> str | None:
+        """The JSON schema that binds the answer."""
         return self.json_schema.schema_text()
 
 
@@ -290,17 +310,22 @@ FlatFormat = Annotated[
 
 
 class Called(Body):
+    """A function that was called, and its arguments as JSON."""
+
     name: Name
     arguments: Text = ""
 
 
 class ChatCall(Body):
+    """A call of a tool in a message of an assistant."""
+
     id: Name | None = None
     type: Literal["function"] = "function"
     function: Called
     index: int | None = None
 
     def call(self) -> ToolCall:
+        """As messages hold it."""
         return ToolCall(self.function.name, self.function.arguments or "{}", self.id or "")
 
 
@@ -328,6 +353,7 @@ class ChatMessage(Body):
         return self
 
     def message(self) -> Message:
+        """As sessions take it in."""
         return Message(
             role_of(self.role),
             text_of(self.content) or self.refusal or "",
@@ -342,6 +368,8 @@ class ChatMessage(Body):
 
 
 class MessageItem(Body):
+    """A message among the items of a response."""
+
     type: Literal["message"] | None = None
     role: Literal["system", "developer", "user", "assistant"]
     content: Content
@@ -350,6 +378,7 @@ class MessageItem(Body):
     phase: Unused = None
 
     def message(self) -> Message:
+        """As sessions take it in."""
         return Message(role_of(self.role), text_of(self.content))
 
 
@@ -364,6 +393,7 @@ class CallItem(Body):
     status: Status | None = None
 
     def message(self) -> Message:
+        """As sessions take it in: the call of an assistant."""
         return Message("assistant", tool_calls=(ToolCall(self.name, self.arguments or "{}", self.call_id),))
 
 
@@ -378,10 +408,13 @@ class OutputItem(Body):
     status: Status | None = None
 
     def message(self) -> Message:
+        """As sessions take it in: what a tool answered."""
         return Message("tool", text_of(self.output), tool_call_id=self.call_id, name=self.name)
 
 
 class ThoughtPart(Body):
+    """A piece of what a model thought."""
+
     type: Literal["summary_text", "reasoning_text"]
     text: Text
 
@@ -397,6 +430,7 @@ class ReasoningItem(Body):
     status: Status | None = None
 
     def message(self) -> Message:
+        """As sessions take it in: thoughts of an assistant that said nothing."""
         return Message("assistant", reasoning="\n".join(p.text for p in self.content or self.summary or ()))
 
 

@@ -120,11 +120,15 @@ class SamplingBody(Body):
 
 
 class StreamOptions(Body):
+    """What a stream brings beside its pieces."""
+
     include_usage: bool | None = None
     include_obfuscation: Literal[False] | None = None
 
 
 class ChatBody(SamplingBody):
+    """Of POST /v1/chat/completions."""
+
     messages: list[ChatMessage] = Field(min_length=1, max_length=20_000)
     tools: ChatTools | None = None
     tool_choice: ChatToolChoice | None = None
@@ -145,6 +149,7 @@ class ChatBody(SamplingBody):
     store: Literal[False] | None = None
 
     def sampled(self) -> Sampling:
+        """How the answer is drawn."""
         return self.sampling(
             max_tokens=self.max_completion_tokens or self.max_tokens,
             seed=self.seed,
@@ -161,10 +166,14 @@ Items = Annotated[list[Item], Field(max_length=20_000)]
 
 
 class ConversationRef(Body):
+    """A conversation by its id."""
+
     id: SessionId
 
 
 class TextOptions(Body):
+    """The form of an answer."""
+
     format: FlatFormat | None = None
     verbosity: Unused = Field(None, description="Accepted and not used.")
 
@@ -177,6 +186,8 @@ class ContextManagement(Body):
 
 
 class ResponseBody(SamplingBody):
+    """Of POST /v1/responses."""
+
     input: Text | Items
     instructions: Text | None = None
     tools: FlatTools | None = None
@@ -195,12 +206,15 @@ class ResponseBody(SamplingBody):
     include: list[Elsewhere] | None = None
 
     def sampled(self) -> Sampling:
+        """How the answer is drawn."""
         form = self.text and self.text.format
         schema = self.forced() or (form and form.schema_text())
         return self.sampling(max_tokens=self.max_output_tokens, schema=schema)
 
 
 class CompactBody(Body):
+    """Of POST /v1/responses/compact."""
+
     model: str
     input: Text | Items | None = None
     instructions: Text | None = None
@@ -212,19 +226,27 @@ class CompactBody(Body):
 
 
 class ConversationBody(Body):
+    """Of POST /v1/conversations."""
+
     items: Annotated[list[SaidItem], Field(max_length=20_000)] | None = None
     metadata: Metadata | None = None
 
 
 class MetadataBody(Body):
+    """Metadata in place of what a conversation has."""
+
     metadata: Metadata
 
 
 class ItemsBody(Body):
+    """What a conversation takes in without an answer."""
+
     items: list[SaidItem] = Field(min_length=1, max_length=20_000)
 
 
 class ForkBody(Body):
+    """The id of the copy, and the version that it is taken from."""
+
     id: SessionId | None = None
     version: Annotated[int, Field(ge=1, lt=1 << 53)] | None = None
 

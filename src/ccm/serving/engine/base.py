@@ -164,10 +164,12 @@ class Ticket:
 
     @property
     def cancelled(self) -> bool:
+        """Whether the job was called off."""
         return self._cancelled.is_set()
 
     @property
     def finished(self) -> bool:
+        """Whether the listener has heard the end."""
         return self._finished.is_set()
 
 

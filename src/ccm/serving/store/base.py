@@ -150,6 +150,7 @@ class Record:
 
     @property
     def nbytes(self) -> int:
+        """Bytes that it takes in a store."""
         return len(self.metadata) + len(self.payload)
 
 
@@ -164,6 +165,7 @@ class Line:
 
     @property
     def nbytes(self) -> int:
+        """Bytes that it takes in a store."""
         return len(self.text)
 
 

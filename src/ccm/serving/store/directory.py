@@ -55,6 +55,7 @@ class Manifest:
     lines_nbytes: int
 
     def info(self) -> Info:
+        """What is told of the conversation."""
         held = self.lines_nbytes + sum(r["size"] + len(r["metadata"]) for r in self.records)
         return Info(self.session, self.version, self.created, self.updated, self.expires, held)
 

@@ -25,12 +25,14 @@ class Call:
         self.closed = False
 
     def uses(self, connection: socket.socket) -> None:
+        """Remember the connection, to cut it if the call is closed."""
         with self._lock:
             self._socket = connection
             if self.closed:
                 self._cut()
 
     def close(self) -> None:
+        """Cut the connection: vLLM ends the request."""
         with self._lock:
             self.closed = True
             self._cut()
