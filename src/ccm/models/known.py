@@ -105,7 +105,7 @@ def _kind(name: str, methods: set[str]) -> str:
     shipped = {path.parent.name for path in _ADAPTERS.glob(f"*/{_SETTINGS}")}
     folder = _ADAPTERS / name if name in shipped else Path(name)
     if "/" not in name and name not in shipped and not folder.is_dir():
-        raise UnknownNameError("method or adapter", name, [*methods, *shipped])
+        raise UnknownNameError("method or adapter", name, list(methods | shipped))
     if name not in shipped and not hub.is_folder(name, "adapter", _SETTINGS):
         return ""
     try:
