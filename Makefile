@@ -12,13 +12,16 @@ DOCS := .venv-docs
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench-serving test test-slow test-oldest test-newest test-ray ray-env test-vllm vllm-env test-quant quant-env docs package release lint types clean
+.PHONY: help demo report bench-serving test test-slow test-oldest test-newest test-ray ray-env test-vllm vllm-env test-quant quant-env docs package release lint types clean
 
 help: ## show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
 
 demo: $(STAMP) ## run the demonstration (fetches the embedded model the first time)
 	$(BIN)/ccm demo
+
+report: $(STAMP) ## write the project's own pages of results, docs/results.md and docs/results/
+	$(BIN)/ccm report results --out docs
 
 bench-serving: $(STAMP) ## measure the server: exactness, speed, load, kills, fuzz, clients (some forty minutes)
 	$(BIN)/python benchmarks/serving

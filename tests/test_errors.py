@@ -82,7 +82,7 @@ def test_bad_target_modules(targets):
 def test_unknown_names():
     with pytest.raises(UnknownNameError, match="unknown rule 'max'"):
         get_rule("max")
-    with pytest.raises(ConfigError, match="no adapter 'no-such-adapter': not a folder"):
+    with pytest.raises(ConfigError, match="no adapter 'no-such-adapter': not a folder here"):
         Compressor.from_pretrained(tiny_model(), "no-such-adapter")
 
 

@@ -130,7 +130,7 @@ def test_the_table_becomes_a_page(
     ran: tuple[dict[str, Any], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     names, folder = ran
-    file = folder / "results" / "eval" / "mine.json"
+    file = folder / "ccm-eval" / "mine.json"
     results = read(file)
     assert results.methods == list(names["methods"]) and results.tags("shopping") == ["newest", "oldest"]
     window, kept = (

@@ -84,6 +84,7 @@ def test_every_option_arrives_in_its_field(monkeypatch):
         disconnect="finish",
         batch=12,
         queue=13,
+        log_format="json",
         vllm="http://x",
         vllm_store="dir:///y",
     )
@@ -101,6 +102,9 @@ def test_every_option_arrives_in_its_field(monkeypatch):
         raise ConfigError("far enough")
 
     monkeypatch.setattr("ccm.serving.build.build_service", built)
+    monkeypatch.setattr(
+        "ccm.models.loading.Loading.check_names", lambda self: None
+    )  # they exclude each other
     assert cli.main(["serve", "--port", "0", *arguments]) == 2
     assert got == [wanted]
     assert wanted.limits == Limits(keep=9, marks=8, ttl=1.5 * 86400, sessions=10, nbytes=2_500_000)

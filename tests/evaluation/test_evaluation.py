@@ -35,20 +35,12 @@ from ccm.evaluation.records import Records
 from ccm.evaluation.report import read
 from ccm.evaluation.runner import Evaluation
 from ccm.evaluation.share import turn_nll
-from ccm.evaluation.suites import (
-    SUITES,
-    Plan,
-    get_suite,
-    in_order,
-    meant,
-    own_suite,
-    parse_method,
-    split_methods,
-)
+from ccm.evaluation.suites import SUITES, Plan, get_suite, in_order, meant, own_suite, parse_method
 from ccm.evaluation.tasks import EvalTask, list_tasks
 from ccm.files.adapter_folder import shipped_adapters
 from ccm.methods import Run, get_method, list_methods
 from ccm.methods.baselines import BASELINES
+from ccm.models.known import split_methods
 
 ENTRY = 2 * 3 * 2 * 8 * 4  # keys and values, 3 layers, 2 KV heads of 8, fp32: bytes of one token
 LENGTHS = [6, 9, 5, 7, 8, 4]
@@ -782,7 +774,7 @@ def test_own_conversations_from_the_command_line(
     arguments = ["chats.jsonl", "--methods", "none,full", "--adapter", str(home / "merge"), "--threads", "1"]
     assert run_command(home, *arguments, "--json") == 0
     result = json.loads(capsys.readouterr().out)
-    assert result == json.loads(Path("results/eval/chats.json").read_text())
+    assert result == json.loads(Path("ccm-eval/chats.json").read_text())
     merge = str(home / "merge")
     assert list(dict.fromkeys(row["method"] for row in result["rows"])) == [
         "none", "full", merge, f"streaming-llm@{merge}"
@@ -794,11 +786,12 @@ def test_own_conversations_from_the_command_line(
     sizes = {row["method"]: row["kv_bytes"] for row in result["rows"] if row["step"] == 4}
     assert sizes[merge] == sizes[f"streaming-llm@{merge}"] < sizes["full"]
     # again, in words: nothing is measured twice
-    before = Path("results/eval/chats/records.jsonl").read_bytes()
+    before = Path("ccm-eval/chats/records.jsonl").read_bytes()
     assert run_command(home, *arguments) == 0
     out = capsys.readouterr().out
-    assert "going on" in out and "recovered share" in out and "results/eval/chats.json" in out
-    assert Path("results/eval/chats/records.jsonl").read_bytes() == before
+    assert "of an earlier run in ccm-eval/chats, nothing is measured now; --fresh measures all" in out
+    assert "recovered share" in out and "next: ccm report ccm-eval/chats.json" in out
+    assert Path("ccm-eval/chats/records.jsonl").read_bytes() == before
     # the file has changed: its records are not those of this one
     write(tmp_path / "chats.jsonl", CHATS[:1])
     assert run_command(home, *arguments) == 2
@@ -874,6 +867,7 @@ def test_own_items(home: Path, tmp_path: Path) -> None:
     assert run_command(home, *arguments) == 0
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert {row["metric"] for row in rows} >= {"accuracy", "accuracy_gap", "em", "f1", "rouge_l"}
+    assert "accuracy gain over none" in {row["metric"] for row in rows if row["method"] == "full"}
 
 
 def told(task: OwnChats | OwnItems) -> list[str]:

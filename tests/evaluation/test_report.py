@@ -125,8 +125,8 @@ def test_a_table_holds_values_intervals_and_costs() -> None:
     assert glance(found).splitlines() == [
         "| method | KV of full | to fold a segment | to the first token | toy: accuracy, t = 4, n = 10 |",
         "| --- | ---: | ---: | ---: | ---: |",
-        "| `none` | 0.0 % | 0 ms | 20 ms | 0.50 <sub>0.40 to 0.60</sub> |",
-        "| `full` | 100.0 % | 100 ms | 0 ms | 0.90 |",
+        "| `none` | 0.0 % | 0 ms | 20 ms | **0.50** <sub>0.40 to 0.60</sub> |",
+        "| `full` | 100.0 % | 100 ms | 0 ms | **0.90** |",
     ]
     assert by_step(found).splitlines()[2:] == ["| `none` | ? · 0.50 |", "| `full` | 0.80 · 0.90 |"]
 
@@ -136,7 +136,7 @@ def test_kinds_are_in_order_of_their_numbers() -> None:
         *(row("full", n / 4, tag=tag) for n, tag in enumerate(("distance 10", "distance 9", "name")))
     )
     assert by_kind(results(row("full", 0.5), *found.rows)).splitlines()[::2] == [
-        "| method | toy: accuracy of distance 9 · distance 10 · name |",
+        "| method | toy: accuracy of distance 9 · distance 10 · name, n = 10 |",
         "| `full` | 0.25 · 0.00 · 0.50 |",
     ]
 
@@ -255,7 +255,7 @@ def test_a_wrong_file_is_named_with_its_key(
 
 
 def test_no_file_no_json_and_two_of_one_suite(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no such file"):
+    with pytest.raises(DataError, match="no such file or folder"):
         load([tmp_path / "absent.json"])
     with pytest.raises(DataError, match="in this folder; run ccm eval"):
         load([tmp_path])

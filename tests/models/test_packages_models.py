@@ -200,10 +200,13 @@ def test_no_space_is_noticed_first(cache, monkeypatch):
 
 
 def test_models_that_cannot_be_loaded(tmp_path, embedded):
-    with pytest.raises(ConfigError, match="no usable model under"):
-        models.load_model(str(tmp_path / "nothing"))
-    with pytest.raises(ConfigError, match="no usable model under"):
-        models.load_model("no-such-owner/no-such-model")
+    for load in (models.load_model, models.load_tokenizer, models.load_config):
+        with pytest.raises(ConfigError, match=r"no model '/.*/nothing': there is no such folder"):
+            load(str(tmp_path / "nothing"))
+        with pytest.raises(
+            ConfigError, match=r"no model 'no-such-owner/no-such-model': .* hub is switched off"
+        ):
+            load("no-such-owner/no-such-model")
     AutoConfig.for_model("t5").save_pretrained(tmp_path / "t5")
     with pytest.raises(UnsupportedModelError, match="encoder-decoder"):
         models.load_model(str(tmp_path / "t5"))

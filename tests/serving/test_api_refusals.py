@@ -55,7 +55,7 @@ def test_errors_say_what_to_do(http):
     answer = http.post("/v1/chat/completions", json={**body, "messages": [{"role": "user", "content": 5}]})
     assert answer.json()["error"]["param"] == "messages[0].content"
     answer = http.post("/v1/chat/completions", json={**body, "X-y": 5})
-    assert answer.json()["error"]["message"] == "X-y is not supported here: leave it out"
+    assert answer.json()["error"]["message"] == "X-y is not supported: leave the field out"
     answer = http.post("/v1/chat/completions", json=body, headers={"X-Session-Id": "a b"})
     assert "without blanks" in answer.json()["error"]["message"]
 

@@ -307,14 +307,14 @@ IMAGE = {"type": "image_url", "image_url": {"url": "https://example.org/x.png"}}
         ),
         (
             {"functions": [WEATHER]},
-            "functions is not supported here: send tools",
+            "functions is not supported: send tools",
             "functions",
         ),
         ({"n": 2}, "n: got 2, expected 1", "n"),
         ({"logprobs": True}, "logprobs: got true, expected false", "logprobs"),
-        ({"logit_bias": {"5": 1}}, "logit_bias is not supported here: leave it out", "logit_bias"),
+        ({"logit_bias": {"5": 1}}, "logit_bias is not supported: leave the field out", "logit_bias"),
         ({"top_k": 40}, "top_k: got 40, expected -1 or 0", "top_k"),
-        ({"audio": {"voice": "x"}}, "audio is not supported here: leave it out", "audio"),
+        ({"audio": {"voice": "x"}}, "audio is not supported: leave the field out", "audio"),
         ({"max_tokens": 0}, "max_tokens: got 0, expected greater than or equal to 1", "max_tokens"),
         (
             {"response_format": {"type": "grammar"}},
@@ -496,7 +496,7 @@ def test_what_changes_nothing_in_responses(client, scripted):
             "tools[0]",
         ),
         ({"background": True}, "background: got true, expected false", "background"),
-        ({"prompt": {"id": "x"}}, "prompt is not supported here: leave it out", "prompt"),
+        ({"prompt": {"id": "x"}}, "prompt is not supported: leave the field out", "prompt"),
     ],
 )
 def test_a_refusal_of_responses_names_the_part(http, change, message, param):

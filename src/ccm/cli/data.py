@@ -119,9 +119,10 @@ def pack(
     as_json: AsJson = False,
 ) -> None:
     """Draw the rows of a recipe into a file that `packed=FILE` trains from; after Ctrl-C the same command goes on."""
+    wanted = _count(tokens)
     from ..training import load_recipe
 
-    config, wanted = load_recipe(recipe, overrides or ()), _count(tokens)
+    config = load_recipe(recipe, overrides or ())
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ..errors import MissingPackageError
+from ..models.known import check_all, split_methods
 from ..models.loading import Device, DeviceMap, Dtype, LoadIn, Loading, ModelName
 from ..models.memory_option import MemoryName
 from ..models.placement import AUTO
@@ -18,11 +19,12 @@ EPILOG = "Example: ccm demo --conversations 4 --methods window,ccm-merge --json"
 
 
 def demo(
-    conversations: Annotated[int, typer.Option(help="Held-out conversations to play.")] = 8,
-    turns: Annotated[int, typer.Option(help="Turns of each; from the fifth on they are scored.")] = 10,
+    conversations: Annotated[int, typer.Option(min=1, help="Held-out conversations to play.")] = 8,
+    turns: Annotated[int, typer.Option(min=5, help="Turns of each; from the fifth on they are scored.")] = 10,
     methods: Annotated[
         str | None,
         typer.Option(
+            callback=check_all,
             help="Memories by commas, as --memory has one; none and full always play.",
             show_default="window, the adapters for the model, and attention-matching",
         ),
@@ -39,9 +41,10 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Play held-out conversations turn by turn through every method at once, and compare them."""
+    loading = Loading(model, device, dtype, load_in, device_map)
+    loading.check_names()
     from ..evaluation.demo import demo as play_demo
     from ..evaluation.plot import plot as save_plot
-    from ..evaluation.suites import split_methods
     from ..methods.default import checked
 
     console = new_console(as_json)
@@ -50,7 +53,7 @@ def demo(
         names = [*(names or ["window"]), memory]
     for name in names:
         checked(name)  # a wrong name shows before anything is loaded
-    language_model, tokenizer = Loading(model, device, dtype, load_in, device_map).load()
+    language_model, tokenizer = loading.load()
     result = play_demo(language_model, tokenizer, console, conversations, turns, names)
     try:
         save_plot(result, plot)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import typer
 
 from .options import AsJson, new_console
+
+if TYPE_CHECKING:
+    from .checks import Check
 
 EPILOG = "Example: ccm doctor --json"
 
@@ -30,6 +35,15 @@ def doctor(as_json: AsJson = False) -> None:
             table.add_row(Text(*mark), check.name, Text(check.found), Text(check.fix))
         console = new_console()
         console.print(table)
-        console.print(f"{len(broken)} required checks failed" if broken else "ready")
+        console.print(_next(found), soft_wrap=True, highlight=False, markup=False)
     if broken:
         raise typer.Exit(1)
+
+
+def _next(found: Sequence[Check]) -> str:
+    """What a user does now."""
+    broken = [check for check in found if check.required and not check.ok]
+    if broken:
+        many = f"{len(broken)} required checks" if len(broken) > 1 else "1 required check"
+        return f"{many} failed; next: {broken[0].fix}, then ccm doctor again"
+    return "ready; next: ccm chat talks with the embedded model, ccm demo shows what its memory is worth"

@@ -9,18 +9,32 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import DataError, UnknownNameError
+from ..models.known import check, check_all, split_methods
 from ..models.loading import Device, DeviceMap, Dtype, LoadIn, Loading, ModelName
 from ..models.memory_option import Adapter, memory_name
 from ..models.placement import AUTO
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
-    from ..evaluation.runner import Evaluation
+    from ..evaluation.runner import Before, Evaluation
     from ..evaluation.suites import Plan, Suite
 
 EPILOG = "Example: ccm eval quick --methods none,full,ccm-concat,streaming-llm@ccm-concat --limit 2"
+#: Where a user's runs go; a checkout does not track it.
+FOLDER = Path("ccm-eval")
+SUITES = ("quick", "paper", "tuned", "streams", "hub")
+
+
+def _suite(name: str) -> str:
+    """A suite's name, or an own file that is there."""
+    if name.endswith(".jsonl"):
+        if not Path(name).is_file():
+            raise DataError(f"{name} is not there: give a .jsonl file of conversations or labelled items")
+    elif name not in SUITES:
+        raise UnknownNameError("suite", name, [*SUITES, "a .jsonl file of your own"])
+    return name
 
 
 @dataclass(frozen=True)
@@ -76,12 +90,15 @@ def evaluate(
     suite: Annotated[
         str,
         typer.Argument(
-            metavar="SUITE", help="quick, paper, tuned, streams, hub, or a .jsonl file of your own."
+            metavar="SUITE",
+            help=f"{', '.join(SUITES)}, or a .jsonl file of your own.",
+            callback=_suite,
         ),
     ],
     methods: Annotated[
         str | None,
         typer.Option(
+            callback=check_all,
             help="By commas: as --memory has one, or NAME@OTHER (as many KV entries as OTHER).",
             show_default="the suite's",
         ),
@@ -94,6 +111,7 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="NAME:option=value,…",
+            callback=check,
             help="A memory of yours, such as an adapter's folder; it and a window of equal bytes join the methods.",
         ),
     ] = None,
@@ -117,9 +135,20 @@ def evaluate(
         typer.Option(
             metavar="FOLDER",
             help="Records; a run resumes from it. The summary goes to FOLDER.json.",
-            show_default="results/eval/ and the suite's name",
+            show_default="ccm-eval/ and the suite's name",
         ),
     ] = None,
+    fresh: Annotated[
+        bool,
+        typer.Option(
+            "--fresh",
+            help="Measure all of it here and now: take nothing over, and put FOLDER aside as FOLDER.old.",
+        ),
+    ] = False,
+    show: Annotated[
+        int,
+        typer.Option(min=0, metavar="N", help="Print what N items of each task asked, and every answer."),
+    ] = 0,
     processes: Annotated[
         int | None,
         typer.Option(
@@ -141,36 +170,42 @@ def evaluate(
     ] = False,
 ) -> None:
     """Measure methods on tasks; Ctrl-C saves, the same command goes on."""
+    loading = Loading(model, device, dtype, load_in, device_map)
+    loading.check_names()
     from rich.console import Console
 
-    from ..evaluation.suites import parse_method, split_methods
+    from ..evaluation.suites import parse_method
     from ..methods.default import checked
 
     named = tuple(split_methods(methods or ""))
-    loading = Loading(model, device, dtype, load_in, device_map)
     added = memory_name(memory, adapter)
     options = Options(suite, named, _names(tasks), limit, loading, added, first_stage, threads, strict)
     chosen, plans = options.chosen()
     for text in {text for plan in plans for text in plan.methods}:
         checked(parse_method(text))  # a wrong name shows before anything is loaded
     loading.check()
-    folder = out or Path("results") / "eval" / chosen.name
+    folder = out or FOLDER / chosen.name
     console = Console(stderr=as_json)
     for tally in (entry.task.tally for entry in plans):
         if tally:
             console.print(str(tally), highlight=False, soft_wrap=True, markup=False)
     with console.status("Reading the tasks"):
         evaluation = prepare(options)
-    result = _run(evaluation, options, folder, processes, console)
+    result = _run(evaluation, options, folder, processes, console, fresh)
+    if show:
+        _show(evaluation, folder, show, console)
     if as_json:
         print(json.dumps(result))
-    else:
-        console.print(_table(result))
     for method, reason in result["skipped"].items():
         console.print(f"left out: {method}: {reason}", highlight=False, soft_wrap=True, markup=False)
     for warning in result["warnings"]:
         console.print(f"warning: {warning}", highlight=False, soft_wrap=True, markup=False)
-    console.print(f"results: {folder}.json", highlight=False, soft_wrap=True)
+    for line in (
+        f"results: {folder}.json",
+        *([] if show else ["next: the same command with --show 1 prints what was asked and answered"]),
+        f"next: ccm report {folder}.json makes a page of it, with a picture",
+    ):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def _names(text: str | None) -> tuple[str, ...]:
@@ -178,66 +213,55 @@ def _names(text: str | None) -> tuple[str, ...]:
 
 
 def _run(
-    evaluation: Evaluation, options: Options, folder: Path, processes: int | None, console: Console
+    evaluation: Evaluation,
+    options: Options,
+    folder: Path,
+    processes: int | None,
+    console: Console,
+    fresh: bool,
 ) -> dict[str, Any]:
     """Measure, with a bar and with helpers."""
     import torch
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    from ..evaluation.runner import Progress as Place
+    from ..evaluation.records import put_aside
+    from ..evaluation.runner import SHIPPED
     from ..evaluation.workers import Workers, how_many
+    from .measured import View
+
+    if fresh:
+        put_aside(folder)
+    shipped = None if fresh else SHIPPED / evaluation.suite
+    before = evaluation.take_over(folder, shipped)
+    console.print(_before(before, folder), highlight=False, soft_wrap=True, markup=False)
 
     count = processes or how_many(evaluation.model, evaluation.left(folder))
     if count > 1:
         options = replace(options, threads=options.threads or max(1, torch.get_num_threads() // count))
         torch.set_num_threads(options.threads)
 
-    columns = (BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    if (folder / "records.jsonl").exists():
-        console.print(f"{folder}: going on with what is measured there", highlight=False, soft_wrap=True)
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("", total=None)
-
-        def on_progress(place: Place) -> None:
-            where = f"{place.task} · {place.method} · {place.item}"
-            bar.update(task, completed=place.done, total=place.total, description=where)
-
+    with View(console) as view:
         try:
             with Workers(count - 1, prepare, options, folder):
-                return evaluation.run(folder, on_progress, count)
+                return evaluation.run(folder, view.on_progress, count, view.on_record)
         except KeyboardInterrupt:
-            bar.stop()
-            console.print(f"saved in {folder}; the same command goes on", highlight=False, soft_wrap=True)
+            again = "without --fresh it goes on" if fresh else "the same command goes on"
+            console.print(f"saved in {folder}; {again}", highlight=False, soft_wrap=True)
             raise
 
 
-def _table(result: dict[str, Any]) -> Table:
-    """Every task at its last step; gains over other methods and earlier steps are for ``ccm report``."""
-    from rich import box
-    from rich.filesize import decimal
-    from rich.table import Table
+def _before(before: Before, folder: Path) -> str:
+    """What is not measured now, in one line."""
+    left = before.wanted - before.shipped - before.earlier
+    parts = [f"{before.wanted} measurements"]
+    parts += [f"{before.shipped} taken over from the records of this library"] if before.shipped else []
+    parts += [f"{before.earlier} of an earlier run in {folder}"] if before.earlier else []
+    parts += [f"{left} to do" if left else "nothing is measured now"]
+    return ", ".join(parts) + ("; --fresh measures all of them" if left < before.wanted else "")
 
-    table = Table("method", "metric", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("value", "95 % CI", "KV bytes"):
-        table.add_column(name, justify="right", no_wrap=True)
-    last: dict[str, int] = {}
-    for row in result["rows"]:
-        last[row["task"]] = max(last.get(row["task"], 0), row["step"])
-    task = method = None
-    for row in result["rows"]:
-        if row["tag"] or row["step"] != last[row["task"]] or " " in row["metric"]:
-            continue
-        if row["task"] != task:
-            task, method = row["task"], None
-            table.add_section()
-            table.add_row(f"{task}, step {row['step']}", style="bold cyan")
-        first, method = row["method"] != method, row["method"]
-        known = row["ci_low"] is not None and row["ci_high"] is not None
-        table.add_row(
-            f"  {method}" if first else "",
-            row["metric"].replace("_", " "),
-            f"{row['value']:.3f}",
-            f"{row['ci_low']:.2f}, {row['ci_high']:.2f}" if known else "",
-            decimal(round(row["kv_bytes"])) if first else "",
-        )
-    return table
+
+def _show(evaluation: Evaluation, folder: Path, count: int, console: Console) -> None:
+    from .measured import questions
+
+    for task, item, records in evaluation.answered(folder, count):
+        for line in questions(task, item, records, evaluation.tokenizer):
+            console.print(line, soft_wrap=True)

@@ -12,7 +12,7 @@ import typer
 from ..models.loading import Device, Dtype, Loading, ModelName
 from ..models.memory_option import MemoryName
 from ..models.placement import AUTO
-from .options import AsJson, new_console
+from .options import AsJson, MemoryFile, new_console
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -24,7 +24,7 @@ app = typer.Typer(help="Look at memory and session files.")
 
 @app.command(epilog="Example: ccm memory inspect chat.ccm --json")
 def inspect(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A memory or a saved session.")],
+    file: MemoryFile,
     as_json: AsJson = False,
 ) -> None:
     """Show what a memory file holds, and that it is intact."""
@@ -57,7 +57,7 @@ def inspect(
 
 @app.command(epilog="Example: ccm memory show chat.ccm --ask 'What is my cat called?' --png memory.png")
 def show(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A saved session.")],
+    file: MemoryFile,
     ask: Annotated[
         str | None,
         typer.Option(

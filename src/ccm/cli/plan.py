@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..models.loading import Device, Dtype, LoadIn, ModelName
+from ..models.loading import Device, Dtype, LoadIn, Loading, ModelName
 from ..models.memory_option import Adapter, MemoryName, Sink, Slots, Window, memory_name
 from ..models.placement import AUTO
+from ..serving.options import check_store
 
 if TYPE_CHECKING:
     from ..planning.plan import Figure, Plan
@@ -42,6 +43,7 @@ def plan(
         str | None,
         typer.Option(
             metavar="URL",
+            callback=check_store,
             help="Measure this store, in a session that is deleted again.",
             show_default="a temporary SQLite file",
         ),
@@ -56,6 +58,7 @@ def plan(
     ] = False,
 ) -> None:
     """Plan for a number of users: KV bytes, GPUs, prefill and store; each figure says where it comes from."""
+    Loading(model, device, dtype, load_in).check_names()
     from rich.console import Console
 
     from ..planning.plan import Load

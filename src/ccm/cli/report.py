@@ -7,20 +7,26 @@ from typing import Annotated
 
 import typer
 
-from ..errors import StorageError
+from ..errors import ConfigError, StorageError
 from ..files.atomic import write_atomically
+from .eval import FOLDER as MEASURED
 
-EPILOG = "Example: ccm report results/eval --out docs"
+EPILOG = "Example: ccm report ccm-eval/quick.json --out my-report"
+#: Where pages go; a checkout does not track it.
+PAGES = Path("ccm-report")
+_ROOT = Path(__file__).parents[3]
+#: The folder of a checkout that holds the project's own pages, and the only results that they are made of.
+OWN_PAGES, OWN_RESULTS = _ROOT / "docs", _ROOT / "results"
 
 
 def report(
     paths: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[PATH]...", help="Result files, or folders of them.", show_default="results"),
+        typer.Argument(
+            metavar="[PATH]...", help="Result files, or folders of them.", show_default=str(MEASURED)
+        ),
     ] = None,
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where results.md and results/ go.")] = Path(
-        "docs"
-    ),
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where results.md and results/ go.")] = PAGES,
 ) -> None:
     """Write a summary, and a page for every suite, from what ccm eval and the benchmarks stored."""
     from rich.console import Console
@@ -29,7 +35,13 @@ def report(
     from ..evaluation.report.load import load
     from ..evaluation.report.pages import FOLDER, PAGE, build
 
-    paths = paths or [Path("results")]
+    paths = paths or [MEASURED]
+    own = out.resolve() == OWN_PAGES and (OWN_PAGES / PAGE).exists()
+    if own and [path.resolve() for path in paths] != [OWN_RESULTS]:
+        raise ConfigError(
+            f"{out} holds the project's own pages, which are made of {OWN_RESULTS.name}/ alone: give --out another "
+            "folder"
+        )
     results = load(paths)
     files = build(results, benchmarks.load([path for path in paths if path.is_dir()]))
     try:

@@ -44,15 +44,9 @@ def serve(
     ] = "1",
 ) -> None:
     """Serve OpenAI's clients: one persistent compressed memory for every conversation, and a web page."""
-    from ..serving.build import build_service
-    from ..serving.keys import Keys
+    from ..serving.keys import KeyFile, Keys, is_loopback
 
-    try:
-        from ..serving.api.guard import is_loopback
-    except ImportError as error:
-        raise MissingPackageError(
-            "the server needs more packages: pip install 'compressed-context-memory[serve]'"
-        ) from error
+    options.loading.check_names()
     if api_keys is None and not is_loopback(host):
         raise ConfigError(
             f"--host {host} is open to other machines: give --api-keys FILE (make one with: ccm key NAME "
@@ -60,25 +54,31 @@ def serve(
         )
     if not ray and replicas != "1":
         raise ConfigError("--replicas: only Ray Serve has several; give --ray")
-    keys = None if api_keys is None else Keys.read(api_keys)
+    keys = None if api_keys is None else KeyFile(api_keys)
     listener = _listen(host, port)
     options = replace(options, store=options.store or default_store())
+    try:
+        from ..serving.api import create_app
+    except ImportError as error:
+        raise MissingPackageError(
+            "the server needs more packages: pip install 'compressed-context-memory[serve]'"
+        ) from error
     if ray:
         from ..serving.ray import run
 
         address = listener.getsockname()[:2]
         listener.close()  # it was free a moment ago
-        run.run(options, keys, address, replicas, drain)
+        # replicas may be on machines that do not have the file
+        run.run(options, None if api_keys is None else Keys.read(api_keys), address, replicas, drain)
         return
     from rich.console import Console
 
+    from ..serving.build import build_service
     from ..serving.logs import to_stderr
 
-    to_stderr()  # what the store has to say is among it
+    to_stderr(options.log_format)  # what the store has to say is among it
     with Console(stderr=True).status("Loading the model"):
         service = build_service(options)
-    from ..serving.api import create_app
-
     _run(create_app(service, keys=keys), service, listener, drain)
 
 

@@ -77,6 +77,7 @@ def train(
     ] = False,
 ) -> None:
     """Train an adapter as a recipe says; Ctrl-C saves, the same command goes on."""
+    Loading(None, device, dtype, load_in, device_map).check_names()
     from ..training.recipe import dump, load_recipe
 
     if dtype == "float16":
@@ -206,6 +207,8 @@ def _finish(trainer: Trainer, result: dict[str, Any], console: Console, as_json:
         push_to_hub(trainer.adapter, config.push_to_hub)
         console.print(f"uploaded to {config.push_to_hub}", highlight=False)
     console.print(f"adapter: {trainer.adapter}", soft_wrap=True, highlight=False)
+    for line in _next(config, trainer.adapter):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
     if as_json:
         best = {"best": {trainer.stage.best_by: trainer.best}, "adapter": str(trainer.adapter)}
         print(json.dumps({**result, **best, "config": asdict(config)}))
@@ -217,6 +220,17 @@ def _finish(trainer: Trainer, result: dict[str, Any], console: Console, as_json:
     if below:
         print(f"failed: {'; '.join(below)}", file=sys.stderr)
         raise typer.Exit(1)
+
+
+def _next(config: TrainConfig, adapter: Path) -> list[str]:
+    """What a user does with a trained adapter."""
+    model = f" --model {config.model}" if config.model else ""
+    if config.stage != "memory":
+        return [f"next: train the memory on it, with base_adapter: {adapter} in its recipe"]
+    return [
+        f"next: ccm eval chats.jsonl{model} --memory {adapter} measures it on conversations of your own",
+        f"next: ccm chat{model} --memory {adapter}",
+    ]
 
 
 def _run(trainer: Trainer, console: Console) -> dict[str, Any]:

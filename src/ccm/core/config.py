@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import ConfigError
-from .rules import get_rule
 
 #: First raw tokens that stay unless a configuration says otherwise.
 SINK = 4
@@ -49,4 +48,6 @@ class CompressorConfig:
                 raise ConfigError(
                     f"CompressorConfig.{name}: got {value!r}, expected a whole number >= {least}"
                 )
+        from .rules import get_rule  # needs torch, which takes seconds: a wrong key shows before
+
         get_rule(self.rule, **self.rule_options)

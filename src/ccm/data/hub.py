@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Any, ClassVar
 
+from .. import hub
 from ..errors import DataError, MissingPackageError
 from .conversation import Conversation, Split, Turn, check_split
 from .conversational import ConversationSource
@@ -28,12 +29,17 @@ def load_hub(name: str, split: Split, streaming: bool = False) -> Iterable[dict[
         from datasets import load_dataset
     except ImportError as error:
         raise MissingPackageError(f"{name} needs the package datasets: pip install datasets") from error
+    if reason := hub.silent():
+        raise DataError(
+            f"cannot load {name}: {reason}; HF_HUB_OFFLINE=1 reads what was downloaded earlier, and some sources "
+            "come in a package (ccm data list)"
+        )
     try:
         return load_dataset(name, split=split, streaming=streaming)
     except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[:1]
+        said = str(error).strip().splitlines()[:1]
         raise DataError(
-            f"cannot load {name} from the hub ({reason[0] if reason else type(error).__name__}): check the network, "
+            f"cannot load {name} from the hub ({said[0] if said else type(error).__name__}): check the network, "
             "or choose a source that comes in a package (ccm data list)"
         ) from error
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 
+from .. import hub
 from ..errors import DataError, UnknownNameError
 from .conversation import Split, check_split, split_of
 from .icl import demonstration
@@ -93,6 +94,8 @@ def _person(record: dict[str, Any], labels: dict[str, str], form: _Format) -> Pe
 
 
 def _read(name: str, path: str | None) -> Any:
+    if path is None and (reason := hub.silent()):
+        raise DataError(f"cannot read {name}: {reason}; HF_HUB_OFFLINE=1 reads what was downloaded earlier")
     try:
         file = Path(path) / name if path else Path(hf_hub_download(HUB, name, repo_type="dataset"))
         return json.loads(file.read_text(encoding="utf-8"))

@@ -6,13 +6,18 @@ import math
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 Array = NDArray[np.float64]
+N = TypeVar("N", float, np.ndarray, "Tensor")
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -62,6 +67,32 @@ def _subsequence(a: list[str], b: list[str]) -> int:
         for j, other in enumerate(b):
             row.append(last[j] + 1 if word == other else max(last[j + 1], row[j]))
     return row[-1]
+
+
+# ---------------------------------------------------------------------- what methods are compared by
+
+
+def recovered_share(none: N, full: N, method: N) -> N:
+    """(none - method) / (none - full), of numbers, arrays or tensors of mean NLL, or of sums over the same tokens."""
+    return (none - method) / (none - full)
+
+
+def frontier(points: Mapping[str, tuple[float, float]]) -> list[str]:
+    """The Pareto frontier of methods, by rising bytes: nothing with as few bytes is as good.
+
+    It begins at no memory: what is worse than that, or only as good, is not on it.
+
+    Args:
+        points: method -> (KV bytes, quality, of which more is better); without "none" there is no frontier.
+    """
+    if "none" not in points:
+        return []
+    best, found = -math.inf, []
+    for name in sorted(points, key=lambda name: (name != "none", points[name][0], -points[name][1])):
+        if points[name][1] > best:
+            best = points[name][1]
+            found.append(name)
+    return found
 
 
 # ---------------------------------------------------------------------- intervals

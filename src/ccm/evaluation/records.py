@@ -4,6 +4,7 @@ FOLDER/settings.json    what was asked; records under other settings are never m
 FOLDER/records.jsonl    one line per (task, method, item), written and synced when it is finished
 FOLDER/in-hand-KEY.pt   the state of a long item, saved every minute; gone when its record is there
 FOLDER/.claim-KEY       locked while a process measures an item; the system lets go of it when the process dies
+FOLDER.old              what was there before everything was measured anew
 
 Any number of processes may share a folder: each claims an item before it measures it, and sees what others have done.
 """
@@ -16,8 +17,9 @@ import json
 import logging
 import os
 import pickle
+import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,8 @@ SAVE_EVERY = 60.0
 _LOCKED = 60.0
 #: Settings that grow when more tasks or methods are asked for; their entries must not change.
 _GROWING = ("tasks", "methods")
+#: In a record: it comes from another folder.
+TAKEN = "taken_over"
 
 #: (task, method, item)
 Key = tuple[str, str, str]
@@ -134,25 +138,62 @@ class Records:
         Raises:
             StorageError: it cannot be written; what was there is intact.
         """
-        record = {"task": key[0], "method": key[1], **measured}
-        path = self.folder / RECORDS
         with self._locked():
             self._read()
-            line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
-            try:
-                with path.open("ab") as file:
-                    file.write(line)
-                    file.flush()
-                    os.fsync(file.fileno())
-                self._in_hand_file(key).unlink(missing_ok=True)
-            except OSError as error:
-                raise StorageError(
-                    f"cannot write {path}: {error.strerror or error}; what was measured before is intact"
-                ) from error
-            self._read_bytes += len(line)
-            self._read_lines += 1
-        self._done[key] = record
+            self._append({key: {"task": key[0], "method": key[1], **measured}})
         self._in_hand = None
+
+    def take_over(self, other: Path, wanted: Iterable[Key]) -> None:
+        """Copy records of another folder that are not here yet, each marked :data:`TAKEN`.
+
+        Only records of the very same settings are taken: model, versions, seed, and those of the task and the method.
+
+        Args:
+            other: the folder; nothing happens if it has no settings.
+            wanted: keys of records.
+
+        Raises:
+            DataError: files of the other folder are damaged.
+            StorageError: as :meth:`add`.
+        """
+        theirs = _known(other)
+        ours = json.loads(json.dumps(self.settings))
+        plain = [{k: v for k, v in settings.items() if k not in _GROWING} for settings in (theirs, ours)]
+        if plain[0] != plain[1] or other.resolve() == self.folder.resolve():
+            return
+        same = {
+            group: {name for name, value in ours[group].items() if theirs[group].get(name) == value}
+            for group in _GROWING
+        }
+        found = _records(other / RECORDS)
+        with self._locked():
+            self._read()
+            new: dict[Key, dict[str, Any]] = {}
+            for key in wanted:
+                of_size = key[1].partition("@")[2] or key[1]  # whose number of keys a window has
+                fits = key[0] in same["tasks"] and {key[1], of_size} <= same["methods"]
+                if fits and key in found and key not in self._done:
+                    new[key] = {**found[key], TAKEN: True}
+            self._append(new)
+
+    def _append(self, new: Mapping[Key, Mapping[str, Any]]) -> None:
+        """Write records at the end. The folder is locked."""
+        path = self.folder / RECORDS
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in new.values()).encode()
+        try:
+            with path.open("ab") as file:
+                file.write(lines)
+                file.flush()
+                os.fsync(file.fileno())
+            for key in new:
+                self._in_hand_file(key).unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageError(
+                f"cannot write {path}: {error.strerror or error}; what was measured before is intact"
+            ) from error
+        self._read_bytes += len(lines)
+        self._read_lines += len(new)
+        self._done |= {key: dict(record) for key, record in new.items()}
 
     # ------------------------------------------------------------------ the item in hand
 
@@ -211,29 +252,17 @@ class Records:
 
     def _agree(self, wanted: dict[str, Any]) -> dict[str, Any]:
         """Settings of the folder and of this run together; refused if they contradict each other."""
-        known = self._known()
+        known = _known(self.folder)
         if known and (different := list(_differences(known, wanted))):
             raise ConfigError(
                 f"{self.folder} holds results of other settings ({'; '.join(different)}); give --out another "
-                "folder, or the settings of that run"
+                "folder, --fresh to put them aside, or the settings of that run"
             )
         merged = wanted | {name: {**known.get(name, {}), **wanted.get(name, {})} for name in _GROWING}
         if merged != known:
             text = json.dumps(merged, indent=1, ensure_ascii=False) + "\n"
             write_atomically(self.folder / SETTINGS, text.encode())
         return merged
-
-    def _known(self) -> dict[str, Any]:
-        """Settings of the folder; empty if it is new."""
-        path = self.folder / SETTINGS
-        if not path.exists():
-            return {}
-        try:
-            return dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
-            raise DataError(
-                f"{path} is damaged ({error}); give --out another folder, or delete this one"
-            ) from error
 
     def _read(self) -> None:
         """Take in the lines that are new, and the settings they go with. The folder is locked: nobody is writing."""
@@ -246,18 +275,60 @@ class Records:
         whole = new.rfind(b"\n") + 1
         if whole < len(new):  # a kill may leave half a line
             os.truncate(path, self._read_bytes + whole)
-        for number, line in enumerate(new[:whole].splitlines(), self._read_lines + 1):
-            try:
-                record = json.loads(line)
-                self._done[record["task"], record["method"], record["item"]] = record
-            except (ValueError, KeyError, TypeError) as error:
-                raise DataError(
-                    f"{path}, line {number} is not a record ({error}); delete the line, and it is measured again"
-                ) from error
+        self._done |= _parsed(new[:whole], path, self._read_lines + 1)
         if whole:
             self._read_bytes += whole
             self._read_lines += new.count(b"\n")
-            self.settings = self._known()
+            self.settings = _known(self.folder)
+
+
+def put_aside(folder: Path) -> None:
+    """Begin anew: what a folder holds is in ``FOLDER.old`` afterwards, in place of what was there.
+
+    Raises:
+        StorageError: it cannot be moved.
+    """
+    if not folder.exists():
+        return
+    old = folder.with_name(folder.name + ".old")
+    try:
+        if old.exists():
+            shutil.rmtree(old)
+        folder.rename(old)
+    except OSError as error:
+        raise StorageError(_cannot_write(folder, error)) from error
+
+
+def _known(folder: Path) -> dict[str, Any]:
+    """Settings of a folder; empty if it is new."""
+    path = folder / SETTINGS
+    if not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path} is damaged ({error}); give --out another folder, or delete this one"
+        ) from error
+
+
+def _records(path: Path) -> dict[Key, dict[str, Any]]:
+    """All whole lines of a file of records; none if it is not there."""
+    content = path.read_bytes() if path.exists() else b""
+    return _parsed(content[: content.rfind(b"\n") + 1], path, 1)
+
+
+def _parsed(lines: bytes, path: Path, first: int) -> dict[Key, dict[str, Any]]:
+    found = {}
+    for number, line in enumerate(lines.splitlines(), first):
+        try:
+            record = json.loads(line)
+            found[record["task"], record["method"], record["item"]] = record
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{path}, line {number} is not a record ({error}); delete the line, and it is measured again"
+            ) from error
+    return found
 
 
 def _short(key: Key) -> str:

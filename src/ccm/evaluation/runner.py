@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -25,7 +25,7 @@ from ..methods import Method
 from . import summary
 from .items import Generation, Item, Likelihood
 from .protocol import State, run_item
-from .records import Key, Records
+from .records import TAKEN, Key, Records
 from .suites import MethodSpec, Plan, in_order, meant
 
 FORMAT, SCHEMA, SEED = "ccm-eval/1", 1, 0
@@ -33,6 +33,8 @@ FORMAT, SCHEMA, SEED = "ccm-eval/1", 1, 0
 _PASS = 24
 #: Seconds between two looks at what other processes are doing.
 _PATIENCE = 0.5
+#: Where a checkout of this library has its own records; nothing is written there unless ``--out`` says so.
+SHIPPED = Path(__file__).parents[3] / "results" / "eval"
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,21 @@ class Progress:
     item: str
     done: int
     total: int
+
+
+@dataclass(frozen=True)
+class Before:
+    """What is measured before a run begins, in records.
+
+    Attributes:
+        shipped: taken over from the records of this library.
+        earlier: of earlier runs in the same folder.
+        wanted: all that the run is about.
+    """
+
+    shipped: int
+    earlier: int
+    wanted: int
 
 
 @dataclass(frozen=True)
@@ -159,6 +176,7 @@ class Evaluation:
         folder: Path,
         on_progress: Callable[[Progress], None] = lambda progress: None,
         processes: int = 1,
+        on_record: Callable[[str, list[dict[str, Any]], bool], None] = lambda task, records, complete: None,
     ) -> dict[str, Any]:
         """Measure what is not measured yet; returns the summary, which is in ``FOLDER.json`` too.
 
@@ -169,12 +187,14 @@ class Evaluation:
             folder: of the records.
             on_progress: called before and after every item, and at every step of one.
             processes: how many are at it, for the record.
+            on_record: called when there is one more record of a task, with the task, all its records so far, and
+                whether that is all of them.
 
         Raises:
             ConfigError: the folder holds results of other settings.
             StorageError: it cannot be written.
         """
-        records = self.measure(folder, on_progress)
+        records = self.measure(folder, on_progress, on_record)
         result = self.summary(records, processes)
         text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
         write_atomically(folder.with_name(folder.name + ".json"), text.encode())
@@ -183,6 +203,23 @@ class Evaluation:
     def left(self, folder: Path) -> int:
         """Work that is not done yet, in tokens; raises as :meth:`run`."""
         return _left(Records(folder, self.settings()), self._jobs())
+
+    def take_over(self, folder: Path, shipped: Path | None = None) -> Before:
+        """Count what is measured already, and copy what the records of this library have of the rest.
+
+        Args:
+            folder: of the records.
+            shipped: folder of this library's records; None takes nothing over.
+
+        Raises:
+            ConfigError, DataError, StorageError: as :meth:`run`.
+        """
+        records, keys = Records(folder, self.settings()), [job.key for job in self._jobs()]
+        if shipped is not None:
+            records.take_over(shipped, keys)
+        found = [record for key in keys if (record := records.get(key)) is not None]
+        taken = sum(TAKEN in record for record in found)
+        return Before(taken, len(found) - taken, len(keys))
 
     def _jobs(self) -> list[Job]:
         return [
@@ -193,14 +230,29 @@ class Evaluation:
         ]
 
     def measure(
-        self, folder: Path, on_progress: Callable[[Progress], None] = lambda progress: None
+        self,
+        folder: Path,
+        on_progress: Callable[[Progress], None] = lambda progress: None,
+        on_record: Callable[[str, list[dict[str, Any]], bool], None] = lambda task, records, complete: None,
     ) -> Records:
         """Measure what neither this process nor another has measured; returns when all of it is there."""
         records, jobs = Records(folder, self.settings()), self._jobs()
         total = sum(job.cost for job in jobs)
+        of_task: dict[str, list[Key]] = {}
+        for job in jobs:
+            of_task.setdefault(job.task, []).append(job.key)
+
+        def measured(job: Job, jobs: Sequence[Job]) -> bool:
+            if not self._measure(records, job, jobs, total, on_progress):
+                return False
+            keys = of_task[job.task]
+            found = [record for key in keys if (record := records.get(key)) is not None]
+            on_record(job.task, found, len(found) == len(keys))
+            return True
+
         try:
             while jobs:
-                left = [job for job in jobs if not self._measure(records, job, jobs, total, on_progress)]
+                left = [job for job in jobs if not measured(job, jobs)]
                 if len(left) == len(jobs):  # other processes are at what is left
                     time.sleep(_PATIENCE)
                     records.refresh()
@@ -265,6 +317,14 @@ class Evaluation:
 
     # ------------------------------------------------------------------ the result
 
+    def answered(self, folder: Path, count: int) -> Iterator[tuple[str, Item, dict[str, dict[str, Any]]]]:
+        """Task, item, and the records of the item by method, for the first items of each task."""
+        records = Records(folder, self.settings())
+        for plan, specs, items in self.work:
+            for item in items[:count]:
+                of_method = {spec.text: records.get((plan.task.name, spec.text, item.name)) for spec in specs}
+                yield plan.task.name, item, {name: found for name, found in of_method.items() if found}
+
     def summary(self, records: Records, processes: int = 1) -> dict[str, Any]:
         """The results of all records of a folder, in the schema of ``results/eval``."""
         tasks, methods = list(records.settings["tasks"]), list(records.settings["methods"])
@@ -286,6 +346,7 @@ class Evaluation:
             "versions": settings["versions"],
             "revision": _revision(),
             "settings": settings["tasks"],
+            **({"taken_over": taken} if (taken := sum(TAKEN in record for record in found)) else {}),
             "seconds": round(sum(record.get("seconds", 0.0) for record in found), 1),  # of one process
             "machine": {
                 "system": f"{platform.system()} {platform.machine()}",

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..core.compressor import Compressor
 from ..data.rows import ConversationRow
+from .metrics import recovered_share
 
-N = TypeVar("N", float, np.ndarray, Tensor)
 #: (row, segment) -> logits (T_segment, V)
 SegmentLogits = Callable[[int, int], Tensor]
 
@@ -45,11 +43,6 @@ def turn_nll(logits: Tensor, ids: Sequence[int], content: tuple[int, int]) -> tu
     targets = torch.as_tensor(ids[start:stop], device=logits.device)
     nll = torch.nn.functional.cross_entropy(logits[start - 1 : stop - 1].float(), targets, reduction="sum")
     return float(nll), stop - start
-
-
-def recovered_share(none: N, full: N, method: N) -> N:
-    """Of numbers, arrays or tensors of mean NLL, or of sums over the same tokens."""
-    return (none - method) / (none - full)
 
 
 def bootstrap_share(

@@ -45,17 +45,6 @@ def parse_method(text: str) -> MethodSpec:
     return MethodSpec(text.strip(), spec.name, spec.options, same_as.strip())
 
 
-def split_methods(text: str) -> list[str]:
-    """Methods that stand one after another with commas between; a part ``key=value`` belongs to the one before."""
-    found: list[str] = []
-    for part in text.split(","):
-        if found and "=" in part and ":" not in part.partition("=")[0]:
-            found[-1] += "," + part
-        elif part.strip():
-            found.append(part.strip())
-    return found
-
-
 def in_order(texts: Iterable[str]) -> list[MethodSpec]:
     """Methods as written, each once; one whose sizes another gets comes before it, and is added if missing."""
     specs: dict[str, MethodSpec] = {}

@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .metrics import Array, bootstrap
-from .share import recovered_share
+from .metrics import Array, bootstrap, recovered_share
 
 Record = Mapping[str, Any]
 #: item -> (what is summed, how many); by item, as items are what is resampled
@@ -27,6 +26,9 @@ _OF_KIND: dict[str, dict[str, tuple[str, str]]] = {
 
 #: What two methods are compared by, item by item.
 _COMPARED = {"perplexity": "recovered_share", "accuracy": "accuracy", "f1": "f1"}
+#: After the name of a metric: what full context is better by than none, in nats per token for perplexities. Where its
+#: interval holds 0, a memory has nothing to keep.
+WORTH = " gain over none"
 
 
 def rows(records: Iterable[Record]) -> list[dict[str, Any]]:
@@ -147,6 +149,9 @@ def _measures(
         value, interval = _measure(_share, *(_only(sums, items) for sums in (none, full, own)))
         if math.isfinite(value):
             yield "recovered_share", len(items), value, interval
+    if own is full and metric in _COMPARED and (items := own.keys() & none.keys()):
+        better, worse = (none, own) if metric == "perplexity" else (own, none)
+        yield metric + WORTH, len(items), *_measure(_gap, _only(better, items), _only(worse, items))
     if metric == "accuracy" and (items := own.keys() & full.keys()):
         yield "accuracy_gap", len(items), *_measure(_gap, _only(own, items), _only(full, items))
 

@@ -20,6 +20,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .. import hub
 from ..core.config import CompressorConfig
 from ..errors import ConfigError, MismatchError, StorageError, UnknownNameError
 from . import base_stage
@@ -199,10 +200,19 @@ def find(name: str | os.PathLike[str]) -> Path:
     for folder in (Path(name), SHIPPED / str(name)):
         if (folder / "ccm_config.json").is_file():
             return folder
-    try:
-        return Path(snapshot_download(str(name)))
-    except Exception as error:  # the hub client raises many kinds
+    text = str(name)
+    if "/" not in text and not Path(text).expanduser().exists():
         raise ConfigError(
-            f"no adapter {str(name)!r}: not a folder with ccm_config.json, not on the hub, and not one of the "
-            f"shipped {', '.join(shipped_adapters()) or '(none)'}"
+            f"no adapter {text!r}: not a folder here, and none of the shipped {', '.join(shipped_adapters())}; "
+            "one of the hub is written ORGANISATION/NAME"
+        )
+    if hub.is_folder(text, "adapter", "ccm_config.json"):
+        return Path(text).expanduser()
+    online = hub.is_online(text, "adapter", "ccm_config.json")
+    try:
+        return Path(snapshot_download(text, local_files_only=not online))
+    except Exception as error:  # the hub client raises many kinds
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ConfigError(
+            f"no adapter {text!r}: no such folder here, and the hub has none ({reason})"
         ) from error

@@ -18,10 +18,9 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-import yaml
-
 from ..errors import CCMError, ConfigError, UnknownNameError, nearest
 from ..files import adapter_folder
+from ..models.known import written
 from .base import METHODS, Method
 
 GROUP = "ccm.methods"
@@ -71,28 +70,8 @@ def parse(text: str) -> Spec:
     Raises:
         ConfigError: it is not NAME or NAME:option=value,…
     """
-    name, _, given = text.strip().partition(":")
-    options: dict[str, Any] = {}
-    for pair in filter(None, given.split(",")):
-        key, _, value = (part.strip() for part in pair.partition("="))
-        *parents, last = key.split(".")
-        try:
-            place = options
-            for part in parents:
-                place = place.setdefault(part, {})
-            twice = last in place
-            place[last] = yaml.safe_load(value)
-        except (TypeError, AttributeError, yaml.YAMLError):
-            last, twice = "", False
-        if twice:
-            raise ConfigError(f"method {text!r}: got {key} twice, expected it once")
-        if not last or not value:
-            raise ConfigError(
-                f"method {text!r}: got {pair!r}, expected option=value, such as ccm-concat:slots=2,window=64"
-            )
-    if not name.strip():
-        raise ConfigError(f"method {text!r}: expected NAME or NAME:option=value")
-    return Spec(text.strip(), name.strip(), options)
+    name, options = written(text)
+    return Spec(text.strip(), name, options)
 
 
 # ---------------------------------------------------------------------- look up

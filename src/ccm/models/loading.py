@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .placement import AUTO, Placement, place
+from .placement import AUTO, Placement, check_names, place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -67,6 +67,10 @@ class Loading:
     dtype: str = AUTO
     load_in: str | None = None
     device_map: str | None = None
+
+    def check_names(self) -> None:
+        """Raises what can be told at once, before torch is imported (see ``placement.check_names``)."""
+        check_names(self.model, self.dtype, self.device, self.load_in, self.device_map)
 
     def check(self) -> Placement:
         """Where this would go; nothing is loaded. Raises as ``place``."""

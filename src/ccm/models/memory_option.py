@@ -7,18 +7,20 @@ from typing import Annotated
 import typer
 
 from ..errors import ConfigError
+from .known import check
 
 MemoryName = Annotated[
     str | None,
     typer.Option(
         "--memory",
+        callback=check,
         metavar="NAME:option=value,…",
         help="How conversations are kept: a method, an adapter (shipped name, folder, hub id), or ./FILE.py.",
         show_default="the best for the model",
     ),
 ]
 #: Hidden, for a release.
-Adapter = Annotated[str | None, typer.Option("--adapter", hidden=True)]
+Adapter = Annotated[str | None, typer.Option("--adapter", hidden=True, callback=check)]
 Slots = Annotated[int | None, typer.Option("--slots", hidden=True)]
 Sink = Annotated[int | None, typer.Option("--sink", hidden=True)]
 Window = Annotated[int | None, typer.Option("--window", hidden=True)]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import hub
 from ..errors import ConfigError, MissingPackageError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -18,6 +20,9 @@ DTYPES = (AUTO, "float32", "bfloat16", "float16")
 LOAD_IN = {"4bit": "bitsandbytes", "8bit": "torchao"}
 #: Ways to spread the layers, as accelerate names them.
 DEVICE_MAPS = (AUTO, "balanced", "balanced_low_0", "sequential")
+#: The embedded model.
+DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+_DEVICE = re.compile(r"(auto|cpu|cuda|mps|xpu|npu|hpu|mtia|meta)(:\d+)?")
 
 
 @dataclass(frozen=True)
@@ -66,18 +71,8 @@ def place(
         ConfigError: an unknown device or type, one that is not there, or options that exclude each other.
         MissingPackageError: the package that quantizes is not installed.
     """
-    if is_gguf(model) and not Path(str(model)).is_file():
-        raise ConfigError(f"no file {str(model)!r}: expected a GGUF file of this name")
-    if load_in is not None:
-        _check_quantized(str(model), load_in)
-    if device_map is not None:
-        if device not in (None, AUTO):
-            raise ConfigError(
-                f"device {str(device)!r} with a device map: the map says where each layer goes; give one of the two"
-            )
-        if isinstance(device_map, str) and device_map not in DEVICE_MAPS:
-            raise UnknownNameError("device map", device_map, list(DEVICE_MAPS))
-        device = AUTO
+    check_names(model, dtype, device, load_in, device_map)
+    device = AUTO if device_map is not None else device
     where = _device(device)
     auto = dtype == AUTO
     kind = None if auto or dtype is None else _dtype(dtype)
@@ -87,6 +82,39 @@ def place(
         name = str(kind).removeprefix("torch.")
         raise ConfigError(f"dtype {name}: device {where} cannot do it; give another, or auto")
     return Placement(where, kind, auto, load_in, device_map)
+
+
+def check_names(
+    model: str | None = None,
+    dtype: Any = AUTO,
+    device: Any = AUTO,
+    load_in: str | None = None,
+    device_map: Any = None,
+) -> None:
+    """What can be told of the arguments of :func:`place` at once, before torch is imported; raises as it does."""
+    if is_gguf(model):
+        if not Path(str(model)).is_file():
+            raise ConfigError(f"no file {str(model)!r}: expected a GGUF file of this name")
+    elif not is_default(model) and not hub.is_folder(str(model), "model", "config.json"):
+        hub.is_online(str(model), "model", "config.json")
+    if load_in is not None:
+        _check_quantized(str(model), load_in)
+    if device_map is not None:
+        if device not in (None, AUTO):
+            raise ConfigError(
+                f"device {str(device)!r} with a device map: the map says where each layer goes; give one of the two"
+            )
+        if isinstance(device_map, str) and device_map not in DEVICE_MAPS:
+            raise UnknownNameError("device map", device_map, list(DEVICE_MAPS))
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise UnknownNameError("type of weights", dtype, list(DTYPES))
+    if isinstance(device, str) and not _DEVICE.fullmatch(device):
+        raise ConfigError(f"device {device!r}: no such device; expected auto, cpu, cuda, cuda:1 or mps")
+
+
+def is_default(name: str | None) -> bool:
+    """Whether the name is that of the embedded model."""
+    return name in (None, "default", DEFAULT_MODEL)
 
 
 def is_gguf(name: str | None) -> bool:

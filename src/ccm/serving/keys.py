@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import ipaddress
+import logging
 import re
 import secrets
 import stat
@@ -13,8 +15,21 @@ from pathlib import Path
 from ..errors import ConfigError, StorageError
 from ..files.atomic import write_atomically
 
+log = logging.getLogger(__name__)
+
 _TENANT = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _LINE = re.compile(rf"({_TENANT.pattern}):([0-9a-f]{{64}})")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address means this machine and cannot mean another."""
+    host = host.strip("[]").lower()
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True)
@@ -86,6 +101,46 @@ class Keys:
             if hmac.compare_digest(digest, known):
                 found = tenant
         return found
+
+
+class KeyFile:
+    """The keys of a file as it is now: a key that is added to it counts from the next request on, one that is taken
+    out no longer.
+
+    A file that becomes unusable lets nobody in until it is mended; the log says so once.
+
+    Args:
+        path: the file.
+
+    Raises:
+        ConfigError: as :meth:`Keys.read`.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._seen = _stamp(path)
+        self._keys = Keys.read(path)
+
+    def tenant(self, key: str) -> str | None:
+        """Whose key this is; the time that it takes does not depend on the key."""
+        if (now := _stamp(self.path)) != self._seen:
+            self._seen = now  # before it is read: what changes meanwhile is read again
+            try:
+                self._keys = Keys.read(self.path)
+                log.info("API keys %s are read again: %d keys", self.path, len(self._keys.digests))
+            except ConfigError as error:
+                self._keys = Keys(())
+                log.error("nobody is let in: %s", error)
+        return self._keys.tenant(key)
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """What changes whenever a file is written; empty if it is not there."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino
 
 
 def _sha256(key: str) -> str:

@@ -3,22 +3,42 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import wraps
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from ..errors import UnknownNameError
 from ..models.loading import Device, DeviceMap, Dtype, LoadIn, Loading, ModelName
 from ..models.memory_option import Adapter, MemoryName, Sink, Slots, Window, memory_name
 from ..models.placement import AUTO
+from .logs import check_format
+from .settings import DISCONNECT, PRECISIONS, RESENDS, Settings
 
 if TYPE_CHECKING:
-    from .settings import Settings
     from .store import Limits
 
 DAY = 86400
+
+
+def check_store(url: str | None) -> str | None:
+    """The URL of a store, if its kind is known; raises as ``store.check_url``."""
+    if url:
+        from .store import check_url
+
+        check_url(url)
+    return url
+
+
+def _one_of(kind: str, known: Sequence[str]) -> Callable[[str], str]:
+    def check(value: str) -> str:
+        if value not in known:
+            raise UnknownNameError(kind, value, list(known))
+        return value
+
+    return check
 
 
 @dataclass(frozen=True)
@@ -32,6 +52,7 @@ class Options:
         str,
         typer.Option(
             metavar="URL",
+            callback=check_store,
             help="sqlite:///FILE, dir:///FOLDER, redis://… or postgresql://…",
             show_default="a file in your state folder",
         ),
@@ -48,11 +69,17 @@ class Options:
     resend: Annotated[
         str,
         typer.Option(
-            help="A history that differs: match what is known of it, refuse it, or rebuild the memory."
+            callback=_one_of("resend", RESENDS),
+            help="A history that differs: match what is known of it, refuse it, or rebuild the memory.",
         ),
     ] = "match"
     texts: Annotated[bool, typer.Option(help="Keep what was said beside the memories.")] = True
-    precision: Annotated[str, typer.Option(help="Of stored memories: float32, bfloat16, int8.")] = "float32"
+    precision: Annotated[
+        str,
+        typer.Option(
+            callback=_one_of("precision", PRECISIONS), help="Of stored memories: float32, bfloat16, int8."
+        ),
+    ] = "float32"
     ttl: Annotated[
         float | None,
         typer.Option(min=0, metavar="DAYS", help="Forget conversations so long after their end."),
@@ -70,6 +97,7 @@ class Options:
         str,
         typer.Option(
             "--on-disconnect",
+            callback=_one_of("disconnect", DISCONNECT),
             help="A turn whose client goes away: drop, keep what was said, or finish it.",
         ),
     ] = "drop"
@@ -81,8 +109,19 @@ class Options:
     ] = None
     vllm_store: Annotated[
         str | None,
-        typer.Option(metavar="URL", help="The store that its connector reads.", show_default="--store"),
+        typer.Option(
+            metavar="URL",
+            callback=check_store,
+            help="The store that its connector reads.",
+            show_default="--store",
+        ),
     ] = None
+    log_format: Annotated[
+        str,
+        typer.Option(
+            callback=check_format, help="auto (text on a terminal, JSON elsewhere), text or json, on stderr."
+        ),
+    ] = "auto"
     adapter: Adapter = None
     slots: Slots = None
     sink: Sink = None
@@ -113,8 +152,6 @@ class Options:
 
     def settings(self, memory: str) -> Settings:
         """Of the service, whose memory has this name."""
-        from .settings import Settings
-
         return Settings(
             memory,
             texts=self.texts,

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import UnknownNameError
-from .store import codec
 
 #: What becomes of a turn whose client goes away.
 DISCONNECT = ("drop", "keep", "finish")
 #: What may be done with a history that differs from the known one.
 RESENDS = ("match", "refuse", "rebuild")
+#: Types of stored memories; as those of ``files.memory_file``, which needs torch.
+PRECISIONS = ("float32", "bfloat16", "int8")
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Settings:
     def __post_init__(self) -> None:
         if self.resend not in RESENDS:
             raise UnknownNameError("resend", self.resend, list(RESENDS))
-        if self.precision not in codec.DTYPES:
-            raise UnknownNameError("precision", self.precision, list(codec.DTYPES))
+        if self.precision not in PRECISIONS:
+            raise UnknownNameError("precision", self.precision, list(PRECISIONS))
         if self.disconnect not in DISCONNECT:
             raise UnknownNameError("disconnect", self.disconnect, list(DISCONNECT))

@@ -6,9 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..core.config import CompressorConfig
-from ..core.rules import get_rule
 from ..errors import ConfigError, UnknownNameError
-from ..methods.baselines import BASELINES
 
 STAGES = ("memory", "base")
 OBJECTIVE_NAMES = ("distill", "ce", "target-ce")
@@ -113,6 +111,10 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        # these need torch, which takes seconds; a wrong key of a recipe shows before
+        from ..core.rules import get_rule
+        from ..methods.baselines import BASELINES
+
         choices = {
             "stage": STAGES,
             "objective": OBJECTIVE_NAMES,

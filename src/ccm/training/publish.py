@@ -6,6 +6,7 @@ import json
 import logging
 from pathlib import Path
 
+from .. import hub
 from ..errors import CCMError
 from ..files.atomic import write_atomically
 
@@ -21,6 +22,10 @@ def push_to_hub(adapter: Path, repository: str) -> None:
     import huggingface_hub
 
     write_atomically(adapter / "README.md", card(adapter, repository).encode())
+    if reason := hub.silent():
+        raise CCMError(
+            f"cannot upload to {repository}: {reason}; the adapter is in {adapter}, the same command tries again"
+        )
     try:
         huggingface_hub.create_repo(repository, exist_ok=True)
         huggingface_hub.upload_folder(repo_id=repository, folder_path=str(adapter))

@@ -11,12 +11,14 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from ..errors import ConfigError
-from .config import TrainConfig
+
+if TYPE_CHECKING:
+    from .config import TrainConfig
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -33,6 +35,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     settings = _read(Path(path))
     for override in overrides:
         _set(settings, override)
+    from .config import TrainConfig
+
     try:
         return _build(TrainConfig, settings, "")
     except ConfigError as error:

@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from ...errors import DataError
-from ..share import recovered_share
+from ..metrics import recovered_share
 from .tables import markdown, number, size
 
 #: name of a file -> its content

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...errors import ConfigError, DataError
+from ..summary import WORTH
 
 SCHEMA = 1
 #: Resampling fewer items than this says nothing.
@@ -137,6 +138,16 @@ class Results:
         shares = main == "perplexity" and not self.is_stream(task) and self.of(task, "recovered_share")
         return "recovered_share" if shares else main
 
+    def worth(self, task: str) -> Estimate | None:
+        """What full context gains over none at the last step; None if it is not known."""
+        row = self.last(task, "full", self.main(task) + WORTH)
+        return row.estimate if row else None
+
+    def nothing_to_keep(self, task: str) -> bool:
+        """Whether full context is no better than none at the last step: the interval of its gain holds 0."""
+        worth = self.worth(task)
+        return worth is not None and worth.low <= 0
+
 
 def load(paths: Sequence[Path]) -> list[Results]:
     """The results of files, and of folders with files of ``ccm eval`` in them or in their ``eval``, by suite.
@@ -150,7 +161,9 @@ def load(paths: Sequence[Path]) -> list[Results]:
         inside = path / "eval" if (path / "eval").is_dir() else path
         found = sorted(inside.glob("*.json")) if path.is_dir() else [path]
         if not found:
-            raise DataError(f"{inside}: no *.json in this folder; run ccm eval quick first")
+            raise DataError(
+                f"{inside}: no *.json in this folder; run ccm eval quick first, or name other files"
+            )
         files += found
     by_suite: dict[str, tuple[Path, Results]] = {}
     for file in dict.fromkeys(files):
@@ -171,7 +184,7 @@ def read(path: Path) -> Results:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file; ccm eval SUITE writes one") from error
+        raise DataError(f"{path}: no such file or folder; ccm eval SUITE writes one") from error
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: expected JSON as ccm eval writes it ({error})") from error
     if _value(content, "schema", "int", f"{path}") != SCHEMA:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from . import benchmarks, tables
+from . import benchmarks, brief, tables
 from .figures import draw
 from .load import Results
 
 PAGE, FOLDER = "results.md", "results"
 
 _SUMMARY = """\
-# Results
-
 These pages are written by `ccm report` from the files in `results`; nothing on them is typed by hand.
 
 *Recovered share* is how much of what full context gains over no context a memory keeps: 0 is no context, 1 is full
@@ -28,13 +26,15 @@ is on one side of 0, and rests on five items or more."""
 
 _GLANCE = """\
 Small numbers are 95 % intervals by bootstrap over items. Recovered share is how much of what full context gains over
-no context a method keeps. `A@B` is method A cut, before every segment, to as many keys and values as B holds. What a
-method takes is a mean over tasks at their last step."""
+no context a method keeps; where the interval of that gain holds 0, there is nothing to keep. `A@B` is method A cut,
+before every segment, to as many keys and values as B holds. What a method takes is a mean over tasks at their last
+step. Bold is the Pareto frontier of a task: nothing with as few KV bytes is as good. It begins at no memory."""
 
 _CLAIMS = """\
 How much better the left side is at the last step, paired over items; in streams over their blocks, in nats per token;
-with growth, of perplexities the gain over no context. Open is what has both signs in its interval, is nothing but 0,
-or rests on fewer than five items. Where `full` > `none` is not held, a memory has little to keep."""
+with growth and against no context, of perplexities the gain in nats per token. Open is what has both signs in its
+interval, is nothing but 0, or rests on fewer than five items. Where `full` > `none` is not held, a memory has little
+to keep."""
 
 
 def build(results: Sequence[Results], stored: benchmarks.Stored) -> dict[str, bytes]:
@@ -58,8 +58,12 @@ def write(results: Sequence[Results], stored: benchmarks.Stored) -> dict[str, st
     return {name: "\n\n".join(filter(None, parts)) + "\n" for name, parts in pages.items()}
 
 
+def _lines(lines: Sequence[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
+
+
 def _summary(results: Sequence[Results], stored: benchmarks.Stored) -> list[str]:
-    parts = [_SUMMARY, *benchmarks.sections(stored), _SUITES]
+    parts = ["# Results", _lines(brief.summary(stored)), _SUMMARY, *benchmarks.sections(stored), _SUITES]
     for result in results:
         parts.append(f"### [{result.suite}]({FOLDER}/{result.suite}.md): {', '.join(result.tasks)}")
         against = {claim: of for claim, of in tables.claims(result).items() if "@" in claim}
@@ -69,7 +73,12 @@ def _summary(results: Sequence[Results], stored: benchmarks.Stored) -> list[str]
 
 def _suite(results: Results) -> list[str]:
     name, claims = results.suite, tables.claims(results)
-    parts = [f"# Suite `{name}`", f"Written by `ccm report`; [all results](../{PAGE}).", _GLANCE]
+    parts = [
+        f"# Suite `{name}`",
+        _lines(brief.suite(results)),
+        f"Written by `ccm report`; [all results](../{PAGE}).",
+        _GLANCE,
+    ]
     notes = [f"`{method}` has no rows: {why}" for method, why in results.about.get("skipped", {}).items()]
     notes += results.about.get("warnings", [])
     parts += [tables.glance(results), "\n".join(f"- {note}." for note in notes), f"![{name}]({name}.png)"]

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean, median, stdev
 
+from ..metrics import frontier
 from .load import TITLES, Estimate, Results
 
 #: (better, worse): whether there is anything to keep, then what the paper shows, of methods that had the same short
@@ -107,13 +108,20 @@ def _student(freedom: int) -> float:
 
 
 def claims(results: Results) -> Claims:
-    """The paper's order of methods, every memory against its window, growth of CCM with the time step."""
+    """The paper's order of methods, every memory against its window, growth of CCM with the time step.
+
+    Where full context is no better than none, shares are not compared.
+    """
     found: Claims = {}
+    for task in results.tasks:
+        if results.yardstick(task) == "recovered_share" and (worth := results.worth(task)):
+            found.setdefault("`full` > `none`", {})[task] = worth
     windows = [(name.split("@", 1)[1], name) for name in results.methods if "@" in name]
     for better, worse in (*ORDER, *windows):
         for task in results.tasks:
-            by_definition = better == "full" and results.yardstick(task) == "recovered_share"
-            if not by_definition and (gained := gain(results, task, better, worse)):
+            shares = results.yardstick(task) == "recovered_share"
+            moot = shares and (better == "full" or results.nothing_to_keep(task))
+            if not moot and (gained := gain(results, task, better, worse)):
                 found.setdefault(f"`{better}` > `{worse}`", {})[task] = gained
     for row in results.rows:
         name, _, first = row.metric.partition(" since ")
@@ -130,17 +138,48 @@ def glance(results: Results) -> str:
     header = ["method", "KV of full", "to fold a segment", "to the first token"]
     for task in results.tasks:
         metric = results.yardstick(task)
-        n = max(rows[-1].n for rows in results.of(task, metric).values())
+        n = items(results, task)
         where = "" if results.is_stream(task) else f", t = {results.steps(task, metric)[-1]}, n = {n}"
         header.append(f"{task}: {TITLES[metric]}{where}")
-    rows = []
-    for method in results.methods:
-        found = [cell(reached(results, t, method), _digits(results.yardstick(t))) for t in results.tasks]
-        rows.append([f"`{method}`", *_costs(results, method), *found])
+    best = {task: frontier(points(results, task)) for task in results.tasks}
+    rows = [
+        [f"`{m}`", *costs(results, m), *(_glanced(results, t, m, m in best[t]) for t in results.tasks)]
+        for m in results.methods
+    ]
     return markdown(header, rows)
 
 
-def _costs(results: Results, method: str) -> list[str]:
+def points(results: Results, task: str) -> dict[str, tuple[float, float]]:
+    """method -> KV bytes and quality at the last step, of which more is better."""
+    metric = results.main(task)
+    found = {}
+    for method in results.methods:
+        if row := results.last(task, method, metric):
+            found[method] = row.kv_bytes, -row.value if metric == "perplexity" else row.value
+    return found
+
+
+def _glanced(results: Results, task: str, method: str, best: bool) -> str:
+    """What a method reaches, bold on the frontier; with its number of items where others have more."""
+    metric = results.yardstick(task)
+    found = cell(reached(results, task, method), _digits(metric))
+    if not found:
+        return ""
+    if metric == "recovered_share" and results.nothing_to_keep(task):
+        found = "" if method in ("none", "full") else "nothing to keep"
+    value, small, rest = found.partition(" <sub>")
+    text = f"**{value}**{small}{rest}" if best and value else found
+    own = results.last(task, method, metric)
+    fewer = own is not None and not results.is_stream(task) and own.n < items(results, task)
+    return f"{text} (n = {own.n})" if own and fewer else text
+
+
+def items(results: Results, task: str) -> int:
+    """Most items that a method was measured on at the last step."""
+    return max(rows[-1].n for rows in results.of(task, results.yardstick(task)).values())
+
+
+def costs(results: Results, method: str) -> list[str]:
     """Means over tasks at their last step: KV bytes over those of full context, time to fold, to the first token."""
     ends = [row for task in results.tasks if (row := results.last(task, method, results.main(task)))]
     fulls = {task: row for task in results.tasks if (row := results.last(task, "full", results.main(task)))}
@@ -187,7 +226,8 @@ def _joined(results: Results, word: str, places: Callable[[str, str], list[Place
     for task in results.tasks:
         metric = results.main(task)
         if not results.is_stream(task) and len(found := places(task, metric)) > 1:
-            title = f"{task}: {TITLES[metric]} {word} {' · '.join(label for label, _, _ in found)}"
+            shown = " · ".join(label for label, _, _ in found)
+            title = f"{task}: {TITLES[metric]} {word} {shown}, n = {_counts(results, task, metric, found)}"
             columns[title] = task, metric, found
     rows = []
     for method in results.methods:
@@ -199,6 +239,15 @@ def _joined(results: Results, word: str, places: Callable[[str, str], list[Place
         if any(cells):
             rows.append([f"`{method}`", *cells])
     return markdown(["method", *columns], rows) if columns else ""
+
+
+def _counts(results: Results, task: str, metric: str, found: Sequence[Place]) -> str:
+    """Items behind each place; one number where they are the same."""
+    counts = [
+        max(row.n for rows in results.of(task, metric, tag).values() for row in rows if row.step == step)
+        for _, step, tag in found
+    ]
+    return " · ".join(map(str, counts if len(set(counts)) > 1 else counts[:1]))
 
 
 def stream(results: Results, task: str) -> str:

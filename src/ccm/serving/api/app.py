@@ -13,7 +13,7 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, Response
 
 from ... import __version__
-from ..keys import Keys
+from ..keys import KeyFile, Keys
 from ..service import Service
 from . import chat, conversations, errors, memories, responses
 from .common import ServiceDep, Tenant, check_model
@@ -59,7 +59,9 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
 }
 
 
-def create_app(service: Service, *, keys: Keys | None = None, limits: HttpLimits | None = None) -> FastAPI:
+def create_app(
+    service: Service, *, keys: Keys | KeyFile | None = None, limits: HttpLimits | None = None
+) -> FastAPI:
     """The server as an ASGI app.
 
     Args:

@@ -143,7 +143,7 @@ def _refusal(error: RequestValidationError) -> ApiError:
         text = "the body is no JSON object: send one, with the header Content-Type: application/json"
         return ApiError(400, text, None, "invalid_value")
     if kind == "extra_forbidden" or first.get("ctx", {}).get("max_length") == 0:
-        text = f"{name} is not supported here: {_INSTEAD.get(str(place[-1]), 'leave it out')}"
+        text = f"{name} is not supported: {_INSTEAD.get(str(place[-1]), 'leave the field out')}"
         return ApiError(400, text, name, "unsupported_parameter")
     if kind == "string_pattern_mismatch":  # all our patterns are of ids
         return ApiError(400, f"{name}: {ID_RULE}", name, "invalid_value")

@@ -6,7 +6,6 @@ Plain ASGI: Starlette's middleware for functions hides from a stream that its cl
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import re
 import secrets
@@ -19,7 +18,7 @@ from urllib.parse import urlsplit
 from fastapi import Request
 from starlette.datastructures import Headers, MutableHeaders
 
-from ..keys import Keys
+from ..keys import KeyFile, Keys, is_loopback
 from ..logs import request_id
 from ..metrics import Metrics
 from .errors import ApiError, response
@@ -58,7 +57,7 @@ class HttpLimits:
 class Guard:
     """The outermost layer of the app."""
 
-    def __init__(self, app: App, keys: Keys | None, limits: HttpLimits, metrics: Metrics):
+    def __init__(self, app: App, keys: Keys | KeyFile | None, limits: HttpLimits, metrics: Metrics):
         self.app, self.keys, self.limits, self.metrics = app, keys, limits, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -142,17 +141,6 @@ class Guard:
         access.info("%s %s %d", method, route, status, extra={"fields": fields})
 
 
-def is_loopback(host: str) -> bool:
-    """Whether a host name or address means this machine and cannot mean another."""
-    host = host.strip("[]").lower()
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 def _check_local(headers: Headers) -> None:
     """Without keys, whoever reaches the port is let in: pages of other sites in the user's browser must not be."""
     host = urlsplit(f"//{headers.get('host', '')}")
@@ -169,13 +157,13 @@ def tenant_of(request: Request) -> str:
     Raises:
         ApiError: 401, no key or a wrong one.
     """
-    keys: Keys | None = request.app.state.keys
+    keys: Keys | KeyFile | None = request.app.state.keys
     tenant = LOCAL if keys is None else _tenant(keys, request.headers)
     request.state.tenant = tenant
     return tenant
 
 
-def _tenant(keys: Keys, headers: Headers) -> str:
+def _tenant(keys: Keys | KeyFile, headers: Headers) -> str:
     scheme, _, key = headers.get("authorization", "").partition(" ")
     tenant = keys.tenant(key.strip()) if scheme.lower() == "bearer" else None
     if tenant is None:

@@ -59,7 +59,7 @@ class Conversations:
     """One replica: model, engine, and the app of ``ccm serve``."""
 
     def __init__(self, options: Options, keys: Keys | None):
-        to_stderr()
+        to_stderr(options.log_format)
         self.service, self.keys = build_service(options), keys
 
     def __serve_build_asgi_app__(self) -> Any:

@@ -35,6 +35,16 @@ def list_stores() -> list[str]:
     return sorted(STORES)
 
 
+def check_url(url: str) -> str:
+    """The scheme of a URL. Raises UnknownNameError if no store has it, ConfigError if it is no URL."""
+    scheme, colon, _ = url.partition(":")
+    if not colon:
+        raise ConfigError(f"store {url!r}: expected a URL, such as sqlite:///path/of/file")
+    if scheme not in STORES:
+        raise UnknownNameError("store", scheme, list_stores())
+    return scheme
+
+
 def open_store(url: str, limits: Limits | None = None, clock: Callable[[], float] = time.time) -> Store:
     """Open a store, and create or migrate it if needed.
 
@@ -51,9 +61,4 @@ def open_store(url: str, limits: Limits | None = None, clock: Callable[[], float
         MissingPackageError: a client package is not installed.
         StorageError: not reachable, or not writable.
     """
-    scheme, colon, _ = url.partition(":")
-    if not colon:
-        raise ConfigError(f"store {url!r}: expected a URL, such as sqlite:///path/of/file")
-    if scheme not in STORES:
-        raise UnknownNameError("store", scheme, list_stores())
-    return STORES[scheme].open(url, limits, clock)
+    return STORES[check_url(url)].open(url, limits, clock)
