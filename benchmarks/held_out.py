@@ -45,7 +45,7 @@ from ccm.files.fingerprint import base_name, model_fingerprint
 from ccm.methods import get_method
 from ccm.training.engines import Engine, make_engine
 from ccm.training.packed import ArrayRow
-from ccm.training.targets import Row, only_last
+from ccm.training.targets import NONE, Row, only_last
 
 SINK = 4
 #: Summed nats and number of scored tokens of a row.
@@ -112,10 +112,16 @@ def batches(rows: Sequence[Row], most: int) -> Iterator[list[int]]:
 
 
 def without_context(engine: Engine, rows: Sequence[Row]) -> list[Score]:
-    """Each scored segment by itself."""
+    """Each scored segment by itself, behind the BOS token that its row begins with."""
     places = [(r, i) for r, row in enumerate(rows) for i, roles in enumerate(row.roles) if any(roles)]
+    alone = [rows[r].part(i, i + 1) for r, i in places]
+    bos = engine.compressor.model.config.bos_token_id
+    for at, (r, _) in enumerate(places):
+        if rows[r].segments[0][0] == bos != alone[at].segments[0][0]:
+            (ids,), (roles,) = alone[at].segments, alone[at].roles
+            alone[at] = Row(((bos, *ids),), ((NONE, *roles),))
     scores: list[Score] = [(0.0, 0)] * len(rows)
-    for (r, _), score in zip(places, nats(engine, [rows[r].part(i, i + 1) for r, i in places]), strict=True):
+    for (r, _), score in zip(places, nats(engine, alone), strict=True):
         scores[r] = added(scores[r], score)
     return scores
 
@@ -162,11 +168,14 @@ def remembered(
     rows: Sequence[Row],
     tokenizer: Any,
     name: str,
-    option: str,
+    option: str | None,
     growing: bool = False,
     **options: int,
 ) -> list[Score]:
-    """Rows lived through segment by segment under a method without training, at the bytes of the first budget."""
+    """Rows lived through segment by segment under a method without training.
+
+    Its option makes it as large as the first budget; with None it has its own size.
+    """
     reader = Reader(engine.compressor.model)
     scores: list[Score] = []
     for row in rows:
@@ -174,9 +183,10 @@ def remembered(
         score, memory = (0.0, 0), None
         for t, (ids, roles) in enumerate(zip(row.segments, row.roles, strict=True)):
             method = get_method(name, **options).bind(reader, tokenizer)
-            beside = method.sink + method.window
-            limit = entries[min(t + 1, len(entries) - 1) if growing else -1]
-            method = method.resized(**{option: limit - beside})
+            if option is not None:
+                beside = method.sink + method.window
+                limit = entries[min(t + 1, len(entries) - 1) if growing else -1]
+                method = method.resized(**{option: limit - beside})
             memory = method.empty() if memory is None else memory
             if any(roles):
                 logits = reader.logits([ids], method.recall(memory, [ids]))[0]
@@ -239,7 +249,7 @@ NEWEST = 8
 def baselines(tokenizer: Any = None) -> dict[str, Measure]:
     """What is measured without an adapter, in this order."""
 
-    def kept(name: str, option: str, **options: Any) -> Measure:
+    def kept(name: str, option: str | None, **options: Any) -> Measure:
         return Measure(lambda engine, rows: remembered(engine, rows, tokenizer, name, option, **options))
 
     return {
@@ -248,6 +258,7 @@ def baselines(tokenizer: Any = None) -> dict[str, Measure]:
         "window as slots 4": beside("slots 4"),
         "attention-matching": kept("attention-matching", "slots"),
         "attention-matching, growing": kept("attention-matching", "slots", growing=True),
+        "attention-matching, its own size": kept("attention-matching", None),
         **{name: kept(name, "tokens", window=NEWEST) for name in EVICTION},
         "streaming-llm": kept("streaming-llm", "window", window=0),
         "last, full": Measure(full, last),
@@ -476,7 +487,8 @@ def main() -> None:
         model, tokenizer = opened(given.model)
         if name is None:
             compressor, wanted = Compressor(model), baselines(tokenizer)
-            store = Figures.open(RESULTS / "held_out_baselines.json", model_fingerprint(model))
+            file = f"held_out_{Path(given.model).name if given.model else 'baselines'}.json"
+            store = Figures.open(RESULTS / file, model_fingerprint(model))
         else:
             compressor, wanted = Compressor.from_pretrained(model, name), budgets(RULES)
             store = Figures.open(RESULTS / f"held_out_{Path(name).name}.json", compressor.fingerprint())

@@ -81,14 +81,11 @@ def named(conversations: Sequence[Conversation], tokenizer: Any) -> list[Row]:
     rows = []
     for number, talk in enumerate([c for c in conversations if len(c.turns) >= TURNS][:TALKS]):
         pair = random.Random(number).sample(NAMES, 2)
-        rows.append(
-            later(
-                joined(
-                    said(tokenizer, f"{pair[k % 2]}:", " " + " ".join(turn.text.split())[:500])
-                    for k, turn in enumerate(talk.turns[:TURNS])
-                )
-            )
-        )
+        turns = [
+            said(tokenizer, f"{pair[k % 2]}:", " " + " ".join(turn.text.split())[:500])
+            for k, turn in enumerate(talk.turns[:TURNS])
+        ]
+        rows.append(later(begun(joined(turns), tokenizer)))
     return rows
 
 
@@ -124,7 +121,7 @@ def quizzed(story: Story, tokenizer: Any) -> Row:
     pieces = [Row((ids,), ((NONE,) * len(ids),)) for ids in cut(encode(tokenizer, story.text + "\n\n"), 64)]
     for question in story.questions[:6]:
         pieces.append(said(tokenizer, "Q:", f" {question.text}\nA: {question.answers[0]}"))
-    return joined(pieces)
+    return begun(joined(pieces), tokenizer)
 
 
 def told(tokenizer: Any) -> list[Row]:
@@ -146,7 +143,7 @@ def stretches(texts: Sequence[str], tokenizer: Any, segment: int, tokens: int) -
         ids = encode(tokenizer, text[: 8 * tokens])[:tokens]
         if len(ids) == tokens:
             pieces = [Row((part,), ((NONE, *(TEXT,) * (len(part) - 1)),)) for part in cut(ids, segment)]
-            rows.append(later(joined(pieces)))
+            rows.append(later(begun(joined(pieces), tokenizer)))
         if len(rows) == DOCUMENTS:
             return rows
     raise DataError(f"got {len(rows)} texts of {tokens} tokens, expected {DOCUMENTS}")
@@ -187,6 +184,14 @@ def places(books: Sequence[str], apart: int = 40_000) -> list[str]:
 
 def encode(tokenizer: Any, text: str) -> tuple[int, ...]:
     return tuple(tokenizer.encode(text, add_special_tokens=False))
+
+
+def begun(row: Row, tokenizer: Any) -> Row:
+    """Plain text behind the tokens that the model expects in front of every text, if there are any (BOS)."""
+    bos = tuple(tokenizer.encode("a"))[: -len(encode(tokenizer, "a"))]
+    first, *segments = row.segments
+    roles = (NONE,) * len(bos) + row.roles[0]
+    return Row(((*bos, *first), *segments), (roles, *row.roles[1:]))
 
 
 def cut(ids: Sequence[int], length: int) -> list[tuple[int, ...]]:

@@ -32,17 +32,17 @@ from ccm.chat.turns import render
 from ccm.data import load_chitchat
 from ccm.data.facts import Fact, draw_facts
 from ccm.data.rows import render_turns
-from ccm.methods import Run, as_method
-from ccm.methods.compressed import shared_compressor
-from ccm.methods.default import CHAT
+from ccm.methods import Run
+from ccm.methods.spec import parse
 
 DISTANCES = (1, 2, 4, 8, 16, 32, 64, 100)
 LENGTH = 104
-#: Name: an adapter, another rule than its own, and sizes.
-MEMORIES: dict[str, tuple[str, dict[str, str], dict[str, int]]] = {
-    "ccm-concat": ("ccm-concat", {}, {}),
-    "chat: ccm-chat + sink + window": ("ccm-chat", {}, dict(CHAT)),
-    "chat: ccm-merge + sink + window": ("ccm-merge", {}, dict(CHAT)),
+#: Memories as they are written, by the names of their results.
+MEMORIES = {
+    "ccm-concat": "ccm-concat",
+    "chat: ccm-chat + sink + window": "ccm-chat:sink=4,window=64",
+    "chat: ccm-merge + sink + window": "ccm-merge:sink=4,window=64",
+    "attention-matching": "attention-matching",
 }
 
 
@@ -68,19 +68,16 @@ def remember(
     """Every memory after each whole history, all histories turn by turn in one batch."""
     runs: dict[str, list[Run]] = {}
     for name in names:
-        adapter, rule, sizes = MEMORIES[name]
-        compressor = shared_compressor(model, adapter, **rule)
-        memory: Any = None
+        method = parse(MEMORIES[name]).method().bind(model, tokenizer)
+        memory = method.empty(len(histories))
         for turns in track(list(zip(*histories, strict=True)), description=name):
             width = max(len(turn.ids) for turn in turns)
             ids = torch.tensor([turn.ids + (0,) * (width - len(turn.ids)) for turn in turns])
             mask = torch.tensor([[1] * len(turn.ids) + [0] * (width - len(turn.ids)) for turn in turns])
-            memory = compressor.compress(ids, memory, mask, **sizes)
-        runs[name] = []
-        for k in range(len(histories)):
-            run = Run(as_method(compressor, **sizes))
+            memory = method.fold(memory, ids, mask)
+        runs[name] = [Run(method) for _ in histories]
+        for k, run in enumerate(runs[name]):
             run.held = memory[k]
-            runs[name].append(run)
     return runs
 
 
