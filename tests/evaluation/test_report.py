@@ -113,6 +113,23 @@ def test_shares_of_other_sources_are_of_the_rows_that_all_have(tmp_path: Path) -
     assert table.splitlines()[2] == "| books | 0.42 | 0.75 | 2 |"
 
 
+def test_memories_without_training_are_compared_row_by_row() -> None:
+    nats = {
+        "none": [10.0, 10.0],
+        "full": [6.0, 2.0],
+        "attention-matching": [6.0, 4.0],
+        "h2o": [8.0, 7.0, 0.0],
+    }
+    lone = {"source": "alone", "nats": {name: nats[name] for name in ("none", "full", "attention-matching")}}
+    found = {"sources": {"k": {"source": "books", "nats": nats}, "l": lone}}
+    (_, table) = benchmarks.sections({"held_out_baselines": found, "held_out_other": found})
+    first, *_, of_other, _ = table.split("\n\n")
+    assert "attention-matching" in first and of_other.startswith("Without training on other, ")
+    beside = table.split("\n\n")[2].splitlines()
+    assert beside[0].startswith("| source | attention-matching | streaming-llm |")
+    assert beside[2:] == ["| books | 0.83 (0.75 to 1.00) |  |  |  |  |  |  | +0.42 (+0.38 to +0.50) |  | 2 |"]
+
+
 # ---------------------------------------------------------------------- tables
 
 

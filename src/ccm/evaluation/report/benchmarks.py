@@ -8,6 +8,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
+
 from ...errors import DataError
 from ..metrics import recovered_share
 from .tables import markdown, number, size
@@ -16,7 +18,10 @@ from .tables import markdown, number, size
 Stored = Mapping[str, dict[str, Any]]
 _BASELINES, _WINDOW = "held_out_baselines", "window of the same bytes as "
 #: figures of benchmarks/held_out.py at the bytes of four slots, and the one beside a window
-_FIGURES = ("window as slots 4", "matching online, 4", "slots 4", "slots 4, window 64")
+_FIGURES = ("window as slots 4", "attention-matching", "slots 4", "slots 4, window 64")
+#: memories that need no training: the one that is taken without an adapter, and those that keep what was computed
+_UNTRAINED = "attention-matching"
+_EVICTION = ("streaming-llm", "key-norm", "keydiff", "lagkv", "snapkv", "tova", "h2o", "kvzip")
 
 
 def load(folders: Sequence[Path]) -> Stored:
@@ -89,7 +94,38 @@ def _held_out(result: dict[str, Any], stored: Stored) -> str:
         for name, count in counts.items()
     ]
     mean = ["**mean**", *(f"**{number(fmean(of.values()))}**" for of in shares.values()), ""]
-    return markdown(["source", *shares, "rows"], [*rows, mean])
+    tables = [markdown(["source", *shares, "rows"], [*rows, mean])]
+    for name in (_BASELINES, *others):
+        of = "" if name == _BASELINES else f" on {name.removeprefix('held_out_')}"
+        if beside := _untrained(stored[name]):
+            tables.append(
+                f"Without training{of}, in the same bytes: how far {_UNTRAINED} is ahead.\n\n{beside}"
+            )
+    return "\n\n".join(tables)
+
+
+def _untrained(result: dict[str, Any]) -> str:
+    """The share of Attention Matching by source, and what it is ahead of each eviction method, row by row."""
+    header, rows = ["source", _UNTRAINED, *_EVICTION, "rows"], []
+    for source in result["sources"].values():
+        nats = {name: np.array(found) for name, found in source["nats"].items()}
+        beside = [name for name in _EVICTION if name in nats]
+        if _UNTRAINED not in nats or not beside:
+            continue
+        count = min(len(nats[name]) for name in ("none", "full", _UNTRAINED, *beside))
+        none, full, own = (nats[name][:count] for name in ("none", "full", _UNTRAINED))
+        ahead = [
+            _drawn(nats[name][:count] - own, none - full, True) if name in nats else "" for name in _EVICTION
+        ]
+        rows.append([source["source"], _drawn(none - own, none - full), *ahead, f"{count}"])
+    return markdown(header, rows) if rows else ""
+
+
+def _drawn(part: np.ndarray, whole: np.ndarray, sign: bool = False) -> str:
+    """The sum of one over that of the other, with the 95 % interval over rows (R,)."""
+    picks = np.random.default_rng(0).integers(len(part), size=(2000, len(part)))
+    shares = part[picks].sum(1) / whole[picks].sum(1)
+    return _range(float(part.sum() / whole.sum()), np.quantile(shares, (0.025, 0.975)).tolist(), 2, sign)
 
 
 def _foreign(result: dict[str, Any], stored: Stored) -> str:
