@@ -24,8 +24,10 @@ from ccm.evaluation.share import recovered_share, turn_nll
 TURNS, SCORED = 300, 10
 #: Last turns of the places where turns are scored.
 PLACES = (40, 100, 200, 300)
-#: Entries of a memory, the sink included.
-ENTRIES = (36, 65)
+#: Entries of a memory, the sink included: those of the default.
+ENTRIES = (65,)
+#: What is read in long pieces between the places: nothing is lost of it.
+RAW = ("none", "full")
 
 
 def conversations(tokenizer: Any, count: int) -> list[ConversationRow]:
@@ -54,7 +56,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     model, tokenizer = ccm.load_default_model()
     reader = Reader(model)
-    rows = conversations(tokenizer, arguments.limit or 4)
+    rows = conversations(tokenizer, arguments.limit or 3)
     methods = {"none": get_method("none"), "full": get_method("full")}
     for entries in ENTRIES:
         methods[f"attention-matching, {entries}"] = get_method("attention-matching", slots=entries - 1)
@@ -65,14 +67,17 @@ def main() -> None:
         method = unbound.bind(reader, tokenizer)
         found = totals[name] = {place: [0.0, 0] for place in PLACES}
         for one in track(rows, description=name):
-            memory = method.empty()
+            memory, unread = method.empty(), []
             for turn, (ids, content) in enumerate(zip(one.segments, one.content, strict=True)):
-                if place := scored(turn):
+                place = scored(turn)
+                if unread and (place or name not in RAW):
+                    memory, unread = method.fold(memory, [unread]), []
+                if place:
                     logits = reader.logits([ids], method.recall(memory))[0]
                     nats, tokens = turn_nll(logits, ids, content)
                     found[place][0] += nats
                     found[place][1] += tokens
-                memory = method.fold(memory, [ids])
+                unread += ids
             if memory.slots:
                 most = float(memory.rows[0].slots.values.abs().max())
                 largest[name] = max(largest.get(name, 0.0), most)
