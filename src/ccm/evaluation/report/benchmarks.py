@@ -93,7 +93,8 @@ def _held_out(result: dict[str, Any], stored: Stored) -> str:
         [name, *(number(of[name]) if name in of else "" for of in shares.values()), f"{count}"]
         for name, count in counts.items()
     ]
-    mean = ["**mean**", *(f"**{number(fmean(of.values()))}**" for of in shares.values()), ""]
+    whole = (fmean(of.values()) if len(of) == len(counts) else None for of in shares.values())
+    mean = ["**mean**", *("" if value is None else f"**{number(value)}**" for value in whole), ""]
     tables = [markdown(["source", *shares, "rows"], [*rows, mean])]
     for name in (_BASELINES, *others):
         of = "" if name == _BASELINES else f" on {name.removeprefix('held_out_')}"
