@@ -13,6 +13,7 @@ import typer
 from ..models.loading import Device, DeviceMap, Dtype, LoadIn, Loading, ModelName
 from ..models.memory_option import Adapter, MemoryName, Sink, Slots, Window, memory_name
 from ..models.placement import AUTO
+from .llama.options import LlamaContext, LlamaFile, LlamaType
 
 if TYPE_CHECKING:
     from .settings import Settings
@@ -83,6 +84,9 @@ class Options:
         str | None,
         typer.Option(metavar="URL", help="The store that its connector reads.", show_default="--store"),
     ] = None
+    llama: LlamaFile = None
+    llama_type: LlamaType = "f16"
+    llama_context: LlamaContext = None
     adapter: Adapter = None
     slots: Slots = None
     sink: Sink = None
@@ -91,7 +95,7 @@ class Options:
     @property
     def loading(self) -> Loading:
         """The model and where it goes."""
-        return Loading(self.model, self.device, self.dtype, self.load_in, self.device_map)
+        return Loading(self.model or self.llama, self.device, self.dtype, self.load_in, self.device_map)
 
     @property
     def memory_name(self) -> str | None:
