@@ -107,12 +107,11 @@ def _saved(file: Path, method: Any) -> Inside:
     """A saved session taken apart, without its model."""
     from ..core.memory import Memory
     from ..errors import MemoryFileError
-    from ..methods.inside import look
-    from ..session import said
+    from ..methods.inside import look, saved
 
     kept, metadata = Memory.load(file)
     try:
-        turns = said(json.loads(metadata["session"]))
+        turns = saved(json.loads(metadata["session"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise MemoryFileError(f"{file} holds a memory but no session ({error})") from error
     return look(method, kept.rows[0], turns)
