@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from ccm import Session
 from ccm.methods import as_method
-from ccm.methods.drawing import shorter, speaker
+from ccm.methods.picture import shorter, speaker
 from ccm.methods.inside import Said, attended, cut, groups, look, read_by
 from ccm.methods.parts import RAW
 

@@ -81,6 +81,34 @@ class Page:
     def text(self, name):
         return self.find(name).text
 
+    def id(self):
+        """Of the conversation that is open; "" before it has begun."""
+        return self.find("name").get_attribute("data-id")
+
+    def bodies(self, role=""):
+        return [body.text for body in self.all(f".message{role} .body:not(.other)")]
+
+    def tool(self, name, message=-1):
+        """Press a button of a message."""
+        found = self.all(".message")[message]
+        button = next(b for b in found.find_elements(By.CSS_SELECTOR, ".tools button") if b.text == name)
+        self.driver.execute_script("arguments[0].click()", button)
+
+    def settled(self, turns):
+        """Wait for the end of an answer, and for so many turns."""
+        self.until(lambda: not self.all(".running") and not self.all("#send[hidden]"))
+        self.until(lambda: len(self.all("#turns li")) == turns)
+
+    def go_to(self, name):
+        """Open a conversation from the list, when it is there."""
+        css = f'#list [data-id="{name}"]'
+        self.until(lambda: self.all(css))
+        self.all(css)[0].click()
+        self.until(lambda: self.id() == name)
+
+    def set(self, name, value):
+        self.driver.execute_script(f"document.getElementById('{name}').value = arguments[0]", value)
+
     def click(self, name):
         self.find(name).click()
 
@@ -93,7 +121,7 @@ class Page:
         self.until(lambda: len(self.all(".message")) == before + 2)
         self.until(lambda: not self.all(".running") and not self.all("#send[hidden]"))
         self.until(lambda: len(self.all("#turns li")) >= before + 2)
-        return self.all(".message.assistant")[-1].text
+        return self.bodies(".assistant")[-1]
 
     def numbers(self):
         return dict(
@@ -107,18 +135,24 @@ class Page:
 
 def test_its_files_are_part_of_the_package_and_name_no_other_place():
     folder = files("ccm.serving") / "page"
-    assert {file.name for file in folder.iterdir()} == {"index.html", "page.css", "page.js"}
-    for file in folder.iterdir():
-        assert set(re.findall(r"https?://[^\s'\"]*", file.read_text())) <= {"http://www.w3.org/2000/svg"}
-        assert "randomUUID" not in file.read_text()  # not there for pages without HTTPS
+    names = {"index.html", "page.css", "page.js", "inside.js", "markdown.js", "marked.js"}
+    assert {file.name for file in folder.iterdir()} == names
+    for name in names - {"marked.js"}:  # which is somebody else's, and fetches nothing
+        text = (folder / name).read_text()
+        assert set(re.findall(r"https?://[^\s'\"]*\w", text)) <= {"http://www.w3.org/2000/svg"}
+        assert "randomUUID" not in text  # not there for pages without HTTPS
+        assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write", text), name
+    marked = (folder / "marked.js").read_text()
+    assert "Permission is hereby granted" in marked and "fetch(" not in marked
 
 
 def test_a_conversation(page, server):
     assert page.text("ratio") == "empty" and not page.all("#turns li")
     first = page.say("my cat is Miso and it sleeps all day")
     assert first
-    name = page.text("name")
-    assert name.startswith("my-cat-is-miso-and-it-") and name in page.text("list")
+    name = page.id()
+    assert name.startswith("my-cat-is-miso-and-it-") and page.text("name") == "My cat is miso and it"
+    assert page.text("name") in page.text("list")
     stats = httpx.get(f"{server.url}/v1/memories/{name}").json()["stats"]
     assert page.numbers()["slots"] == str(stats["slots"]) and stats["slots"] > 0
     assert page.numbers()["tokens folded"] == str(stats["tokens_folded"])
@@ -129,18 +163,17 @@ def test_a_conversation(page, server):
     assert [row.text.split("\n")[0] for row in page.all("#turns li")] == ["you", "model"] * 2
     assert len(page.all("#turns li.folded")) >= 2 and page.all("#turns li.raw")
     page.driver.refresh()
-    page.until(lambda: name in page.text("list"))
-    page.driver.find_element(By.CSS_SELECTOR, f'[data-id="{name}"]').click()
+    page.go_to(name)
     page.until(lambda: len(page.all(".message")) == 4)
-    assert page.all(".message.assistant")[0].text == first
+    assert page.bodies(".assistant")[0] == first
 
 
 def test_fork_export_import_delete(page, server):
     page.say("remember the number seven")
-    name = page.text("name")
+    name = page.id()
     page.click("fork")
-    page.until(lambda: page.text("name") != name)
-    twin = page.text("name")
+    page.until(lambda: page.id() != name)
+    twin = page.id()
     assert twin.startswith("remember-the-number-seven-") and len(twin) == len(name)
     assert len(page.all(".message")) == 2
     page.say("and eight")  # the newest of the list now, and none of the other's business
@@ -155,26 +188,26 @@ def test_fork_export_import_delete(page, server):
 
     page.until(lambda: file() is not None)
     page.find("import").send_keys(str(file()))
-    page.until(lambda: page.text("name") not in (name, twin))
+    page.until(lambda: page.id() not in (name, twin))
     assert page.numbers()["turns"] == "4"
-    imported = page.text("name")
+    imported = page.id()
     assert imported.startswith("remember-the-number-seven-")
     page.click("delete")
     page.until(lambda: page.find("ask").is_displayed())
     page.click("no")
-    assert imported in page.text("list")  # a no is a no
+    assert page.all(f'#list [data-id="{imported}"]')  # a no is a no
     page.click("delete")
     page.until(lambda: page.find("ask").is_displayed())
     page.click("yes")
-    page.until(lambda: imported not in page.text("list"))
-    assert name in page.text("list") and page.text("name") == "New conversation"
+    page.until(lambda: not page.all(f'#list [data-id="{imported}"]'))
+    assert page.all(f'#list [data-id="{name}"]') and page.text("name") == "New conversation"
 
 
 def test_the_error_of_a_smaller_precision_is_shown(driver, tmp_path):
     with serving(tiny_service(tmp_path, precision="int8")) as running:
         page = Page(driver, running.url)
         page.say("hello")
-        error = httpx.get(f"{running.url}/v1/memories/{page.text('name')}").json()["error"]
+        error = httpx.get(f"{running.url}/v1/memories/{page.id()}").json()["error"]
         assert page.numbers()["stored as int8"] == f"{100 * max(error.values()):.2f} % off"
 
 
@@ -182,16 +215,17 @@ def test_stop(page, server, monkeypatch):
     monkeypatch.setattr(server.service.engine, "_ends", set())
     other = replace(server.service.settings, disconnect="finish")  # the page asks for what it tells the user
     monkeypatch.setattr(server.service, "settings", other)
-    page.driver.execute_script("document.getElementById('tokens').value = 400")
+    page.set("tokens", 400)
     page.find("text").send_keys("go on", Press.ENTER)
-    page.until(lambda: page.all(".message.assistant") and page.all(".message.assistant")[-1].text)
+    page.until(lambda: page.bodies(".assistant") and page.bodies(".assistant")[-1])
     page.click("stop")
     page.until(lambda: "not remembered" in page.text("notice"))
+    assert "stopped: this turn is not remembered" in page.all(".message.assistant")[-1].text
     assert page.find("text").get_attribute("value") == "go on"
     assert page.text("name") == "New conversation" and not page.all("#turns li")
     assert len(page.all(".message.unsent")) == 2
     monkeypatch.undo()
-    page.driver.execute_script("document.getElementById('tokens').value = 5")
+    page.set("tokens", 5)
     page.find("text").send_keys(Press.ENTER)
     page.until(lambda: len(page.all("#turns li")) == 2)
     assert len(page.all(".message")) == 2 and not page.all(".unsent")  # what was not sent is gone
@@ -203,13 +237,12 @@ def test_texts_are_never_markup(page, server):
     said = [{"role": "assistant", "content": bad}, {"role": "user", "content": bad}]
     made = httpx.post(f"{server.url}/v1/conversations", json={"items": said}).json()["id"]
     page.driver.refresh()
-    page.until(lambda: made in page.text("list"))
-    page.driver.find_element(By.CSS_SELECTOR, f'[data-id="{made}"]').click()
+    page.go_to(made)
     page.until(lambda: len(page.all(".message")) == 2)
     page.say(bad)
     time.sleep(0.2)
-    assert page.driver.title == title and not page.all("#log img, #turns img")
-    assert [m.text for m in page.all(".message")][:2] == [bad, bad]
+    assert page.driver.title == title and not page.all("#log img, #turns img, #peek img, #strip img")
+    assert page.bodies()[:2] == [bad, bad]
     page.driver.execute_script(
         "document.title = 'owned'"
     )  # negative control: that is what it would look like
@@ -218,11 +251,11 @@ def test_texts_are_never_markup(page, server):
 
 def test_refusals_are_shown_in_words(page, server, monkeypatch):
     page.say("hello")
-    name = page.text("name")
+    name = page.id()
     httpx.delete(f"{server.url}/v1/memories/{name}")
     page.click("fork")
     page.until(lambda: name in page.text("notice") and "no session" in page.text("notice"))
-    page.driver.execute_script("document.getElementById('tokens').value = -1")
+    page.set("tokens", -1)
     page.find("text").send_keys("again", Press.ENTER)
     page.until(lambda: "max_tokens" in page.text("notice"))
     assert page.find("text").get_attribute("value") == "again"
@@ -254,7 +287,7 @@ def test_keys(driver, tmp_path):
         page.find("answer").send_keys("wrong", Press.ENTER)
         page.until(lambda: page.find("ask").is_displayed() and not page.find("answer").get_attribute("value"))
         page.find("answer").send_keys(key, Press.ENTER)
-        page.until(lambda: "tiny" in page.text("model"))
+        page.until(lambda: "tiny" in page.text("model") and page.find("text").is_displayed())
         assert page.say("hello")
         assert driver.execute_script("return Object.keys(localStorage).length + document.cookie.length") == 0
         assert key not in driver.page_source

@@ -75,7 +75,7 @@ def show(
     loading = Loading(model, device, dtype)
     loading.check()
     from ..methods.default import checked, saved_memory
-    from ..methods.drawing import save_figure, shorter
+    from ..methods.picture import save_figure, shorter
 
     spec = saved_memory(file) if memory is None else checked(memory)
     if ask is None:
@@ -127,7 +127,7 @@ def _table(inside: Inside) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    from ..methods.drawing import COLOURS, place, shades, speaker, words
+    from ..methods.picture import COLOURS, place, shades, speaker, words
 
     table = Table(box=None, padding=(0, 1), expand=True)
     for name in ("entries", "as", "of", "tokens"):
