@@ -26,8 +26,8 @@ from .files.fingerprint import base_name
 from .methods import Method, as_method, open_method
 from .methods.accounting import counters, in_words, say_losses
 from .methods.answering import written
-from .methods.picture import picture
 from .methods.inside import TURNS, Inside, Said, as_saved, look, read_by, saved
+from .methods.picture import picture
 from .methods.spec import parse
 from .models.load import load_tokenizer
 
