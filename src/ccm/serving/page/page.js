@@ -290,16 +290,15 @@ const NOTHING = {
   precision: "float32",
 };
 
-// Things to say, to see what a memory keeps. The last one of each is asked of the full context and of nothing, too.
+// Things to say. Where several are said, the last one is asked of the full context and of nothing, too.
 const EXAMPLES = [
   {
-    title: "Tell it who you are",
-    said: [
-      "Hi! My name is Nadia and I live in Oslo.",
-      "My cat is called Miso. She is grey.",
-      "I work as a nurse.",
-      "What is my name?",
-    ],
+    title: "Tell it who you are, and ask",
+    said: ["My name is Elena.", "I work as a carpenter.", "What is my job?"],
+  },
+  {
+    title: "Ask for a list",
+    said: ["Give me three ideas for a rainy day, as a list."],
   },
 ];
 
@@ -328,10 +327,10 @@ function hello() {
   return made;
 }
 
-/** Say one thing after another, and compare what is answered to the last. */
+/** Say one thing after another; with several, compare what is answered to the last. */
 async function play(said) {
   for (const text of said.slice(0, -1)) await say(text);
-  await say(said.at(-1), { compare: true });
+  await say(said.at(-1), { compare: $("compare").checked || said.length > 1 });
 }
 
 function blank() {
