@@ -79,9 +79,6 @@ def main() -> None:
             url = next(word for line in server.stdout for word in line.split() if word.startswith("http"))
             driver = browser(*WIDE)
             try:
-                driver.get(url)
-                until(driver, "document.querySelector('.hello .small') !== null")
-                shoot(driver, given.out / "server-new.png")
                 play(driver, url, given.tokens)
                 shoot(driver, given.out / "server.png")
                 resize(driver, *WIDE, scheme="dark")

@@ -49,7 +49,7 @@ class Running:
     token: int = -1
     finish_reason: str = ""
     last: float = field(default=0.0)
-    reading: Reading | None = None
+    read: Reading | None = None
 
 
 R = TypeVar("R", bound=Running)
@@ -298,7 +298,7 @@ class FoldingEngine(Engine, Generic[R]):
         """See what an answer that is there reads."""
         for running in rows:
             try:
-                running.reading = read_by(self.method, running.memory, running.prompt, running.job.answer)
+                running.read = read_by(self.method, running.memory, running.prompt, running.job.answer)
             except ConfigError as error:  # it does not fit the context
                 self._leave(running, error)
             running.prompt = []
@@ -362,7 +362,7 @@ class FoldingEngine(Engine, Generic[R]):
             writer.text,
             running.finish_reason or "stop",
             len(writer.ids) + (running.token in self._ends),
-            running.reading,
+            running.read,
         )
         self._leave(running, result)
 

@@ -6,7 +6,7 @@ const KINDS = { sink: "sink: first tokens", slots: "slots", window: "window: wor
 
 /** Which entries these are. */
 function place({ kind, entries: [first, last] }) {
-  if (kind === "prompt") return "the answer itself";
+  if (kind === "prompt") return "the answer";
   return last - first === 1 ? `${kind} ${first}` : `${kind} ${first}–${last - 1}`;
 }
 

@@ -515,7 +515,7 @@ async function told(session, messages, keep, answer) {
   for await (const chunk of answered(messages, headers)) {
     const [choice] = chunk.choices ?? [];
     if (choice?.delta?.content) write(answer, (text += choice.delta.content));
-    if (choice?.finish_reason === "length") mark(answer, "cut here: longer than the longest answer (Settings)");
+    if (choice?.finish_reason === "length") mark(answer, "cut here, at the longest answer (Settings)");
     if (following) toEnd();
     kept = chunk.memory ?? kept;
   }
