@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
+from importlib.resources import files
 
 import httpx
 import openai
@@ -17,8 +20,10 @@ from ccm import Session
 from ccm.chat.messages import Message
 from ccm.core.memory import Memory
 from ccm.errors import ConfigError
+from ccm.methods import open_method
 from ccm.methods.inside import saved
-from ccm.serving.store import ConflictError, Limits
+from ccm.serving.service import Service, Settings
+from ccm.serving.store import ConflictError, Limits, open_store
 
 pytest_plugins = ("api_fixtures", "service_fixtures")
 
@@ -178,3 +183,26 @@ def test_an_exported_conversation_can_be_drawn(client, http, tmp_path, alone):
     assert [turn.text for turn in session.said][:1] == ["my cat is Miso"]
     assert session.inside().parts[-1].turns == (1, 2)
     assert saved({}) == () and Memory.load(tmp_path / "c.ccm")
+
+
+@pytest.mark.slow
+def test_the_example_of_the_page_works_with_the_embedded_model(embedded, tmp_path):
+    """What it says is remembered, and cannot be known from nothing."""
+    script = (files("ccm.serving") / "page" / "page.js").read_text()
+    said = json.loads(re.findall(r"said: (\[.*?\]),", script)[0])
+    exact = dict(re.findall(r"(\w+): ([\d.]+)", re.findall(r"const EXACT = \{(.*?)\}", script)[0]))
+    method = open_method(None, *embedded)
+    store = open_store(f"sqlite://{tmp_path}/memories.db")
+    with serving(Service(method, embedded[1], store, Settings(method.title))) as running:
+
+        def answer(text, session=""):
+            body = {"model": "ccm", "messages": user(text), **{k: float(v) for k, v in exact.items()}}
+            headers = {"X-Session-Id": session}
+            url = f"{running.url}/v1/chat/completions"
+            return httpx.post(url, json=body, headers=headers, timeout=600).json()["choices"][0]["message"][
+                "content"
+            ]
+
+        *_, last = [answer(text, "example") for text in said]
+        assert "Elena" in last and "carpenter" in last
+        assert "carpenter" not in answer(said[-1])  # the name, it makes up by itself

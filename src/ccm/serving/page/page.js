@@ -290,17 +290,20 @@ const NOTHING = {
   precision: "float32",
 };
 
-// Things to say. Where several are said, the last one is asked of the full context and of nothing, too.
+// Things to say. Where several are said, the last one is asked of the full context and of nothing, too. They are
+// answered in the same way for everybody (EXACT), so that what is shown can be tested.
 const EXAMPLES = [
   {
-    title: "Tell it who you are, and ask",
-    said: ["My name is Elena.", "I work as a carpenter.", "What is my job?"],
+    title: "Tell it who you are and what you do, and ask",
+    said: ["My name is Elena.", "I work as a carpenter.", "What is my name?"],
   },
   {
     title: "Ask for a list",
     said: ["Give me three ideas for a rainy day, as a list."],
   },
 ];
+
+const EXACT = { temperature: 0, repetition_penalty: 1.1, max_tokens: 48 };
 
 function hello() {
   const made = element("div", "", "hello");
@@ -329,8 +332,10 @@ function hello() {
 
 /** Say one thing after another; with several, compare what is answered to the last. */
 async function play(said) {
-  for (const text of said.slice(0, -1)) await say(text);
-  await say(said.at(-1), { compare: $("compare").checked || said.length > 1 });
+  const several = said.length > 1;
+  const drawn = several ? EXACT : {};
+  for (const text of said.slice(0, -1)) await say(text, { compare: false, drawn });
+  await say(said.at(-1), { compare: $("compare").checked || several, drawn });
 }
 
 function blank() {
@@ -442,8 +447,9 @@ function sampling() {
 }
 
 /** The pieces of an answer, as they come; at the end why it ended, and what it took. */
-async function* answered(messages, headers) {
-  const body = { model: "ccm", messages, stream: true, stream_options: { include_usage: true }, ...sampling() };
+async function* answered(messages, headers, drawn) {
+  const how = { ...sampling(), ...drawn };
+  const body = { model: "ccm", messages, stream: true, stream_options: { include_usage: true }, ...how };
   const response = await post("/v1/chat/completions", body, { headers, signal: running.signal });
   for await (const chunk of events(response.body)) {
     if (chunk.error) throw new Refused(0, chunk.error.message);
@@ -456,8 +462,9 @@ async function* answered(messages, headers) {
  *
  * keep: go back to so many turns first; what came after is taken back, in the memory as well.
  * compare: ask the full context and nothing, too.
+ * drawn: how the answer is drawn, where that is not what the settings say.
  */
-async function say(text, { keep = turns.length, compare = $("compare").checked } = {}) {
+async function say(text, { keep = turns.length, compare = $("compare").checked, drawn = {} } = {}) {
   const session = current ?? named(text);
   const back = keep < turns.length;
   const past = turns.slice(0, keep);
@@ -474,10 +481,10 @@ async function say(text, { keep = turns.length, compare = $("compare").checked }
   busy(true);
   let memory;
   try {
-    memory = await told(session, messages, keep, answer);
+    memory = await told(session, messages, keep, answer, drawn);
     current = session;
     memory = await refresh(session);
-    if (others && memory) await compared(others, [...past, ...messages], memory);
+    if (others && memory) await compared(others, [...past, ...messages], memory, drawn);
   } catch (error) {
     const stopped = error.name === "AbortError";
     running = null;
@@ -502,7 +509,7 @@ async function say(text, { keep = turns.length, compare = $("compare").checked }
 }
 
 /** Let the memory answer; what it says of itself then. */
-async function told(session, messages, keep, answer) {
+async function told(session, messages, keep, answer, drawn) {
   const headers = {
     "X-Session-Id": session,
     "X-CCM-On-Disconnect": "drop",
@@ -512,7 +519,7 @@ async function told(session, messages, keep, answer) {
   };
   let kept = null;
   let text = "";
-  for await (const chunk of answered(messages, headers)) {
+  for await (const chunk of answered(messages, headers, drawn)) {
     const [choice] = chunk.choices ?? [];
     if (choice?.delta?.content) write(answer, (text += choice.delta.content));
     if (choice?.finish_reason === "length") mark(answer, "cut here, at the longest answer (Settings)");
@@ -542,7 +549,7 @@ function columns(answer) {
 }
 
 /** Ask the model itself, without a conversation: behind all that was said, and behind nothing. */
-async function compared({ own, rest: [whole, nothing] }, said, memory) {
+async function compared({ own, rest: [whole, nothing] }, said, memory, drawn) {
   own.querySelector("span").textContent = bytes(memory.stats.nbytes);
   const history = said.filter(({ role, content }) => WHO[role] && role !== "tool" && content);
   const lost = said.length - history.length;
@@ -554,7 +561,8 @@ async function compared({ own, rest: [whole, nothing] }, said, memory) {
     }
     try {
       let text = "";
-      for await (const { choices, usage } of answered(messages.map(({ role, content }) => ({ role, content })), {})) {
+      const asked = messages.map(({ role, content }) => ({ role, content }));
+      for await (const { choices, usage } of answered(asked, {}, drawn)) {
         text += choices?.[0]?.delta?.content ?? "";
         body.replaceChildren(markdown(text));
         if (usage) section.querySelector("span").textContent = bytes(usage.total_tokens * facts.kv_bytes_per_token);
