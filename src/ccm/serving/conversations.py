@@ -127,7 +127,7 @@ class Conversations:
         state = await self.records.load(tenant, session)
         entries = transcript.current(await self.records.entries(tenant, state))
         method = self.records.method
-        row = method.counted(method.recall(state.memory).rows[0])
+        (row,) = method.recall(state.memory).rows
         return look(method, row, _turns(entries))
 
     async def reading(self, tenant: str, session: str) -> Inside:
@@ -163,7 +163,6 @@ class Conversations:
         found = results[0].reading
         if found is None:
             raise EngineError("the engine was told to stop before the answer was read: ask again")
-        found = replace(found, row=method.counted(found.row))
         return look(method, found.row, _turns(known[: answers[-1]]), found, answer.content)
 
     async def update(self, tenant: str, session: str, metadata: dict[str, str]) -> View:
