@@ -235,8 +235,11 @@ def test_what_is_named_is_there(server: Running) -> None:
     """Options, metrics and paths of the server in running text."""
     options = {
         o
-        for name in ("serve", "chat", "key")
-        for p in PARSER.commands[name].params
+        for command in (
+            *map(PARSER.commands.get, ("serve", "chat", "key")),
+            *PARSER.commands["memory"].commands.values(),
+        )
+        for p in command.params
         for o in (*p.opts, *p.secondary_opts)
     }
     others = {"--system", "--data-binary", "--frameworks"}  # of useradd, curl and a benchmark

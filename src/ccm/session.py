@@ -26,13 +26,10 @@ from .files.fingerprint import base_name
 from .methods import Method, as_method, open_method
 from .methods.accounting import counters, in_words, say_losses
 from .methods.answering import written
-from .methods.drawing import picture
-from .methods.inside import Inside, Said, look, read_by
+from .methods.inside import TURNS, Inside, Said, as_saved, look, read_by, saved
+from .methods.picture import picture
 from .methods.spec import parse
 from .models.load import load_tokenizer
-
-#: What a session knows of its turns, to be shown: the newest so many, and of each so many characters.
-TURNS, CHARACTERS = 1000, 200
 
 
 class Session:
@@ -182,7 +179,7 @@ class Session:
         say_losses(self.memory, memory, self.method)
         self.memory, self.dialogue = memory, step.dialogue
         if message is not None:
-            turn = Said(message.role, message.content[:CHARACTERS], max(0, memory.rows[0].seen - seen))
+            turn = Said(message.role, message.content, max(0, memory.rows[0].seen - seen)).shown()
             self.said = (*self.said, turn)[-TURNS:]
         # a second memory is kept only where the template may still change what stands behind it
         if not step.dialogue.open:
@@ -260,7 +257,7 @@ class Session:
             "budget": self.method.sizes(),
             "turns": self.turns,
             "dialogue": self.dialogue.as_dict(),
-            "said": [[turn.role, turn.text, turn.tokens] for turn in self.said],
+            "said": as_saved(self.said),
         }
         self.memory.save(path, {"session": json.dumps(state)})
 
@@ -278,28 +275,13 @@ class Session:
         try:
             state = json.loads(metadata["session"])
             session = cls(method, tokenizer, **_options(state))
-            session.turns, session.said = state["turns"], said(state)
+            session.turns, session.said = state["turns"], saved(state)
             session.dialogue = session.dialogues.kept(state, memory.rows[0].seen)
         except (KeyError, TypeError, ValueError) as error:
             raise MemoryFileError(f"{path} holds a memory but no session ({error})") from error
         session.memory = session.method.admit(memory)
         session._before = None
         return session
-
-
-def said(state: Mapping[str, Any]) -> tuple[Said, ...]:
-    """The turns of a saved session; files from before these were kept have none.
-
-    Raises:
-        TypeError, ValueError: they are not as they were written.
-    """
-    turns = tuple(Said(role, text, tokens) for role, text, tokens in state.get("said", ()))
-    for turn in turns:
-        if type(turn.tokens) is not int or turn.tokens < 0 or not isinstance(turn.role, str):
-            raise ValueError(f"a turn of {turn.role!r} and {turn.tokens!r} tokens")
-        if not isinstance(turn.text, str | None):
-            raise TypeError(f"a turn that says {type(turn.text).__name__}")
-    return turns
 
 
 def _options(state: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -12,9 +12,9 @@ from transformers import DynamicCache
 
 from ccm import Session
 from ccm.methods import as_method
-from ccm.methods.drawing import shorter, speaker
 from ccm.methods.inside import Said, attended, cut, groups, look, read_by
 from ccm.methods.parts import RAW
+from ccm.methods.picture import shorter, speaker
 
 SEGMENTS = random_rows([[9, 7, 8, 5, 6]])[0]
 

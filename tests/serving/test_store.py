@@ -167,6 +167,19 @@ def test_pages_of_sessions(opener):
         store.sessions("alice", limit=0)
 
 
+def test_labels_are_the_newest_metadata_of_a_page(opener):
+    store = opener()
+    for name in ("a", "b", "c", "empty"):
+        store.create("alice", name)
+    for version, title in enumerate(("old", "new ü")):
+        store.commit("alice", "a", version, Snapshot(b"x" * 1000, {"user": {"title": title}}))
+    store.commit("alice", "b", 0, Snapshot(b"x", {}))
+    store.commit("alice", "c", 0, Snapshot(b"x", {"user": {}}))
+    assert store.labels("alice") == {"a": {"user": {"title": "new ü"}}, "b": {}, "c": {"user": {}}}
+    assert list(store.labels("alice", "a", 1)) == ["b"]
+    assert store.labels("bob") == {}
+
+
 def test_fork(opener):
     store = opener(keep=2)
     session = store.create("alice")

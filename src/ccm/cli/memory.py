@@ -75,7 +75,7 @@ def show(
     loading = Loading(model, device, dtype)
     loading.check()
     from ..methods.default import checked, saved_memory
-    from ..methods.drawing import save_figure, shorter
+    from ..methods.picture import save_figure, shorter
 
     spec = saved_memory(file) if memory is None else checked(memory)
     if ask is None:
@@ -107,12 +107,11 @@ def _saved(file: Path, method: Any) -> Inside:
     """A saved session taken apart, without its model."""
     from ..core.memory import Memory
     from ..errors import MemoryFileError
-    from ..methods.inside import look
-    from ..session import said
+    from ..methods.inside import look, saved
 
     kept, metadata = Memory.load(file)
     try:
-        turns = said(json.loads(metadata["session"]))
+        turns = saved(json.loads(metadata["session"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise MemoryFileError(f"{file} holds a memory but no session ({error})") from error
     return look(method, kept.rows[0], turns)
@@ -128,7 +127,7 @@ def _table(inside: Inside) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    from ..methods.drawing import COLOURS, place, shades, speaker, words
+    from ..methods.picture import COLOURS, place, shades, speaker, words
 
     table = Table(box=None, padding=(0, 1), expand=True)
     for name in ("entries", "as", "of", "tokens"):

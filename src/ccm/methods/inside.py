@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby, pairwise
 from typing import Any
@@ -16,6 +16,8 @@ from .base import Method
 from .parts import RAW, Part
 from .scores import weights
 
+#: What a saved session knows of its turns: the newest so many, and of each so many characters.
+TURNS, CHARACTERS = 1000, 200
 #: Groups of layers that a picture shows, at most.
 GROUPS = 6
 #: Queries whose weights are held at once.
@@ -35,6 +37,30 @@ class Said:
     role: str
     text: str | None
     tokens: int
+
+    def shown(self) -> Said:
+        """The same with the beginning of its text alone."""
+        return replace(self, text=self.text and self.text[:CHARACTERS])
+
+
+def as_saved(turns: Sequence[Said]) -> list[list[Any]]:
+    """Turns as a session file keeps them; the newest ones, and of each the beginning."""
+    return [[turn.role, turn.shown().text, turn.tokens] for turn in turns[-TURNS:]]
+
+
+def saved(state: Mapping[str, Any]) -> tuple[Said, ...]:
+    """The turns of a session file's state; files from before these were kept have none.
+
+    Raises:
+        TypeError, ValueError: they are not as they were written.
+    """
+    turns = tuple(Said(role, text, tokens) for role, text, tokens in state.get("said", ()))
+    for turn in turns:
+        if type(turn.tokens) is not int or turn.tokens < 0 or not isinstance(turn.role, str):
+            raise ValueError(f"a turn of {turn.role!r} and {turn.tokens!r} tokens")
+        if not isinstance(turn.text, str | None):
+            raise TypeError(f"a turn that says {type(turn.text).__name__}")
+    return turns
 
 
 @dataclass(frozen=True)

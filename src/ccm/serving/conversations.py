@@ -11,8 +11,9 @@ from typing import Any
 from ..chat.messages import Message
 from ..core.memory import Memory
 from ..errors import ConfigError, MemoryFileError
-from . import transcript
-from .engine import Engine, Job, Result
+from ..methods.inside import Inside, Said, as_saved, look
+from . import resends, transcript
+from .engine import Engine, EngineError, Job, Result
 from .records import Records, State, new_id
 from .rendering import render
 from .running import Running
@@ -114,6 +115,56 @@ class Conversations:
         """One page of a tenant's conversations, ordered by id."""
         return await asyncio.to_thread(self.store.sessions, tenant, after, limit)
 
+    async def labels(
+        self, tenant: str, after: str | None = None, limit: int = 100
+    ) -> dict[str, dict[str, str]]:
+        """The caller's metadata of the conversations on that page of :meth:`sessions`, by id."""
+        kept = await asyncio.to_thread(self.store.labels, tenant, after, limit)
+        return {session: dict(label.get("user", {})) for session, label in kept.items()}
+
+    async def inside(self, tenant: str, session: str) -> Inside:
+        """Which turns each entry of the memory stands for."""
+        state = await self.records.load(tenant, session)
+        entries = transcript.current(await self.records.entries(tenant, state))
+        method = self.records.method
+        (row,) = method.recall(state.memory).rows
+        return look(method, row, _turns(entries))
+
+    async def reading(self, tenant: str, session: str) -> Inside:
+        """Which entries the newest answer read: the memory from before it, and one pass of the model over both.
+
+        Raises:
+            ConfigError: there is no answer, it says nothing, or its text was not kept.
+            ConflictError: no version from before it is kept, and the texts to make one anew are not there.
+            OverloadedError: too many turns are waiting.
+        """
+        self.running.check()
+        state = await self.records.load(tenant, session)
+        entries = await self.records.entries(tenant, state)
+        known = transcript.current(entries)
+        answers = [i for i, entry in enumerate(known) if entry["role"] == "assistant"]
+        answer = transcript.said(known[answers[-1]]) if answers else None
+        if answer is None:
+            raise ConfigError("there is no answer here whose text was kept: ask something first")
+        template, method = self.records.dialogues.template, self.records.method
+        ids = tuple(await asyncio.to_thread(template.encode, answer.content))
+        if not ids:
+            raise ConfigError("the newest answer says nothing: ask something else")
+        base, again = await resends.rewound(self.records, tenant, state, entries, answers[-1])
+        rendering = await asyncio.to_thread(render, self.records, base, again, True)
+        results: list[Result] = []
+
+        async def done(result: Result) -> Outcome:
+            results.append(result)
+            return Outcome("", "stop", 0, 0, 0)
+
+        job = Job(base.memory, rendering.segments, rendering.head, answer=ids)
+        await Turn(self.engine, job, done, self.running.count()).finish()
+        found = results[0].reading
+        if found is None:
+            raise EngineError("the engine was told to stop before the answer was read: ask again")
+        return look(method, found.row, _turns(known[: answers[-1]]), found, answer.content)
+
     async def update(self, tenant: str, session: str, metadata: dict[str, str]) -> View:
         """Put the caller's metadata in place of the old."""
         with self.running.alone(tenant, session):
@@ -151,10 +202,13 @@ class Conversations:
     async def export(self, tenant: str, session: str) -> bytes:
         """The conversation as a session file (``Session.load``)."""
         state = await self.records.load(tenant, session)
+        entries = transcript.current(await self.records.entries(tenant, state))
         kept = {
+            "memory": self.records.method.text,
             "budget": self.records.method.sizes(),
             "turns": state.turns,
             "dialogue": state.dialogue.as_dict(),
+            "said": as_saved(_turns(entries)),
         }
         return await asyncio.to_thread(state.memory.dumps, {"session": json.dumps(kept)})
 
@@ -221,6 +275,10 @@ class Conversations:
 
         job = Job(state.memory, rendering.segments)
         await Turn(self.engine, job, commit, self.running.count()).finish()
+
+
+def _turns(entries: Sequence[dict[str, Any]]) -> list[Said]:
+    return [Said(entry["role"], entry.get("content"), entry["tokens"]) for entry in entries]
 
 
 def _texts(entries: Sequence[dict[str, Any]]) -> list[Message]:

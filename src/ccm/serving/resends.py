@@ -65,8 +65,31 @@ async def compare(
             state.version,
         )
     if lost:
-        state, again = await _rewound(records, tenant, state, entries, plan.keep, messages)
+        state, again = await rewound(records, tenant, state, entries, plan.keep, messages)
     return state, [*again, *append], Taken(plan.matched, len(append), lost, len(again), system)
+
+
+async def back(
+    records: Records, tenant: str, state: State, messages: Sequence[Message], keep: int
+) -> tuple[State, Sequence[Message], Taken]:
+    """Go back to the first ``keep`` messages that the conversation knows, whatever the new ones say.
+
+    Returns:
+        as :func:`compare`.
+
+    Raises:
+        ConflictError: it knows fewer, or cannot go back so far.
+    """
+    entries = await records.entries(tenant, state)
+    known = len(transcript.current(entries))
+    if keep > known:
+        raise ConflictError(
+            f"got {keep} messages to keep, the conversation knows {known}: look at it again", state.version
+        )
+    if keep == known:
+        return state, messages, Taken(appended=len(messages))
+    state, again = await rewound(records, tenant, state, entries, keep)
+    return state, [*again, *messages], Taken(0, len(messages), known - keep, len(again))
 
 
 async def instructions(
@@ -78,13 +101,13 @@ async def instructions(
     return await _sayable(records, state.dialogue, [] if new is None else [new], word, len(entries))
 
 
-async def _rewound(
+async def rewound(
     records: Records,
     tenant: str,
     state: State,
     entries: Sequence[dict[str, Any]],
     keep: int,
-    messages: Sequence[Message],
+    messages: Sequence[Message] = (),
 ) -> tuple[State, list[Message]]:
     """The conversation before what was taken back: an older version, and the messages to read again behind it.
 
@@ -113,9 +136,8 @@ async def _rewound(
     again = transcript.texts([entries[i] for i in places[first:keep]], messages)
     if again is None or (not found and state.turns > len(places)):
         raise ConflictError(
-            f"these {len(messages)} messages take back {len(places) - keep} of the {len(places)} that the "
-            "conversation knows, and no version from before is kept: send what is new alone, or name a new "
-            "conversation",
+            f"{len(places) - keep} of the {len(places)} messages that the conversation knows would be taken back, "
+            "and no version from before is kept: send what is new alone, or name a new conversation",
             state.version,
         )
     # versions that know what is taken back make room for others; the newest stays for a while, to fork from

@@ -50,6 +50,7 @@ class Service(Conversations):
 
     Attributes:
         running: the turns that run.
+        parameters: of the model.
         health: of engine and store.
     """
 
@@ -71,6 +72,8 @@ class Service(Conversations):
         self.health = Health(engine, store, self.running, self.metrics)
         self.name = f"{base_name(method.reader.model)}+{settings.adapter}"
         self.created = int(time.time())
+        adapted = sum(p.numel() for name, p in method.reader.model.named_parameters() if "lora_" in name)
+        self.parameters = int(method.reader.model.num_parameters()) - adapted
 
     def close(self) -> None:
         """Stop the engine and close the store."""
@@ -93,6 +96,7 @@ class Service(Conversations):
         disconnect: str | None = None,
         resend: str | None = None,
         aside: bool | None = None,
+        keep: int | None = None,
     ) -> Turn:
         """Begin to answer.
 
@@ -113,6 +117,7 @@ class Service(Conversations):
             resend: what to do with a history that differs; None is what the settings say.
             aside: the request is no part of the conversation, such as one for a title. It is answered from memory
                 and messages, and not kept. None: decided by how the requests of known clients begin.
+            keep: go back to so many of the first messages that the conversation knows, and go on with these.
 
         Raises:
             ConfigError: nothing to answer, or more than the model's context can hold.
@@ -130,7 +135,7 @@ class Service(Conversations):
             system = [] if instructions is None else [Message("system", instructions)]
             return await self._stateless([*system, *messages], sampling, tools)
         if aside is None:
-            aside = resent and history.is_task(messages)
+            aside = resent and keep is None and history.is_task(messages)
         lock = session and version is None and not aside
         unlock = self.running.lock(tenant, session) if lock else _nothing
         try:
@@ -142,7 +147,9 @@ class Service(Conversations):
             if version is not None and state.version:
                 unlock = self.running.lock(tenant, session)
             taken = Taken(appended=len(messages))
-            if resent:
+            if keep is not None:
+                state, messages, taken = await resends.back(self.records, tenant, state, messages, keep)
+            elif resent:
                 resend = resend or self.settings.resend
                 state, messages, taken = await resends.compare(self.records, tenant, state, messages, resend)
             if instructions is not None:

@@ -24,6 +24,9 @@ _PAGE = {
     "index.html": "text/html; charset=utf-8",
     "page.css": "text/css; charset=utf-8",
     "page.js": "text/javascript; charset=utf-8",
+    "inside.js": "text/javascript; charset=utf-8",
+    "markdown.js": "text/javascript; charset=utf-8",
+    "marked.js": "text/javascript; charset=utf-8",
 }
 _ERROR = {
     "type": "object",
@@ -104,7 +107,16 @@ _models = APIRouter(prefix="/v1/models", tags=["models"])
 
 
 def _model(service: Service) -> dict[str, Any]:
-    return {"id": service.name, "object": "model", "created": service.created, "owned_by": "ccm"}
+    reader = service.method.reader
+    return {
+        "id": service.name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "ccm",
+        "parameters": service.parameters,
+        "context": reader.context,
+        "kv_bytes_per_token": reader.kv_bytes_per_token(),
+    }
 
 
 @_models.get("")

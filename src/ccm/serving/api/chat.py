@@ -38,6 +38,14 @@ async def complete(
             description="What to do with a history that differs from the known one; else the server's --resend."
         ),
     ] = None,
+    x_ccm_keep: Annotated[
+        int | None,
+        Header(
+            ge=0,
+            lt=1 << 31,
+            description="Go back to so many of the first messages that the conversation knows, and on from there.",
+        ),
+    ] = None,
     x_ccm_ephemeral: Annotated[
         bool | None,
         Header(
@@ -58,6 +66,7 @@ async def complete(
         disconnect=x_ccm_on_disconnect,
         resend=x_ccm_resend,
         aside=x_ccm_ephemeral,
+        keep=x_ccm_keep,
     )
     frame = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": service.name}
     if body.stream:

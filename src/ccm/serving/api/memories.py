@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -28,8 +29,18 @@ async def sessions(
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
 ) -> dict[str, Any]:
     """One page of conversations, ordered by id; ``after`` is the last id of the page before."""
-    found = await service.sessions(tenant, after, limit)
-    data = [{"id": info.session, "object": "memory", **_without_session(asdict(info))} for info in found]
+    found, labels = await asyncio.gather(
+        service.sessions(tenant, after, limit), service.labels(tenant, after, limit)
+    )
+    data = [
+        {
+            "id": info.session,
+            "object": "memory",
+            **_without_session(asdict(info)),
+            "metadata": labels.get(info.session, {}),
+        }
+        for info in found
+    ]
     return {"object": "list", "data": data, "has_more": len(found) == limit}
 
 
@@ -52,6 +63,21 @@ async def load(
 async def inspect(session: Session, service: ServiceDep, tenant: Tenant) -> dict[str, Any]:
     """What is held, what it stands for, and the turns that it was made of."""
     return await _shown(service, tenant, await service.view(tenant, session))
+
+
+@router.get("/{session}/inside")
+async def inside(session: Session, service: ServiceDep, tenant: Tenant) -> dict[str, Any]:
+    """Which turns each entry of the memory stands for."""
+    found = await service.inside(tenant, session)
+    return {"id": session, "object": "memory.inside", **found.as_dict()}
+
+
+@router.post("/{session}/reading")
+async def reading(session: Session, service: ServiceDep, tenant: Tenant) -> dict[str, Any]:
+    """The same as it was before the newest answer, and how much attention the answer pays to each entry, by layer
+    group. The model reads the answer once more for it, in the queue of the turns."""
+    found = await service.reading(tenant, session)
+    return {"id": session, "object": "memory.inside", **found.as_dict()}
 
 
 @router.delete("/{session}")

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from ...core.memory import Memory
 from ...errors import CCMError, ConfigError
+from ...methods.inside import Reading
 
 #: Most tokens that one answer may have, whatever the model's context.
 LONGEST_ANSWER = 1 << 15
@@ -111,6 +112,7 @@ class Job:
         sampling: of the answer.
         remember: what becomes of the answer, from its text; None: it is not taken in. It is called on the engine's
             thread.
+        answer: token ids of an answer that is there already. None is written, and the result says what it reads.
     """
 
     memory: Memory
@@ -118,6 +120,7 @@ class Job:
     prompt: tuple[int, ...] = ()
     sampling: Sampling = Sampling()
     remember: Callable[[str], Kept] | None = None
+    answer: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -129,12 +132,14 @@ class Result:
         text: the answer, whole, with marks of thoughts and calls.
         finish_reason: "stop" or "length".
         tokens: of the answer.
+        reading: what the answer of the job reads, if it has one.
     """
 
     memory: Memory
     text: str = ""
     finish_reason: str = "stop"
     tokens: int = 0
+    reading: Reading | None = None
 
 
 Event = str | Result | Exception

@@ -24,6 +24,7 @@ from ...core.memory import Memory
 from ...errors import ConfigError
 from ...methods import Method
 from ...methods.answering import BEHIND
+from ...methods.inside import Reading, read_by
 from ..metrics import Metrics
 from .base import Engine, EngineError, Job, Listener, OverloadedError, Result, Ticket
 
@@ -48,6 +49,7 @@ class Running:
     token: int = -1
     finish_reason: str = ""
     last: float = field(default=0.0)
+    read: Reading | None = None
 
 
 R = TypeVar("R", bound=Running)
@@ -122,13 +124,13 @@ class FoldingEngine(Engine, Generic[R]):
 
     def submit(self, job: Job, listener: Listener) -> Ticket:
         self.method.check(job.memory, 1)
-        least = len(job.prompt) + (1 if job.prompt else 0)
+        least = len(job.prompt) + (len(job.answer) or 1 if job.prompt else 0)
         if least > self.context:
             raise ConfigError(
                 f"the prompt has {len(job.prompt)} tokens, the model's context is {self.context}: shorten it, or "
                 "name a conversation, whose past is folded"
             )
-        for ids in (*job.segments, job.prompt):
+        for ids in (*job.segments, job.prompt, job.answer):
             if ids:
                 self.method.reader.check_ids(torch.tensor(ids))
         running = self._accept(
@@ -193,6 +195,8 @@ class FoldingEngine(Engine, Generic[R]):
                 for running in self._to_end():
                     running.prompt, running.finish_reason = [], "stop"
                     self._end([running])
+                for running in [r for r in self._active if r.job.answer and r.prompt and not r.segments]:
+                    self._do(self._look, [running])
                 self._answer()
                 for running in [
                     r for r in self._active if not (r.segments or r.prompt or r in self._writing)
@@ -290,6 +294,15 @@ class FoldingEngine(Engine, Generic[R]):
         self.metrics.folding.observe(time.monotonic() - began)
         self.metrics.folded.inc(memory.tokens - sum(m.tokens for m in before))
 
+    def _look(self, rows: list[R]) -> None:
+        """See what an answer that is there reads."""
+        for running in rows:
+            try:
+                running.read = read_by(self.method, running.memory, running.prompt, running.job.answer)
+            except ConfigError as error:  # it does not fit the context
+                self._leave(running, error)
+            running.prompt = []
+
     def _ready(self) -> list[R]:
         """Jobs whose answers can begin; those that have no room for one have left."""
         ready = [running for running in self._active if running.prompt and not running.segments]
@@ -349,6 +362,7 @@ class FoldingEngine(Engine, Generic[R]):
             writer.text,
             running.finish_reason or "stop",
             len(writer.ids) + (running.token in self._ends),
+            running.read,
         )
         self._leave(running, result)
 

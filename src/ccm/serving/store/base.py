@@ -21,6 +21,7 @@ import secrets
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, TypeVar
@@ -250,6 +251,20 @@ class Store(ABC):
             raise ConfigError(f"page limit: got {limit}, expected 1 to 1000")
         return self._sessions(tenant, after or "", limit, self.clock())
 
+    def labels(self, tenant: str, after: str | None = None, limit: int = 100) -> dict[str, dict[str, Any]]:
+        """Metadata of the newest versions of the sessions on that page of :meth:`sessions`, by session.
+
+        Memories are not read for it. What is damaged, or has no version, is left out; digests are not compared, as
+        they cover the memories, so the metadata are there to be shown.
+        """
+        found: dict[str, dict[str, Any]] = {}
+        for info in self.sessions(tenant, after, limit):
+            with suppress(NotFoundError, ValueError, RecursionError):
+                label = json.loads(self._label(tenant, info.session, info.version, self.clock()) or "null")
+                if isinstance(label, dict):
+                    found[info.session] = label
+        return found
+
     def usage(self, tenant: str) -> Usage:
         """What a tenant holds, as limits count it."""
         _check_ids(tenant)
@@ -380,6 +395,10 @@ class Store(ABC):
     @abstractmethod
     def _get(self, tenant: str, session: str, version: int | None, now: float) -> Record | None:
         """A version, None for the newest; returns None if the session is there and that version is not."""
+
+    @abstractmethod
+    def _label(self, tenant: str, session: str, version: int, now: float) -> str | None:
+        """Metadata of a version, without its payload; None if it is not there."""
 
     @abstractmethod
     def _versions(self, tenant: str, session: str, now: float) -> list[int]:

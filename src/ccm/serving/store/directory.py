@@ -189,6 +189,11 @@ class DirectoryStore(Store):
             raise damaged(session, f"version {wanted}")
         return Record(wanted, fields["created"], fields["metadata"], payload, fields["digest"])
 
+    def _label(self, tenant: str, session: str, version: int, now: float) -> str | None:
+        with self._locked(tenant) as home:
+            records = self._read(home / name_of(session), session, now).records
+        return next((fields["metadata"] for fields in records if fields["version"] == version), None)
+
     def _versions(self, tenant: str, session: str, now: float) -> list[int]:
         with self._locked(tenant) as home:
             return [fields["version"] for fields in self._read(home / name_of(session), session, now).records]

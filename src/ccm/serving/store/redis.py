@@ -127,6 +127,9 @@ if version == '' then version = newest end
 return {newest, top, version, redis.call('HMGET', path('s', id), version .. ':created', version .. ':metadata',
     version .. ':payload', version .. ':digest')}
 """,
+    "label": """
+return redis.call('HGET', path('s', ARGV[2]), ARGV[3] .. ':metadata')
+""",
     "versions": """
 if not alive(ARGV[2]) then return false end
 local found = {}
@@ -268,6 +271,10 @@ class RedisStore(Store):
                 return None
             created, metadata, payload, digest = fields
             return Record(int(number), float(created), metadata.decode(), payload, digest.decode())
+
+    def _label(self, tenant: str, session: str, version: int, now: float) -> str | None:
+        found = self._run("label", tenant, now, session, version)
+        return None if found is None else found.decode("utf-8", "replace")
 
     def _versions(self, tenant: str, session: str, now: float) -> list[int]:
         return [int(version) for version in self._read("versions", tenant, session, now)]

@@ -184,6 +184,13 @@ class SqlStore(Store):
             raise damaged(session, f"version {newest}")
         return Record(*_typed(session, rows[0], _RECORD)) if rows else None
 
+    def _label(self, tenant: str, session: str, version: int, now: float) -> str | None:
+        with self._transaction(write=False) as run:
+            rows = run(
+                f"SELECT metadata FROM ccm_versions WHERE {_OF} AND version = ?", tenant, session, version
+            )
+        return rows[0][0] if rows and isinstance(rows[0][0], str) else None
+
     def _versions(self, tenant: str, session: str, now: float) -> list[int]:
         with self._transaction(write=False) as run:
             self._row(run, tenant, session, now)
