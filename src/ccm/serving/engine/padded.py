@@ -18,24 +18,18 @@ from ...core.memory import Memory
 from ...core.reader import Reader
 from ...methods import Method
 from ..metrics import Metrics
-from .base import Sampling
-from .folding import FoldingEngine, Running, left_padded
-from .forms import Form
-from .sampling import Sampler
-
-#: Prompt tokens that are read at once.
-CHUNK = 256
+from .drawing import CHUNK, DrawingEngine, Drawn
+from .folding import left_padded
 
 
 @dataclass(eq=False, kw_only=True)
-class _Row(Running):
-    """A job with its sampler and, while a long prompt is read, what is read so far."""
+class _Row(Drawn):
+    """A job and, while a long prompt is read, what is read so far."""
 
-    sampler: Sampler
     reading: Live | None = None
 
 
-class PaddedEngine(FoldingEngine[_Row]):
+class PaddedEngine(DrawingEngine[_Row]):
     """Many conversations on one model.
 
     Args:
@@ -59,20 +53,8 @@ class PaddedEngine(FoldingEngine[_Row]):
         context = method.reader.context
         super().__init__(method, tokenizer, rows=rows, waiting=waiting, context=context, metrics=metrics)
 
-    def _accept(self, **common: Any) -> _Row:
-        job = common["job"]
-        form = self._form(job.sampling, job.prompt)
-        return _Row(**common, sampler=Sampler(job.sampling, job.prompt, form))
-
-    def check(self, sampling: Sampling) -> None:
-        self._form(sampling)
-
-    def _form(self, sampling: Sampling, prompt: tuple[int, ...] = ()) -> Form | None:
-        if sampling.schema is None:
-            return None
-        begin, end = self.template.thoughts or ("", None)
-        thinking = self.tokenizer.decode(list(prompt[-16:])).rstrip().endswith(begin)
-        return Form(sampling.schema, self.tokenizer, self._ends, end if thinking else None)
+    def _with_sampler(self, **common: Any) -> _Row:
+        return _Row(**common)
 
     def _answer(self) -> None:
         self._do(self._join, self._ready())
@@ -124,16 +106,6 @@ class PaddedEngine(FoldingEngine[_Row]):
         self._batch, logits = run(self.method.reader, self._batch, tokens)
         self.metrics.occupancy.observe(len(rows))
         self._draw(rows, logits)
-
-    def _draw(self, rows: list[_Row], logits: Tensor) -> None:
-        """Draw the next token of each row, and take those out that have ended."""
-        ended = [
-            running
-            for running, row in zip(rows, logits, strict=True)
-            if self._put(running, running.sampler.draw(row))
-        ]
-        if ended:
-            self._end(ended)
 
 
 def run(reader: Reader, batch: Live, ids: Tensor, mask: Tensor | None = None) -> tuple[Live, Tensor]:
