@@ -28,7 +28,8 @@ MAY = {
     "training": "errors hub core files chat models methods data planning evaluation",
     "evaluation": "errors registry core files chat models methods session data",
     "serving": "errors registry core files chat models methods session",
-    "cli": "errors registry core files chat models methods session data planning training evaluation serving",
+    "bench": "__init__ errors core methods models serving",
+    "cli": "errors registry core files chat models methods session data planning training evaluation serving bench",
 }
 
 

@@ -11,7 +11,7 @@ import typer
 
 from .. import __version__
 from ..errors import CCMError
-from . import chat, data, demo, doctor, eval, memory, plan, report, serve, train
+from . import bench, chat, data, demo, doctor, eval, memory, plan, report, serve, train
 
 # click itself is vendored by newer releases of typer
 _ClickError: Any = typer.BadParameter.__mro__[2]
@@ -33,6 +33,7 @@ app.command("eval", epilog=eval.EPILOG)(eval.evaluate)
 app.command(epilog=report.EPILOG)(report.report)
 app.command(epilog=serve.EPILOG)(serve.serve)
 app.command(epilog=serve.KEY_EPILOG)(serve.key)
+app.command(epilog=bench.EPILOG)(bench.bench)
 app.command(epilog=plan.EPILOG)(plan.plan)
 app.command(epilog=doctor.EPILOG)(doctor.doctor)
 app.add_typer(memory.app, name="memory")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -31,6 +32,7 @@ def report(
     """Write a summary, and a page for every suite, from what ccm eval and the benchmarks stored."""
     from rich.console import Console
 
+    from ..bench import page as bench
     from ..evaluation.report import benchmarks
     from ..evaluation.report.load import load
     from ..evaluation.report.pages import FOLDER, PAGE, build
@@ -43,9 +45,15 @@ def report(
             "folder"
         )
     results = load(paths)
-    files = build(results, benchmarks.load([path for path in paths if path.is_dir()]))
+    folders = [path for path in paths if path.is_dir()]
+    files = build(results, benchmarks.load(folders))
+    for path in (folder / "bench.json" for folder in folders):
+        if path.is_file():
+            measured = json.loads(path.read_text(encoding="utf-8"))
+            files |= {bench.PAGE: bench.page(measured).encode(), bench.PICTURE: bench.picture(measured)}
     try:
-        (out / FOLDER).mkdir(parents=True, exist_ok=True)
+        for name in files:
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError(f"cannot write to {out}: {error.strerror or error}") from error
     for name, content in files.items():

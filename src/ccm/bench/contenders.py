@@ -1,0 +1,456 @@
+"""Ways to keep a conversation, each with the same calls: take in a history, play a turn behind it, answer many.
+
+A turn is what a user waits for: a question of some tokens is read, an answer of a given length is written greedily,
+and the state is ready for the next question. Then it goes back to where it was: every repetition is the same turn.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import torch
+from transformers import DynamicCache
+
+from ..core.memory import Memory
+from ..errors import ConfigError
+from ..methods import Method, open_method
+from ..models.load import gguf_file, load_model
+from ..serving.engine import Engine, Job, Kept, PaddedEngine, Sampling
+from ..serving.engine.base import Event
+from .machine import clock_of
+from .sizes import ANSWER, HEAD, PREFILL, QUESTION
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Seconds of one turn.
+
+    Attributes:
+        first: to the first token.
+        between: between two tokens, the median.
+        total: until the next question may come.
+    """
+
+    first: float
+    between: float
+    total: float
+
+    @classmethod
+    def of(cls, began: float, tokens: Sequence[float], ended: float) -> Turn:
+        """From the times at which it began, each token came, and it ended."""
+        gaps = sorted(b - a for a, b in pairwise(tokens))
+        return cls(tokens[0] - began, gaps[len(gaps) // 2], ended - began)
+
+
+class Contender(ABC):
+    """One way, with a model of its own.
+
+    Args:
+        model: folder, GGUF file or hub id; None is the embedded one.
+        llama: GGUF file of the same model.
+        threads: of the CPU.
+    """
+
+    name: ClassVar[str]
+    #: Longest history that it is measured at.
+    reach: ClassVar[int] = 4_000
+    #: Most conversations at once that it is measured with.
+    crowd: ClassVar[int] = 32
+
+    def __init__(self, model: str | None, llama: str, threads: int):
+        self.threads, self.clock = threads, clock_of(threads)
+        torch.set_num_threads(threads)
+
+    @abstractmethod
+    def take(self, ids: list[int]) -> None:
+        """Take in more history."""
+
+    @abstractmethod
+    def turn(self, ids: list[int], head: list[int]) -> Turn:
+        """Play a turn, and go back."""
+
+    @abstractmethod
+    def prefill(self, ids: list[int]) -> float:
+        """Seconds in which these tokens are read behind nothing."""
+
+    @abstractmethod
+    def answer(self, count: int, ids: list[int], head: list[int]) -> float:
+        """Seconds of a turn of so many conversations at once, all with the history of this one."""
+
+    @property
+    @abstractmethod
+    def kv_bytes(self) -> int:
+        """Of the keys and values that the next token attends to."""
+
+    @property
+    @abstractmethod
+    def weight_bytes(self) -> int:
+        """Of the weights that every token reads."""
+
+    @property
+    @abstractmethod
+    def parameters(self) -> int:
+        """Of the model, without a table of embeddings that is only looked up."""
+
+
+# ---------------------------------------------------------------------- transformers alone
+
+
+class _Transformers(Contender):
+    def __init__(self, model: str | None, llama: str, threads: int):
+        super().__init__(model, llama, threads)
+        self.model, _ = load_model(model)
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.parameters * self.model.dtype.itemsize
+
+    @property
+    def parameters(self) -> int:
+        return _parameters(self.model)
+
+    def prefill(self, ids: list[int]) -> float:
+        began = self.clock()
+        self._read(DynamicCache(), [ids])
+        return self.clock() - began
+
+    def _read(self, cache: DynamicCache, ids: list[list[int]]) -> torch.Tensor:
+        """The likeliest next token of each row, (B, 1)."""
+        out = self.model(input_ids=torch.tensor(ids), past_key_values=cache, logits_to_keep=1)
+        return out.logits[:, -1].argmax(-1, keepdim=True)
+
+    def _write(self, cache: DynamicCache, ids: list[list[int]]) -> list[float]:
+        """Write answers behind the given tokens, and read their last token; when each token came."""
+        token, times = self._read(cache, ids), []
+        for _ in range(ANSWER):
+            times.append(self.clock())
+            token = self._read(cache, token.tolist())
+        return times
+
+
+class Full(_Transformers):
+    name = "full cache"
+    crowd = 16
+
+    def __init__(self, model: str | None, llama: str, threads: int):
+        super().__init__(model, llama, threads)
+        self.cache = DynamicCache()
+
+    def take(self, ids: list[int]) -> None:
+        for start in range(0, len(ids), PREFILL):
+            self._read(self.cache, [ids[start : start + PREFILL]])
+
+    def turn(self, ids: list[int], head: list[int]) -> Turn:
+        length = self.cache.get_seq_length()
+        began = self.clock()
+        times = self._write(self.cache, [ids + head])
+        ended = self.clock()
+        self.cache.crop(length - self.cache.get_seq_length())  # by so many
+        return Turn.of(began, times, ended)
+
+    def answer(self, count: int, ids: list[int], head: list[int]) -> float:
+        cache = DynamicCache()
+        for index, layer in enumerate(self.cache.layers):
+            keys, values = (states.repeat(count, 1, 1, 1) for states in (layer.keys, layer.values))
+            cache.update(keys, values, index)
+        began = self.clock()
+        self._write(cache, [ids + head] * count)
+        return self.clock() - began
+
+    @property
+    def kv_bytes(self) -> int:
+        return sum(states.nbytes for layer in self.cache.layers for states in (layer.keys, layer.values))
+
+
+class Resend(_Transformers):
+    name = "resend"
+    crowd = 0
+    #: Newest tokens that are sent; None: all.
+    newest: ClassVar[int | None] = None
+
+    def __init__(self, model: str | None, llama: str, threads: int):
+        super().__init__(model, llama, threads)
+        self.ids: list[int] = []
+
+    def take(self, ids: list[int]) -> None:
+        self.ids += ids
+
+    def turn(self, ids: list[int], head: list[int]) -> Turn:
+        sent = self.ids if self.newest is None else self.ids[-self.newest :]
+        began = self.clock()
+        times = self._write(DynamicCache(), [sent + ids + head])
+        return Turn.of(began, times, self.clock())
+
+    def answer(self, count: int, ids: list[int], head: list[int]) -> float:
+        raise ConfigError(f"{self.name} is not measured with many at once")
+
+    @property
+    def kv_bytes(self) -> int:
+        return 0
+
+
+class Window(Resend):
+    name = "window"
+    reach = 100_000
+    newest = 328  # as many entries as the memory has
+
+
+# ---------------------------------------------------------------------- memories
+
+
+class _Streamer:
+    """When each token came."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock = clock
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(self.clock())
+
+    def end(self) -> None:
+        pass
+
+
+class InMemory(Contender):
+    name = "ccm"
+    reach = 16_000
+    memory: ClassVar[str] = "default"
+
+    def __init__(self, model: str | None, llama: str, threads: int):
+        super().__init__(model, llama, threads)
+        loaded, self.tokenizer = load_model(model)
+        self.method = self._method(open_method(self.memory, loaded, self.tokenizer), llama)
+        self.held: Memory = self.method.empty()
+        self.before: list[int] = []
+        self._parameters = _parameters(loaded)
+
+    def _method(self, method: Method, llama: str) -> Method:
+        return method
+
+    def take(self, ids: list[int]) -> None:
+        self.held = self._folded(self.held, ids)
+
+    def _folded(self, memory: Memory, ids: list[int], answered: bool = False) -> Memory:
+        longest = self.method.longest
+        for start in range(0, len(ids), longest):
+            last = start + longest >= len(ids)
+            memory = self.method.fold(memory, [ids[start : start + longest]], answered=answered and last)
+        return memory
+
+    def turn(self, ids: list[int], head: list[int]) -> Turn:
+        streamer = _Streamer(self.clock)
+        began = self.clock()
+        memory = self._folded(self.held, ids, answered=True)
+        recalled = self.method.recall(memory)
+        out = self.method.reader.generate(
+            [head], recalled, max_new_tokens=ANSWER, do_sample=False, eos_token_id=None, streamer=streamer
+        )
+        self._folded(memory, out[0].tolist())
+        ended = self.clock()
+        return Turn.of(began, streamer.times[1:], ended)  # the first that it hears of is the prompt
+
+    def prefill(self, ids: list[int]) -> float:
+        began = self.clock()
+        self.method.reader.read([ids])
+        return self.clock() - began
+
+    def fold(self, ids: list[int]) -> float:
+        """Seconds in which these tokens are taken into the memory."""
+        began = self.clock()
+        self._folded(self.held, ids)
+        return self.clock() - began
+
+    def restore(self, head: list[int]) -> float:
+        """Seconds from the bytes of a memory to the first token behind it."""
+        data = self.held.dumps()
+        began = self.clock()
+        memory = self.method.admit(Memory.loads(data)[0])
+        self.method.reader.generate([head], memory, max_new_tokens=1, do_sample=False, eos_token_id=None)
+        return self.clock() - began
+
+    def answer(self, count: int, ids: list[int], head: list[int]) -> float:
+        import queue
+
+        longest, done = self.method.longest, queue.Queue[Event]()
+        parts = tuple(tuple(ids[i : i + longest]) for i in range(0, len(ids), longest))
+        job = Job(
+            self.held,
+            parts,
+            tuple(head),
+            Sampling(max_tokens=ANSWER, temperature=0),
+            remember=lambda text: Kept(parts),  # an answer is about as long as a question
+        )
+        engine = self._engine(count)
+        engine._ends = frozenset()  # so that all answers are of one length
+        try:
+            began = self.clock()
+            for _ in range(count):
+                engine.submit(job, lambda event: None if isinstance(event, str) else done.put(event))
+            for _ in range(count):
+                if isinstance(event := done.get(), Exception):
+                    raise event
+            return self.clock() - began
+        finally:
+            engine.close()
+
+    def _engine(self, count: int) -> Any:
+        return PaddedEngine(self.method, self.tokenizer, rows=count)
+
+    @property
+    def kv_bytes(self) -> int:
+        row = self.held.rows[0]
+        numbers = sum(t.numel() for kv in (row.sink, row.slots, row.window) for t in kv)
+        return numbers * self.method.reader.model.dtype.itemsize
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.parameters * self.method.reader.model.dtype.itemsize
+
+    @property
+    def parameters(self) -> int:
+        return self._parameters
+
+
+class Streaming(InMemory):
+    name = "streaming-llm"
+    memory = "streaming-llm:window=324,sink=4"
+
+
+# ---------------------------------------------------------------------- llama.cpp
+
+
+class InLlama(InMemory):
+    name = "ccm in llama.cpp"
+    reach = 100_000
+
+    def _method(self, method: Method, llama: str) -> Method:
+        from ..serving.llama.reader import in_llama
+
+        self.file = gguf_file(llama)
+        self.torch_method = method
+        return in_llama(method, llama, threads=self.threads)
+
+    def _engine(self, count: int) -> Engine:
+        from ..serving.llama.engine import LlamaEngine
+        from ..serving.llama.reader import in_llama
+
+        method = in_llama(self.torch_method, self.file, sequences=count, threads=self.threads)
+        return LlamaEngine(method, self.tokenizer)
+
+    @property
+    def kv_bytes(self) -> int:
+        return super().kv_bytes // self.method.reader.model.dtype.itemsize * 2  # f16
+
+    @property
+    def weight_bytes(self) -> int:
+        return _file_bytes(self.file)
+
+
+class Llama(Contender):
+    name = "llama.cpp"
+
+    def __init__(self, model: str | None, llama: str, threads: int):
+        from ..serving.llama.library import Context, Model
+
+        super().__init__(model, llama, threads)
+        self.file = gguf_file(llama)
+        self.model = Model(self.file)
+        self.context = Context(
+            self.model, positions=self.reach + 512, sequences=1, kind="f16", threads=threads
+        )
+        self.length = 0
+
+    def take(self, ids: list[int]) -> None:
+        self._read(self.context, [ids], [self.length])
+        self.length += len(ids)
+
+    def turn(self, ids: list[int], head: list[int]) -> Turn:
+        began = self.clock()
+        times = self._write(self.context, [ids + head], [self.length])
+        ended = self.clock()
+        self.context.cut(0, self.length)
+        return Turn.of(began, times, ended)
+
+    def prefill(self, ids: list[int]) -> float:
+        state = self.context.state(0)
+        self.context.cut(0, 0)
+        began = self.clock()
+        self._read(self.context, [ids], [0])
+        seconds = self.clock() - began
+        if self.length:
+            self.context.put(0, state)
+        return seconds
+
+    def answer(self, count: int, ids: list[int], head: list[int]) -> float:
+        import numpy as np
+
+        from ..serving.llama.library import Context
+
+        positions = self.length + QUESTION + HEAD + ANSWER + 1
+        many = Context(self.model, positions=positions, sequences=count, kind="f16", threads=self.threads)
+        state = np.concatenate([self.context.state(0), np.zeros(4 * (count - 1), np.uint8)])
+        state[8:12].view(np.uint32)[0] = count  # of one stream among so many, the others empty
+        for number in range(count):
+            many.put(number, state)
+        began = self.clock()
+        self._write(many, [ids + head] * count, [self.length] * count)
+        return self.clock() - began
+
+    def _read(self, context: Any, ids: list[list[int]], at: list[int]) -> list[int]:
+        import numpy as np
+
+        from ..serving.llama.library import Part
+
+        parts = [Part(i, at[i], np.array(row, np.int32)) for i, row in enumerate(ids)]
+        return [int(logits.argmax()) for logits in context.read(parts, logits=True)]
+
+    def _write(self, context: Any, ids: list[list[int]], at: list[int]) -> list[float]:
+        tokens, times = self._read(context, ids, at), []
+        at = [start + len(row) for start, row in zip(at, ids, strict=True)]
+        for _ in range(ANSWER):
+            times.append(self.clock())
+            tokens = self._read(context, [[token] for token in tokens], at)
+            at = [start + 1 for start in at]
+        return times
+
+    @property
+    def kv_bytes(self) -> int:
+        return len(self.context.state(0)) if self.length else 0
+
+    @property
+    def weight_bytes(self) -> int:
+        return _file_bytes(self.file)
+
+    @property
+    def parameters(self) -> int:
+        return int(self.model.lib.llama_model_n_params(self.model.pointer))
+
+
+CONTENDERS: dict[str, type[Contender]] = {
+    kind.name: kind for kind in (InMemory, InLlama, Llama, Full, Streaming, Window, Resend)
+}
+
+
+def history(length: int) -> list[int]:
+    """Token ids of the one history that all have; what they say makes no difference to the time."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(100, 10_000, (length,), generator=generator).tolist()
+
+
+def _parameters(model: Any) -> int:
+    """A head that is tied to the embeddings counts, a table that is only looked up does not."""
+    table = model.get_input_embeddings().weight
+    head = model.get_output_embeddings().weight
+    total = sum(p.numel() for n, p in model.named_parameters() if "lora_" not in n)
+    return total if head is table else total - table.numel()
+
+
+def _file_bytes(path: str) -> int:
+    from pathlib import Path
+
+    return Path(path).stat().st_size

@@ -1,0 +1,179 @@
+"""What ``ccm bench`` measured, as tables, as ``docs/performance.md``, and as a picture."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..errors import MissingPackageError
+
+PAGE, PICTURE = "performance.md", "figures/performance.png"
+
+_INTRO = """\
+# How fast it is
+
+Written by `ccm report` from `results/bench.json`, which `ccm bench --out results/bench.json` makes; nothing on this
+page is typed by hand. Every contender has a process and a model of its own, all in the same number of threads, and
+they take turns within one run: what disturbs one disturbs all, so ratios hold on a busy machine. With one thread,
+seconds are those of the processor, and what it did for others does not count. Figures are medians; small numbers are
+the least and the most.
+
+- **ccm**: the default memory on transformers. **ccm in llama.cpp**: the same memory, read, folded and answered in
+  llama.cpp ([how](llama.md)).
+- **llama.cpp**: the same file with its keys and values kept. **full cache**: transformers with its cache kept.
+- **streaming-llm**: sink and window of as many entries as the memory has. **window**: the newest as many tokens, read
+  anew in every turn. **resend**: the whole history, read anew in every turn."""
+
+_TURN = """\
+## A turn
+
+24 tokens come in and 32 are written, greedily; it ends when the next question may come, with everything folded."""
+
+_PARTS = """\
+## What a turn is made of
+
+`decode` and `prefill` have the share that they reach of what the machine could do at most: the bytes of weights, keys
+and values that one token reads, over the measured bandwidth; two operations per weight and token, over the measured
+rate in float32. Weights in fewer bits than that may reach more than all of the second. `fold` takes 200 tokens into a
+full memory and stands beside a prefill of the same tokens. `restore` goes from the bytes of a memory to the first
+token behind it. Peak memory is that of the whole process, with the libraries and whatever else was measured in it."""
+
+_MANY = """\
+## Many at once
+
+New tokens per second of conversations that are answered at the same time, whole turns, each behind a history of
+{among:,} tokens."""
+
+
+def page(result: Mapping[str, Any]) -> str:
+    """``docs/performance.md``."""
+    made = result["environment"]
+    loads = made["load_before_and_after"]
+    versions = ", ".join(
+        f"{name} {made[name]}" for name in ("torch", "transformers", "llama-cpp-python") if made[name]
+    )
+    how = (
+        f"{made['threads']} thread{'s' if made['threads'] > 1 else ''} of {made['cores']} cores each; {versions}; "
+        f"{result['repeats']} repetitions{' (quick)' if result['quick'] else ''}; load of the machine {loads[0]} "
+        f"before and {loads[1]} after, of which one is this run; "
+        f"bandwidth {result['limits']['bandwidth'] / 1e9:.1f} GB/s, "
+        f"{result['limits']['operations'] / 1e9:.0f} GFLOP/s."
+    )
+    picture = f"![A turn by history, and many at once]({PICTURE})"
+    return "\n\n".join([_INTRO, picture, *tables(result), "## How it was measured", how]) + "\n"
+
+
+def tables(result: Mapping[str, Any]) -> list[str]:
+    """Titles and tables."""
+    rows = result["rows"]
+    among = 1_000 if result["quick"] else 4_000
+    return [
+        _TURN,
+        _table(rows, "turns", "behind {:,} tokens", lambda turn: _seconds(turn["total"])),
+        "To the first token:",
+        _table(rows, "turns", "behind {:,} tokens", lambda turn: _seconds(turn["first"])),
+        "Keys and values that the next token attends to:",
+        _table(rows, "turns", "behind {:,} tokens", lambda turn: f"{turn['kv_bytes'] / 1e6:.1f} MB"),
+        _PARTS,
+        _parts(rows),
+        _MANY.format(among=among),
+        _table(rows, "many", "{:,} at once", lambda found: _spread(found, "{:.1f}")),
+    ]
+
+
+def _table(rows: Mapping[str, Any], kind: str, title: str, cell: Callable[[Any], str]) -> str:
+    columns = list(dict.fromkeys(key for row in rows.values() for key in row[kind]))
+    lines = [
+        "| | " + " | ".join(title.format(int(key)) for key in columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for name, row in rows.items():
+        if row[kind]:
+            cells = [cell(row[kind][key]) if key in row[kind] else "" for key in columns]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _parts(rows: Mapping[str, Any]) -> str:
+    header = [
+        "",
+        "decode, tokens/s",
+        "of the limit",
+        "prefill, tokens/s",
+        "of the limit",
+        "fold",
+        "restore",
+        "peak memory",
+    ]
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    for name, row in rows.items():
+        turn = next(reversed(row["turns"].values()))
+        cells = [f"{1 / turn['between']['median']:.1f}", f"{turn['decode_share']:.0%}"]
+        if "prefill" in row:
+            cells += [f"{1024 / row['prefill']['median']:.0f}", f"{row['prefill_share']:.0%}"]
+        else:
+            cells += ["", ""]
+        if "fold" in row:
+            fold, plain = row["fold"]["median"], row["prefill_of_it"]["median"]
+            cells += [f"{_seconds(row['fold'])}, {fold / plain:.1f}× a prefill", _seconds(row["restore"])]
+        else:
+            cells += ["", ""]
+        lines.append(f"| {name} | " + " | ".join([*cells, f"{row['peak_bytes'] / 1e9:.2f} GB"]) + " |")
+    return "\n".join(lines)
+
+
+def _seconds(values: Mapping[str, float]) -> str:
+    return _spread(values, "{:.2f}" if values["median"] >= 0.1 else "{:.3f}") + " s"
+
+
+def _spread(values: Mapping[str, float], form: str) -> str:
+    median, least, most = (form.format(values[name]) for name in ("median", "least", "most"))
+    return f"{median} <small>({least}-{most})</small>"
+
+
+def picture(result: Mapping[str, Any]) -> bytes:
+    """A turn against the history, and many at once, as PNG.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingPackageError(
+            "the picture needs matplotlib: pip install 'compressed-context-memory[plot]'"
+        ) from error
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    turns, many = figure.subplots(1, 2)
+    for index, (name, row) in enumerate(result["rows"].items()):
+        ours = name.startswith("ccm")
+        style = {"color": f"C{index}", "marker": "o", "markersize": 4, "linewidth": 2.4 if ours else 1.4}
+        for axes, kind, value in (
+            (turns, "turns", lambda turn: turn["total"]["median"]),
+            (many, "many", lambda found: found["median"]),
+        ):
+            points = row[kind]
+            if points:
+                label = name if axes is turns else None
+                axes.plot(
+                    [int(key) for key in points], [value(v) for v in points.values()], label=label, **style
+                )
+    turns.set(title="A turn", xlabel="tokens of history", ylabel="seconds", xscale="log", yscale="log")
+    many.set(
+        title="Many at once",
+        xlabel="conversations",
+        ylabel="new tokens per second",
+        xscale="log",
+        yscale="log",
+    )
+    for axes in (turns, many):
+        axes.grid(axis="y", which="both", color="0.92")
+        axes.spines[["top", "right"]].set_visible(False)
+    many.set_xticks([int(key) for key in next(iter(result["rows"].values()))["many"]])
+    many.xaxis.set_major_formatter("{x:.0f}")
+    many.minorticks_off()
+    figure.legend(loc="outside lower center", ncols=7, frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    return buffer.getvalue()

@@ -1,0 +1,87 @@
+"""The process of one contender: commands come in as JSON lines, results go out as JSON lines."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from . import machine
+from .contenders import CONTENDERS, Contender, InMemory, history
+from .sizes import ANSWER, FOLD, HEAD, PREFILL, QUESTION
+
+_TOKENS = history(100_000 + QUESTION + HEAD)
+_QUESTION, _HEAD = _TOKENS[-QUESTION - HEAD : -HEAD], _TOKENS[-HEAD:]
+
+
+class Commands:
+    """What a worker can be asked for."""
+
+    def __init__(self, contender: Contender):
+        self.contender, self.length = contender, 0
+
+    def about(self) -> dict[str, Any]:
+        """Weights, and how far it is measured."""
+        own = self.contender
+        return {
+            "weight_bytes": own.weight_bytes,
+            "parameters": own.parameters,
+            "reach": own.reach,
+            "crowd": own.crowd,
+            "folds": isinstance(own, InMemory),
+        }
+
+    def take(self, tokens: int) -> dict[str, Any]:
+        """Have a history of so many tokens."""
+        self.contender.take(_TOKENS[self.length : tokens])
+        self.length = tokens
+        return {"kv_bytes": self.contender.kv_bytes}
+
+    def turn(self) -> dict[str, Any]:
+        return asdict(self.contender.turn(_QUESTION, _HEAD))
+
+    def prefill(self) -> dict[str, Any]:
+        return {"prefill": self.contender.prefill(_TOKENS[:PREFILL])}
+
+    def fold(self) -> dict[str, Any]:
+        """Beside a plain prefill of the same tokens."""
+        own = self.contender
+        assert isinstance(own, InMemory)
+        return {"fold": own.fold(_TOKENS[:FOLD]), "prefill_of_it": own.prefill(_TOKENS[:FOLD])}
+
+    def restore(self) -> dict[str, Any]:
+        own = self.contender
+        assert isinstance(own, InMemory)
+        return {"restore": own.restore(_HEAD)}
+
+    def answer(self, count: int) -> dict[str, Any]:
+        """New tokens per second of so many conversations at once."""
+        return {"tokens_per_second": count * ANSWER / self.contender.answer(count, _QUESTION, _HEAD)}
+
+    def peak(self) -> dict[str, Any]:
+        return {"peak_bytes": machine.peak_bytes()}
+
+    def limits(self) -> dict[str, Any]:
+        threads = self.contender.threads
+        return {"bandwidth": machine.bandwidth(threads), "operations": machine.operations(threads)}
+
+
+@torch.inference_mode()
+def main() -> None:
+    """Until the end of input. Its settings are the first argument, as JSON."""
+    settings = json.loads(sys.argv[1])
+    out, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no result
+    commands = Commands(CONTENDERS[settings.pop("name")](**settings))
+    print(json.dumps(commands.about()), file=out, flush=True)
+    for line in sys.stdin:
+        order = json.loads(line)
+        call: Callable[..., dict[str, Any]] = getattr(commands, order.pop("do"))
+        print(json.dumps(call(**order)), file=out, flush=True)
+
+
+if __name__ == "__main__":
+    main()

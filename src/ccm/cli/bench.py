@@ -1,0 +1,52 @@
+"""``ccm bench``. Heavy imports wait until it runs, so that help is quick."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..bench.sizes import NAMES
+from ..errors import UnknownNameError
+from ..files.atomic import write_atomically
+from ..models.loading import ModelName
+
+EPILOG = "Example: ccm bench --quick"
+
+
+def bench(
+    model: ModelName = None,
+    llama: Annotated[
+        str, typer.Option(metavar="FILE", help="GGUF file of the same model.", show_default="embedded")
+    ] = "default",
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of each contender.")] = 1,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help=f"{', '.join(NAMES)}; may be given again.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer and shorter: some minutes.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where the JSON goes; the page is made by ccm report.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure a memory beside what one would do without it: per turn, many at once, bytes, share of the limit."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    for name in only or ():
+        if name not in NAMES:
+            raise UnknownNameError("contender", name, list(NAMES))
+    from ..bench.page import tables
+    from ..bench.run import bench as run
+
+    with Console(stderr=True).status("ccm bench") as status:
+        result = run(model, llama, threads, quick, only or (), status.update)
+    text = json.dumps(result, indent=1) + "\n"
+    if out is not None:
+        write_atomically(out, text.encode())
+    if as_json:
+        typer.echo(text, nl=False)
+    else:
+        Console().print(Markdown("\n\n".join(tables(result))))

@@ -1,0 +1,157 @@
+"""``ccm bench``: contenders play the same turn again and again, and what was measured becomes a page."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import saved_folder
+
+from ccm import cli
+from ccm.bench import contenders, page, run
+from ccm.bench.contenders import CONTENDERS, InMemory, Turn, history
+from ccm.bench.sizes import NAMES
+from ccm.bench.worker import Commands
+
+TORCH = [name for name in NAMES if "llama" not in name]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    return saved_folder(tmp_path_factory.mktemp("bench"), max_position_embeddings=2048)
+
+
+@pytest.fixture
+def small(monkeypatch) -> None:
+    """Token ids of the tiny model, and a memory that needs no training."""
+    monkeypatch.setattr("ccm.bench.worker._TOKENS", [3 + i % 200 for i in range(500)])
+    monkeypatch.setattr("ccm.bench.worker._QUESTION", list(range(10, 30)))
+    monkeypatch.setattr("ccm.bench.worker._HEAD", [5, 6, 7])
+    monkeypatch.setattr(InMemory, "memory", "streaming-llm:window=32,sink=4")
+    monkeypatch.setattr(contenders.Streaming, "memory", "streaming-llm:window=28,sink=4")
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", TORCH)
+def test_a_turn_goes_back_to_where_it_began(name, folder, small):
+    commands = Commands(CONTENDERS[name](folder, "default", 1))
+    before = commands.take(100)["kv_bytes"]
+    for _ in range(2):
+        turn = commands.turn()
+        assert 0 <= turn["first"] <= turn["total"] and turn["between"] >= 0
+        assert commands.contender.kv_bytes == before
+    assert commands.prefill()["prefill"] >= 0
+    if commands.about()["folds"]:
+        assert (
+            before == 36 * 2 * 3 * 2 * 8 * 4 or name == "streaming-llm"
+        )  # entries, K and V, layers, heads, size
+        assert commands.fold().keys() == {"fold", "prefill_of_it"} and commands.restore()["restore"] > 0
+    if commands.about()["crowd"]:
+        assert commands.answer(2)["tokens_per_second"] > 0
+    assert commands.peak()["peak_bytes"] > 1e7
+
+
+def test_what_a_full_cache_holds_is_the_history(folder, small):
+    with torch.inference_mode():
+        commands = Commands(CONTENDERS["full cache"](folder, "default", 1))
+        assert commands.take(100)["kv_bytes"] == 100 * 2 * 3 * 2 * 8 * 4
+
+
+def test_times_of_a_turn():
+    turn = Turn.of(10.0, [11.0, 11.5, 12.0, 14.0], 15.0)
+    assert (turn.first, turn.between, turn.total) == (1.0, 0.5, 5.0)
+    assert history(50)[:20] == history(20)  # all have the same
+
+
+class Said:
+    """A worker that knows its answers; a later repetition takes longer."""
+
+    def __init__(self, name: str, speed: float, **about: Any):
+        self.name, self.speed, self.calls = name, speed, 0
+        self.about = {
+            "reach": 4000,
+            "crowd": 4,
+            "folds": True,
+            "weight_bytes": 1000,
+            "parameters": 500,
+        } | about
+
+    def do(self, what: str, **arguments: int) -> dict[str, float]:
+        self.calls += 1
+        keys = {"turn": ("first", "between", "total"), "fold": ("fold", "prefill_of_it")}.get(what, (what,))
+        return dict.fromkeys(keys, self.calls / self.speed)
+
+
+def test_repetitions_take_turns_and_the_first_is_not_counted():
+    workers = [Said("a", 1), Said("b", 2)]
+    found = run._interleaved(workers, 3, "turn")
+    assert (
+        found["a"]["total"] == {"median": 3, "least": 2, "most": 4} and found["b"]["total"]["median"] == 1.5
+    )
+
+
+def test_shares_of_the_limit():
+    row: dict[str, Any] = {"weight_bytes": 900, "parameters": 50, "prefill": {"median": 1.0}}
+    row["turns"] = {"250": {"kv_bytes": 100, "between": {"median": 4.0}}}
+    found = run._with_shares(row, {"bandwidth": 500.0, "operations": 1024 * 200.0})
+    assert found["turns"]["250"]["decode_share"] == 0.5 and found["prefill_share"] == 0.5
+
+
+def result() -> dict[str, Any]:
+    value = {"median": 1.5, "least": 1.0, "most": 2.0}
+    turn = {"kv_bytes": 2_000_000, "first": value, "between": value, "total": value, "decode_share": 0.5}
+    common = {
+        "weight_bytes": 10,
+        "parameters": 10,
+        "peak_bytes": 10**9,
+        "prefill": value,
+        "prefill_share": 0.25,
+    }
+    memory = {**common, "turns": {"250": turn, "1000": turn}, "many": {"4": value}}
+    memory |= {"fold": {**value, "median": 3.0}, "prefill_of_it": value, "restore": value}
+    alone = {**common, "turns": {"250": turn}, "many": {}}
+    made = {"threads": 1, "cores": 2, "torch": "2", "transformers": "5", "llama-cpp-python": None}
+    return {
+        "rows": {"ccm": memory, "resend": alone},
+        "limits": {"bandwidth": 1e10, "operations": 5e10},
+        "quick": True,
+        "repeats": 2,
+        "environment": {**made, "load_before_and_after": [0.1, 1.1]},
+    }
+
+
+def test_the_page(tmp_path, capsys):
+    text = page.page(result())
+    assert "| ccm | 1.50 <small>(1.00-2.00)</small> s | 1.50 <small>(1.00-2.00)</small> s |" in text
+    assert "| resend | 1.50 <small>(1.00-2.00)</small> s |  |" in text  # not measured so far
+    assert (
+        "2.0× a prefill" in text and "bandwidth 10.0 GB/s" in text and "llama-cpp-python" not in text[-300:]
+    )
+    pytest.importorskip("matplotlib")
+    (tmp_path / "bench.json").write_text(json.dumps(result()))
+    (tmp_path / "eval").mkdir()
+    shutil.copy(Path(__file__).parents[2] / "results" / "eval" / "streams.json", tmp_path / "eval")
+    assert cli.main(["report", str(tmp_path), "--out", str(tmp_path / "docs")]) == 0
+    assert (tmp_path / "docs" / page.PAGE).read_text() == text
+    assert (tmp_path / "docs" / page.PICTURE).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_what_is_refused(capsys):
+    assert cli.main(["bench", "--only", "vllm"]) == 2
+    assert "unknown contender 'vllm'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_with_processes(folder, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(run, "HISTORIES", {True: (50, 90)})
+    monkeypatch.setattr(run, "AMONG", {True: 90})
+    monkeypatch.setattr(run, "CROWDS", {True: (1,)})
+    arguments = ["bench", "--quick", "--model", folder, "--only", "window", "--json"]
+    assert cli.main([*arguments, "--out", str(tmp_path / "out.json")]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == json.loads((tmp_path / "out.json").read_text())
+    assert found["rows"]["window"]["turns"].keys() == {"50", "90"}
