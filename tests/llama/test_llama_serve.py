@@ -104,7 +104,7 @@ def test_what_is_refused_at_the_start(command, home, gguf, tmp_path, capsys, run
         (["--llama", str(tmp_path / "none.gguf"), "--model", str(home / "model")], "no such file"),
         (["--llama", str(gguf), "--model", folder], "give the GGUF file of that model"),
         (["--llama", str(gguf), "--llama-type", "f64"], "expected f32, f16, q8_0"),
-        (["--llama", str(gguf), "--llama-context", "20"], "the memory grows to 32 positions"),
+        (["--llama", str(gguf), "--llama-context", "20"], "the memory grows to 36 positions"),
     ):
         model = [] if "--model" in given else ["--model", str(home / "model")]
         assert cli.main([command, *arguments, *memory, *model, *given]) == 2
