@@ -2,6 +2,9 @@
 
 A turn is what a user waits for: a question of some tokens is read, an answer of a given length is written greedily,
 and the state is ready for the next question. Then it goes back to where it was: every repetition is the same turn.
+
+A history is not read before: keys and values of the size that it would leave are put in place, random ones, because
+what they say makes no difference to the time.
 """
 
 from __future__ import annotations
@@ -15,14 +18,16 @@ from typing import Any, ClassVar
 import torch
 from transformers import DynamicCache
 
-from ..core.memory import Memory
+from ..core.memory import KV, Memory, Row
+from ..core.twin import kv_shape
 from ..errors import ConfigError
 from ..methods import Method, open_method
 from ..models.load import gguf_file, load_model
 from ..serving.engine import Engine, Job, Kept, PaddedEngine, Sampling
 from ..serving.engine.base import Event
+from ..serving.llama.layout import Layout, transposed_in
 from .machine import clock_of
-from .sizes import ANSWER, HEAD, PREFILL, QUESTION
+from .sizes import ANSWER, HEAD, QUESTION
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ class Contender(ABC):
 
     @abstractmethod
     def take(self, ids: list[int]) -> None:
-        """Take in more history."""
+        """Be as behind this history."""
 
     @abstractmethod
     def turn(self, ids: list[int], head: list[int]) -> Turn:
@@ -141,8 +146,10 @@ class Full(_Transformers):
         self.cache = DynamicCache()
 
     def take(self, ids: list[int]) -> None:
-        for start in range(0, len(ids), PREFILL):
-            self._read(self.cache, [ids[start : start + PREFILL]])
+        self.cache = DynamicCache()
+        layers, heads, size = kv_shape(self.model.config)
+        for index in range(layers):
+            self.cache.update(*(torch.randn(1, heads, len(ids), size) for _ in range(2)), index)
 
     def turn(self, ids: list[int], head: list[int]) -> Turn:
         length = self.cache.get_seq_length()
@@ -177,7 +184,7 @@ class Resend(_Transformers):
         self.ids: list[int] = []
 
     def take(self, ids: list[int]) -> None:
-        self.ids += ids
+        self.ids = ids
 
     def turn(self, ids: list[int], head: list[int]) -> Turn:
         sent = self.ids if self.newest is None else self.ids[-self.newest :]
@@ -218,7 +225,7 @@ class _Streamer:
 
 class InMemory(Contender):
     name = "ccm"
-    reach = 16_000
+    reach = 100_000
     memory: ClassVar[str] = "default"
 
     def __init__(self, model: str | None, llama: str, threads: int):
@@ -226,14 +233,31 @@ class InMemory(Contender):
         loaded, self.tokenizer = load_model(model)
         self.method = self._method(open_method(self.memory, loaded, self.tokenizer), llama)
         self.held: Memory = self.method.empty()
-        self.before: list[int] = []
         self._parameters = _parameters(loaded)
 
     def _method(self, method: Method, llama: str) -> Method:
         return method
 
     def take(self, ids: list[int]) -> None:
-        self.held = self._folded(self.held, ids)
+        longest = self.method.longest
+        lengths = [min(longest, len(ids) - start) for start in range(0, len(ids), longest)]
+        sink, slots, window = self.method.size(lengths)
+        newest: list[int] = []
+        while sum(newest) < window:
+            newest.insert(0, min(lengths[-1 - len(newest)], window - sum(newest)))
+        row = Row(
+            sink=self._random(sink),
+            slots=self._random(slots),
+            window=self._random(window),
+            segments=tuple(newest),
+            steps=len(lengths) - len(newest),
+            tokens=len(ids) - window,
+        )
+        self.held = Memory((row,), self.method.fingerprint())
+
+    def _random(self, entries: int) -> KV:
+        layers, heads, size = self.method.reader.kv_shape()
+        return KV(*(torch.randn(layers, heads, entries, size) for _ in range(2)))
 
     def _folded(self, memory: Memory, ids: list[int], answered: bool = False) -> Memory:
         longest = self.method.longest
@@ -366,8 +390,14 @@ class Llama(Contender):
         self.length = 0
 
     def take(self, ids: list[int]) -> None:
-        self._read(self.context, [ids], [self.length])
-        self.length += len(ids)
+        self.context.cut(0, 0)
+        self._read(self.context, [ids[:1]], [0])
+        _, width, layers, heads = self.model.shape
+        size = width // int(self.model.lib.llama_model_n_head(self.model.pointer))
+        layout = Layout(layers, heads, size, "f16", 1, transposed_in(self.context.state(0)))
+        kv = KV(*(torch.randn(layers, heads, len(ids), size) for _ in range(2)))
+        self.context.put(0, layout.pack(kv))
+        self.length = len(ids)
 
     def turn(self, ids: list[int], head: list[int]) -> Turn:
         began = self.clock()

@@ -16,7 +16,8 @@ _INTRO = """\
 Written by `ccm report` from `results/bench.json`, which `ccm bench --out results/bench.json` makes; nothing on this
 page is typed by hand. Every contender has a process and a model of its own, all in the same number of threads, and
 they take turns within one run: what disturbs one disturbs all, so ratios hold on a busy machine. With one thread,
-seconds are those of the processor, and what it did for others does not count. Figures are medians; small numbers are
+seconds are those of the processor, and what it did for others does not count. A history is not read before: keys and
+values of the size that it leaves are put in place. Figures are medians; small numbers are
 the least and the most.
 
 - **ccm**: the default memory on transformers. **ccm in llama.cpp**: the same memory, read, folded and answered in

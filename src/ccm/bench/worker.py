@@ -22,7 +22,7 @@ class Commands:
     """What a worker can be asked for."""
 
     def __init__(self, contender: Contender):
-        self.contender, self.length = contender, 0
+        self.contender = contender
 
     def about(self) -> dict[str, Any]:
         """Weights, and how far it is measured."""
@@ -36,9 +36,8 @@ class Commands:
         }
 
     def take(self, tokens: int) -> dict[str, Any]:
-        """Have a history of so many tokens."""
-        self.contender.take(_TOKENS[self.length : tokens])
-        self.length = tokens
+        """Be as behind a history of so many tokens."""
+        self.contender.take(_TOKENS[:tokens])
         return {"kv_bytes": self.contender.kv_bytes}
 
     def turn(self) -> dict[str, Any]:
