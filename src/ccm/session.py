@@ -132,8 +132,10 @@ class Session:
             role: who says it.
             streamer: a function that is called with each new piece of text, or a transformers streamer. A piece
                 that the model thinks and does not say is a :class:`ccm.chat.messages.Thought`.
-            generate_kwargs: everything that transformers' ``generate`` takes. Of ``max_new_tokens`` as many are
-                taken as fit the model's context, with a warning.
+            generate_kwargs: everything that transformers' ``generate`` takes. How tokens are drawn is as the
+                model's own settings say where nothing else is given (:mod:`ccm.models.drawing`); ``temperature=0``
+                takes the likeliest one every time. Of ``max_new_tokens`` as many are taken as fit the model's
+                context, with a warning.
 
         Returns:
             the answer, without its thoughts; :attr:`last` has these, too.
