@@ -1,8 +1,8 @@
 """The first thing that people try: ten facts, told one after the other in one conversation, and asked back.
 
-The embedded model with the memory and the settings that ``ccm chat`` ships with answers every message. After a few
-more exchanges each fact is asked for, three ways: from the memory, from the full context, from nothing. The facts were
-written down before any of them was tried; an answer is right if it has the expected word.
+The embedded model with the memory and the settings that ``ccm chat`` ships with answers every message. After a
+few more exchanges each fact is asked for, three ways: from the memory, from the full context, from nothing. The
+facts were written down before any of them was tried; an answer is right if it has the expected word.
 
     python benchmarks/opening.py
 """
@@ -21,7 +21,7 @@ import ccm
 from ccm.chat.messages import Message
 from ccm.cli.repl import MAX_TOKENS
 from ccm.comparison import WAYS, Comparison
-from ccm.models.drawing import own_drawing
+from ccm.models.generation import own_drawing
 from ccm.models.load import DEFAULT_MODEL
 
 #: What is told, what is asked, and the word that a right answer has.

@@ -14,7 +14,7 @@ from ..chat.template import Template, answer_ends
 from ..chat.writer import Streamed, Writer
 from ..core.memory import Memory
 from ..errors import ConfigError
-from ..models.drawing import drawing, own_drawing
+from ..models.generation import NAMES, drawing, own_drawing
 from . import Method
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,6 @@ def written(
         "max_new_tokens": 256,
         "eos_token_id": sorted(ends) or None,
         "pad_token_id": tokenizer.pad_token_id,
-        **generate_kwargs,
         **_drawn(reader.model, generate_kwargs),
     }
     recalled = method.recall(memory)
@@ -71,11 +70,13 @@ def written(
 
 
 def _drawn(model: PreTrainedModel, given: Mapping[str, Any]) -> dict[str, Any]:
-    """How tokens are drawn; a whole ``generation_config`` says all of it. Beams are followed, not drawn."""
+    """What was given, and how tokens are drawn. A whole ``generation_config`` says all of it; beams are not drawn."""
     if given.get("generation_config") is not None:
-        return {}
+        return dict(given)
     beams = (given.get("num_beams") or 1) > 1
-    return drawing(own_drawing(model), {"do_sample": False if beams else None, **given}).generate_kwargs()
+    drawn = drawing(own_drawing(model), {"do_sample": False if beams else None, **given})
+    rest = {name: value for name, value in given.items() if name not in NAMES}
+    return {**rest, **drawn.generate_kwargs()}
 
 
 def _fitting(method: Method, held: int, head: int, wanted: int) -> int:

@@ -54,7 +54,7 @@ StopText = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_STO
 
 
 class SamplingBody(Body):
-    """What both ways to answer take. ``top_k``, ``min_p`` and ``repetition_penalty`` are not OpenAI's, and known to many."""
+    """What both ways to answer take; ``top_k``, ``min_p`` and ``repetition_penalty`` are not OpenAI's."""
 
     model: str
     stream: bool | None = None
@@ -76,7 +76,7 @@ class SamplingBody(Body):
     top_logprobs: Literal[0] | None = None
 
     def sampling(self, **more: Any) -> Sampling:
-        """The settings that were given; the rest is as the model's own say. Longer answers than the longest are cut there, as by the model's context."""
+        """The settings that were given; the model's own fill the rest. Too long an answer is cut, as by its context."""
         names = ("temperature", "top_p", "min_p", "repetition_penalty")
         given = {name: getattr(self, name) for name in names} | more
         if self.top_k is not None:

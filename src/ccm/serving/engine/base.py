@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from ...core.memory import Memory
 from ...errors import CCMError, ConfigError
 from ...methods.inside import Reading
-from ...models.drawing import Drawing, drawing
+from ...models.generation import Drawing, drawing
 
 #: Most tokens that one answer may have, whatever the model's context.
 LONGEST_ANSWER = 1 << 15
@@ -47,12 +47,12 @@ class StoppingError(OverloadedError):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an answer is written. What is None is as the model's own settings say (:mod:`ccm.models.drawing`).
+    """How an answer is written. What is None is as the model's own settings say (:mod:`ccm.models.generation`).
 
     Attributes:
         max_tokens: at most so many.
         temperature: 0 takes the likeliest token every time.
-        top_p, top_k, min_p: which tokens are drawn from, see :class:`~ccm.models.drawing.Drawing`.
+        top_p, top_k, min_p: which tokens are drawn from, see :class:`~ccm.models.generation.Drawing`.
         seed: the same one gives the same answer; None draws one.
         stop: texts that end the answer; they are not part of it.
         frequency_penalty, presence_penalty: taken off the logits of tokens of the answer so far, per occurrence and

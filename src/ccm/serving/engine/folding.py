@@ -25,7 +25,7 @@ from ...errors import ConfigError
 from ...methods import Method
 from ...methods.answering import BEHIND
 from ...methods.inside import Reading, read_by
-from ...models.drawing import own_drawing
+from ...models.generation import own_drawing
 from ..metrics import Metrics
 from .base import Engine, EngineError, Job, Listener, OverloadedError, Result, Ticket
 

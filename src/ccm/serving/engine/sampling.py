@@ -7,7 +7,7 @@ from collections import Counter
 import torch
 from torch import Tensor
 
-from ...models.drawing import Drawing
+from ...models.generation import Drawing
 from .base import Sampling
 from .forms import Form
 

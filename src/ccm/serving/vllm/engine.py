@@ -22,7 +22,7 @@ import torch
 from ...core.memory import Memory
 from ...errors import CCMError, ConfigError
 from ...methods import Method
-from ...models.drawing import Drawing
+from ...models.generation import Drawing
 from ..engine.base import EngineError, Sampling
 from ..engine.folding import FoldingEngine, Running
 from ..metrics import Metrics

@@ -1,4 +1,4 @@
-"""How tokens are drawn: what is asked for wins, the model's own settings fill the rest, in a session and in an engine."""
+"""How tokens are drawn: what is asked for, and the model's own settings for the rest, in sessions and engines."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tiny import scramble, tiny_model, tiny_tokenizer
 
 from ccm.core.compressor import Compressor, CompressorConfig
 from ccm.methods import as_method
-from ccm.models.drawing import EMBEDDED, Drawing, drawing, own_drawing
+from ccm.models.generation import EMBEDDED, Drawing, drawing, own_drawing
 from ccm.models.load import DEFAULT_MODEL
 from ccm.serving.engine import Job, Result, Sampling
 from ccm.serving.engine.padded import PaddedEngine

@@ -31,12 +31,12 @@ class Drawing:
 
     def generate_kwargs(self) -> dict[str, Any]:
         """The same for transformers' ``generate``."""
-        if not self.temperature:
-            return {"do_sample": False, "repetition_penalty": self.repetition_penalty}
-        return {"do_sample": True, **asdict(self), "min_p": self.min_p or None}
+        if self.temperature:
+            return {"do_sample": True, **asdict(self)}
+        return {"do_sample": False, "repetition_penalty": self.repetition_penalty}
 
 
-_NAMES = tuple(field.name for field in fields(Drawing))
+NAMES = tuple(field.name for field in fields(Drawing))
 #: Of the embedded model, whose files have none: those of its makers' page, and a penalty against loops, into which a
 #: model of 135 M parameters falls without one.
 EMBEDDED = Drawing(temperature=0.2, top_p=0.9, repetition_penalty=1.1)
@@ -47,7 +47,7 @@ def own_drawing(model: PreTrainedModel) -> Drawing:
     if model.name_or_path == DEFAULT_MODEL:
         return EMBEDDED
     config = model.generation_config
-    given = {name: value for name in _NAMES if (value := getattr(config, name, None)) is not None}
+    given = {name: value for name in NAMES if (value := getattr(config, name, None)) is not None}
     if not config.do_sample:
         given["temperature"] = 0.0
     return drawing(Drawing(), {"do_sample": config.do_sample, **given})
@@ -62,7 +62,7 @@ def drawing(own: Drawing, given: Mapping[str, Any]) -> Drawing:
             ``do_sample=False`` are greedy. A greedy model draws at temperature 1 once ``do_sample=True``, ``top_p``,
             ``top_k`` or ``min_p`` asks for it.
     """
-    chosen = {name: value for name in _NAMES if (value := given.get(name)) is not None}
+    chosen = {name: value for name in NAMES if (value := given.get(name)) is not None}
     draws = given.get("do_sample")
     if draws is False:
         chosen["temperature"] = 0.0
