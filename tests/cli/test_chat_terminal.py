@@ -61,8 +61,7 @@ def test_a_conversation_on_a_terminal(chat: Callable[..., Terminal], tmp_path: P
     screen.type("\r")
     screen.until(answers(2))
     screen.type("/history\r")
-    screen.until("4 ")
-    assert screen.text.count("user") == 2, "six pasted lines are one message"
+    screen.until(lambda text: " 4  assistant" in text)  # six pasted lines are one message
 
     screen.type("/undo\r")
     screen.until("taken back: 2 turns are left")
@@ -94,7 +93,7 @@ def test_a_long_paste_during_an_answer_is_whole(chat: Callable[..., Terminal]) -
     screen = chat("--max-tokens", "400")
     screen.until("main>")
     screen.type("Go on.\r")
-    screen.until(lambda text: len(text.split("Go on.")[-1].strip()) > 60)
+    screen.until("{")  # what this model begins with
     words = " ".join(f"word{number}" for number in range(3000))
     screen.paste(words)
     screen.until("[paste 1: 3,000 words]")
@@ -113,7 +112,7 @@ def test_control_c_keeps_what_was_said(chat: Callable[..., Terminal]) -> None:
     screen = chat("--max-tokens", "3000")
     screen.until("main>")
     screen.type("Go on.\r")
-    screen.until(lambda text: text.count("\n") > 0 and len(text.split("Go on.")[-1].strip()) > 20)
+    screen.until("{")  # what this model begins with
     os.kill(screen.pid, signal.SIGINT)
     screen.until("stopped; what is written stays")
     screen.type("/switch\r")

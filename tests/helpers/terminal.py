@@ -50,7 +50,9 @@ class Terminal:
     @property
     def text(self) -> str:
         """Everything that was written, without what moves the cursor."""
-        above = ["".join(line[x].data for x in range(self.screen.columns)) for line in self.screen.history.top]
+        above = [
+            "".join(line[x].data for x in range(self.screen.columns)) for line in self.screen.history.top
+        ]
         return "\n".join(line.rstrip() for line in [*above, *self.screen.display])
 
     def read(self, seconds: float = 0.05) -> bool:

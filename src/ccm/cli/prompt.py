@@ -50,6 +50,7 @@ class Editor:
         from prompt_toolkit.completion import WordCompleter
         from prompt_toolkit.key_binding import KeyBindings
         from prompt_toolkit.keys import Keys
+        from prompt_toolkit.styles import Style
 
         self._pastes: dict[str, str] = {}
         keys = KeyBindings()
@@ -65,6 +66,7 @@ class Editor:
             completer=WordCompleter(list(commands), sentence=True),
             complete_while_typing=False,
             bottom_toolbar=toolbar,
+            style=Style.from_dict({"bottom-toolbar": "noreverse fg:ansibrightblack"}),
             refresh_interval=0.25,
             prompt_continuation="  ",
         )

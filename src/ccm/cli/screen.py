@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from ..methods.inside import Said
 
 EMBEDDED = (
-    "This embedded model is very small (135 million parameters): it shows what a memory does, and knows and understands "
-    "little. Your own model: ccm chat --model FOLDER"
+    "This embedded model is very small (135 million parameters): it shows what a memory does, and knows little. "
+    "Your own model: ccm chat --model FOLDER"
 )
 #: Parts of a memory, with their colours, and what is free.
 _PARTS = {"sink": "yellow", "slots": "blue", "window": "green"}

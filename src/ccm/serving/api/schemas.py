@@ -76,7 +76,7 @@ class SamplingBody(Body):
     top_logprobs: Literal[0] | None = None
 
     def sampling(self, **more: Any) -> Sampling:
-        """The settings that were given; the model's own fill the rest. Too long an answer is cut, as by its context."""
+        """The settings that were given; the model's own are the rest. Too long an answer is cut there."""
         names = ("temperature", "top_p", "min_p", "repetition_penalty")
         given = {name: getattr(self, name) for name in names} | more
         if self.top_k is not None:
