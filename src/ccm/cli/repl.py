@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -123,7 +123,7 @@ class Repl:
         self,
         opening: Future[Opened],
         console: Console,
-        chosen: dict[str, float | None] | None = None,
+        chosen: Mapping[str, float | None] | None = None,
         compare: bool = False,
         typed: bool = False,
     ):

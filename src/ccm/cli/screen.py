@@ -12,7 +12,7 @@ from rich.text import Text
 from .. import __version__
 
 if TYPE_CHECKING:
-    from ..comparison import Compared
+    from ..comparison import Compared, Way
     from ..methods import Method
     from ..methods.inside import Said
 
@@ -79,7 +79,7 @@ def turns(said: Sequence[Said], first: int = 0) -> Table:
     return table
 
 
-def side_by_side(answers: Mapping[str, Compared], titles: Mapping[str, str]) -> Table:
+def side_by_side(answers: Mapping[Way, Compared], titles: Mapping[Way, str]) -> Table:
     """Answers in columns, under what they were read from."""
     table = Table(padding=(0, 1), expand=True)
     for way, answer in answers.items():
