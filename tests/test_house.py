@@ -23,6 +23,7 @@ MAY = {
     "models": "errors hub",
     "methods": "errors registry core files chat models",
     "session": "errors core files chat models methods",
+    "comparison": "chat methods session",
     "data": "errors hub registry chat models",
     "planning": "errors chat core files models methods session serving",
     "training": "errors hub core files chat models methods data planning evaluation",

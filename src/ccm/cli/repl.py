@@ -190,10 +190,12 @@ class Repl:
 
     @property
     def talk(self) -> Talk:
+        """The conversation that goes on."""
         return self.talks[self.current]
 
     @property
     def session(self) -> Session:
+        """The session that is talked to."""
         return self.talk.session
 
     def _say(self, text: str, style: str = "dim") -> None:

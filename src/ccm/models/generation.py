@@ -36,6 +36,7 @@ class Drawing:
         return {"do_sample": False, "repetition_penalty": self.repetition_penalty}
 
 
+#: Names of the settings.
 NAMES = tuple(field.name for field in fields(Drawing))
 #: Of the embedded model, whose files have none: those of its makers' page, and a penalty against loops, into which a
 #: model of 135 M parameters falls without one.
