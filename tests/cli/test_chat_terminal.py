@@ -53,7 +53,7 @@ def test_a_conversation_on_a_terminal(chat: Callable[..., Terminal], tmp_path: P
     screen.type("Hello there.\r")  # typed ahead
     screen.until(answers(1))
     assert "… cut at 8 tokens" in screen.text
-    screen.until("at most 122 entries")  # the toolbar says what the memory may hold
+    screen.until("of at most 46.8 kB")  # the toolbar says what the memory may hold
 
     assert screen.marks_pastes
     screen.paste("\n".join(PASTED))

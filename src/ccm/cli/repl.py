@@ -214,7 +214,8 @@ class Repl:
         session = self.talk.session if self.talks else opened.session
         stats = session.stats()
         cells = "".join(text for _, text in screen.bar(stats, opened.method.limit, 24))
-        return f"{screen.budget(opened.method, stats)} {cells} {decimal(stats['nbytes'])}"
+        most = screen.most(opened.method)
+        return f"{cells} {decimal(stats['nbytes'])}{f' of at most {most}' if most else ''} · {opened.method.title}"
 
     # ------------------------------------------------------------------ answers
 
@@ -382,7 +383,7 @@ class Repl:
 
         session = self.session
         stats, inside = session.stats(), session.inside()
-        self._say(screen.budget(session.method, stats))
+        self._say(screen.budget(session.method))
         self.console.print(
             screen.memory_bar(stats, session.method.limit, min(60, self.console.width)), highlight=False
         )

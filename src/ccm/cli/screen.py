@@ -35,12 +35,16 @@ def banner(model: str | None, memory: str | None) -> Text:
     return text.append("/help lists the commands · Ctrl-C stops an answer · Ctrl-D leaves", "dim")
 
 
-def budget(method: Method, stats: Mapping[str, int]) -> str:
+def most(method: Method) -> str:
+    """The bytes that the memory has at most; empty if it grows with what is said."""
+    return "" if method.limit is None else decimal(method.limit * method.reader.kv_bytes_per_token())
+
+
+def budget(method: Method) -> str:
     """Which memory it is, and how large it may become."""
     if method.limit is None:
         return f"memory {method.text}: grows with what is said"
-    most = decimal(method.limit * method.reader.kv_bytes_per_token())
-    return f"memory {method.text}: at most {method.limit} entries, {most}, however long you talk"
+    return f"memory {method.text}: at most {method.limit} entries, {most(method)}, however long you talk"
 
 
 def bar(stats: Mapping[str, int], limit: int | None, width: int) -> list[tuple[str, str]]:
