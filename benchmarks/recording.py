@@ -3,7 +3,7 @@
     python benchmarks/recording.py                    docs/figures/chat.cast and docs/figures/chat.svg
     python benchmarks/recording.py --only-draw        the picture anew, from the recording that is there
 
-Waiting is cut short: what takes longer than a twentieth of a second takes that, but for the pauses in which a viewer reads.
+Waiting is cut short: what takes longer than a twentieth of a second takes that, but for the pauses of a viewer.
 """
 
 from __future__ import annotations
