@@ -1,6 +1,6 @@
 """A recording of ``ccm chat``: a real run on a terminal of its own, as an asciinema file and as a moving picture.
 
-    python benchmarks/recording.py                    docs/figures/chat.cast and docs/figures/chat.svg
+    python benchmarks/recording.py                    results/chat.cast and docs/figures/chat.svg
     python benchmarks/recording.py --only-draw        the picture anew, from the recording that is there
 
 Waiting is cut short: what takes longer than a twentieth of a second takes that, but for the pauses of a viewer.
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "tests" / "helpers"))
 from terminal import Terminal  # noqa: E402
 
-FIGURES = ROOT / "docs" / "figures"
+CAST, PICTURE = ROOT / "results" / "chat.cast", ROOT / "docs" / "figures" / "chat.svg"
 SIZE = (88, 26)
 #: What is typed, and how many seconds a viewer has to read what comes.
 SCRIPT = (
@@ -173,5 +173,5 @@ if __name__ == "__main__":
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--only-draw", action="store_true")
     if not arguments.parse_args().only_draw:
-        write_cast(FIGURES / "chat.cast")
-    draw(FIGURES / "chat.cast", FIGURES / "chat.svg")
+        write_cast(CAST)
+    draw(CAST, PICTURE)

@@ -30,7 +30,8 @@ MAY = {
     "evaluation": "errors registry core files chat models methods session data",
     "serving": "errors registry core files chat models methods session",
     "bench": "__init__ errors core methods models serving",
-    "cli": "errors registry core files chat models methods session data planning training evaluation serving bench",
+    "cli": "errors registry core files chat models methods session comparison data planning training evaluation "
+    "serving bench",
 }
 
 
