@@ -124,7 +124,7 @@ def test_control_c_keeps_what_was_said(chat: Callable[..., Terminal]) -> None:
 def test_a_bad_model_ends_it(chat: Callable[..., Terminal]) -> None:
     screen = chat("--model", "no/such/model")
     assert screen.end() == 2
-    assert "no usable model under 'no/such/model'" in " ".join(screen.text.split())
+    assert "no model 'no/such/model'" in " ".join(screen.text.split())
 
 
 def test_a_terminal_that_can_do_nothing(chat: Callable[..., Terminal]) -> None:
