@@ -115,11 +115,10 @@ def test_the_page_talks_to_the_method(
     (command,) = re.findall(r"^ccm (chat .*)$", PAGE, re.MULTILINE)
     monkeypatch.delitem(METHODS, "low-norm", raising=False)
     monkeypatch.chdir(ROOT / "examples" / "extending")
-    monkeypatch.setitem(ccm.cli.repl.SAMPLING, "max_new_tokens", 5)
     monkeypatch.setattr("sys.stdin", io.StringIO(f"Hello.\n/save {tmp_path}/a.ccm\n"))
     tiny_model(vocab_size=len(TOKENIZER), max_position_embeddings=1024).save_pretrained(tmp_path)
     TOKENIZER.save_pretrained(tmp_path)
-    assert main([*command.split(), "--model", str(tmp_path)]) == 0
+    assert main([*command.split(), "--model", str(tmp_path), "--max-tokens", "5"]) == 0
     assert "[16 slots: " in capsys.readouterr().out  # of a question and an answer
     monkeypatch.delitem(METHODS, "low-norm")
     assert main(["chat", "--model", str(tmp_path), "--load", f"{tmp_path}/a.ccm"]) == 2

@@ -23,13 +23,15 @@ MAY = {
     "models": "errors hub",
     "methods": "errors registry core files chat models",
     "session": "errors core files chat models methods",
+    "comparison": "chat methods session",
     "data": "errors hub registry chat models",
     "planning": "errors chat core files models methods session serving",
     "training": "errors hub core files chat models methods data planning evaluation",
     "evaluation": "errors registry core files chat models methods session data",
     "serving": "errors registry core files chat models methods session",
     "bench": "__init__ errors core methods models serving",
-    "cli": "errors registry core files chat models methods session data planning training evaluation serving bench",
+    "cli": "errors registry core files chat models methods session comparison data planning training evaluation "
+    "serving bench",
 }
 
 

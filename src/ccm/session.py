@@ -103,18 +103,21 @@ class Session:
 
     # ------------------------------------------------------------------ the loop
 
-    def append(self, text: str | Message, role: str = "user") -> None:
+    def append(
+        self, text: str | Message, role: str = "user", *, on_read: Callable[[int, int], None] | None = None
+    ) -> None:
         """Take in a turn without answering.
 
         Args:
             text: what is said, or a whole message, which brings its own role.
             role: who says it.
+            on_read: called with how many tokens of the turn are taken in, and how many it has.
 
         Raises:
             ConfigError: empty text, or a role that the chat template refuses. The session is unchanged.
         """
         message = text if isinstance(text, Message) else Message(role, text)
-        self._take(self._step(message), message)
+        self._take(self._step(message), message, on_read=on_read)
         self.turns += 1
 
     def generate(
@@ -123,6 +126,7 @@ class Session:
         *,
         role: str = "user",
         streamer: Callable[[str], None] | Any | None = None,
+        on_read: Callable[[int, int], None] | None = None,
         **generate_kwargs: Any,
     ) -> str:
         """Append ``text`` if there is any, answer as the assistant, and remember the answer.
@@ -132,8 +136,11 @@ class Session:
             role: who says it.
             streamer: a function that is called with each new piece of text, or a transformers streamer. A piece
                 that the model thinks and does not say is a :class:`ccm.chat.messages.Thought`.
-            generate_kwargs: everything that transformers' ``generate`` takes. Of ``max_new_tokens`` as many are
-                taken as fit the model's context, with a warning.
+            on_read: as of :meth:`append`, for what is said.
+            generate_kwargs: everything that transformers' ``generate`` takes. How tokens are drawn is as the
+                model's own settings say where nothing else is given (:mod:`ccm.models.generation`); ``temperature=0``
+                takes the likeliest one every time. Of ``max_new_tokens`` as many are taken as fit the model's
+                context, with a warning.
 
         Returns:
             the answer, without its thoughts; :attr:`last` has these, too.
@@ -144,7 +151,7 @@ class Session:
         """
         before = self.memory, self.turns, self.dialogue, self._before, self.said
         try:
-            head = self._asked(text, role)
+            head = self._asked(text, role, on_read)
             self.last = self._written(head, streamer, generate_kwargs)
             self._take(self._step(self.last.message()), self.last.message())
             self.turns += 1
@@ -153,12 +160,14 @@ class Session:
             raise
         return self.last.content
 
-    def _asked(self, text: str | Message | None, role: str) -> tuple[int, ...]:
+    def _asked(
+        self, text: str | Message | None, role: str, on_read: Callable[[int, int], None] | None = None
+    ) -> tuple[int, ...]:
         """Take in what is said before an answer; returns the token ids that the answer is written behind."""
         message = text if isinstance(text, Message) or text is None else Message(role, text)
         step = self.dialogues.answer(self.dialogue) if message is None else self._step(message, answer=True)
         self.dialogues.check_answer(step.dialogue, step.head)
-        self._take(step, message, answered=True)
+        self._take(step, message, answered=True, on_read=on_read)
         self.turns += message is not None
         return step.head
 
@@ -169,13 +178,19 @@ class Session:
     def _step(self, message: Message, answer: bool = False) -> Step:
         return self.dialogues.add(self.dialogue, message, answer, back=self._before is not None)
 
-    def _take(self, step: Step, message: Message | None, answered: bool = False) -> None:
+    def _take(
+        self,
+        step: Step,
+        message: Message | None,
+        answered: bool = False,
+        on_read: Callable[[int, int], None] | None = None,
+    ) -> None:
         """Take in what a message brings; go back to before its exchange if the template writes that anew."""
         before, seen = self._before, self.memory.rows[0].seen
         memory = before if step.anew and before is not None else self.memory
         if step.final is not None:
             before = memory = self._folded(memory, step.final)
-        memory = self._folded(memory, step.ids, answered)
+        memory = self._folded(memory, step.ids, answered, on_read)
         say_losses(self.memory, memory, self.method)
         self.memory, self.dialogue = memory, step.dialogue
         if message is not None:
@@ -188,13 +203,21 @@ class Session:
             before = None
         self._before = before
 
-    def _folded(self, memory: Memory, ids: tuple[int, ...], answered: bool = False) -> Memory:
+    def _folded(
+        self,
+        memory: Memory,
+        ids: tuple[int, ...],
+        answered: bool = False,
+        on_read: Callable[[int, int], None] | None = None,
+    ) -> Memory:
         """The memory with these tokens, a segment at a time."""
         longest = self.method.longest
         for start in range(0, len(ids), longest):
             last = start + longest >= len(ids)
             part = [ids[start : start + longest]]
             memory = self.method.fold(memory, part, answered=answered and last)
+            if on_read:
+                on_read(start + len(part[0]), len(ids))
         return memory
 
     def stats(self) -> dict[str, int]:

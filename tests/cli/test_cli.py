@@ -234,11 +234,10 @@ def test_memory_show_refuses_what_is_no_session(
 @pytest.fixture
 def talk(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """Chat with piped lines; returns what was shown."""
-    monkeypatch.setitem(ccm.cli.repl.SAMPLING, "max_new_tokens", 5)
 
     def run(*lines: str, options: tuple[str, ...] = ()) -> str:
         monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
-        where = ["--model", str(home / "model"), "--adapter", str(home / "ccm-merge")]
+        where = ["--model", str(home / "model"), "--adapter", str(home / "ccm-merge"), "--max-tokens", "5"]
         assert cli.main(["chat", *where, *options]) == 0
         return capsys.readouterr().out
 
@@ -256,9 +255,9 @@ def talk(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
 def test_the_meter_of_a_memory_that_keeps_nothing_or_all(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], memory: str, shown: str
 ) -> None:
-    monkeypatch.setitem(ccm.cli.repl.SAMPLING, "max_new_tokens", 5)
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello.\n/memory\n"))
-    assert cli.main(["chat", "--model", str(home / "model"), "--memory", memory]) == 0
+    model = str(home / "model")
+    assert cli.main(["chat", "--model", model, "--memory", memory, "--max-tokens", "5"]) == 0
     out = capsys.readouterr().out
     assert shown in out and "9,223" not in out
 
@@ -268,8 +267,8 @@ def test_chat_shows_the_memory_after_each_answer(talk) -> None:
     assert shown.count("full context") == 3  # two meters and /memory
     assert "tokens folded" in shown
     assert "error" not in shown
-    assert shown.count("reaches back to the start, ~200 tokens when full") == 2
-    assert "reach when full" in shown
+    assert shown.count("reaches back to the start, ~200 tokens when full") == 3
+    assert "Hello there." in shown and "at most" in shown and "█" in shown, "the memory, drawn"
 
 
 def test_chat_saves_loads_and_forgets(talk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,13 +292,12 @@ def test_chat_saves_loads_and_forgets(talk, tmp_path: Path, monkeypatch: pytest.
 def test_chat_on_a_model_without_an_adapter(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog
 ) -> None:
-    monkeypatch.setitem(ccm.cli.repl.SAMPLING, "max_new_tokens", 5)
     file = tmp_path / "a.ccm"
 
     def chat(*options: str) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.stdin", io.StringIO(f"Hello.\n/save {file}\n/memory\n"))
         caplog.clear()
-        code = cli.main(["chat", "--model", str(home / "model"), *options])
+        code = cli.main(["chat", "--model", str(home / "model"), "--max-tokens", "5", *options])
         return code, capsys.readouterr().out, caplog.text
 
     code, shown, said = chat()

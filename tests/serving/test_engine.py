@@ -92,12 +92,18 @@ def test_sampling_follows_the_probabilities():
             counts[sampler._draw(sampler._penalized(logits))] += 1
         return counts / 4000
 
-    assert torch.allclose(shares(), logits.exp(), atol=0.03)
+    assert torch.allclose(shares(temperature=1), logits.exp(), atol=0.03)
+    few = shares(top_k=2)
+    assert few[2:].sum() == 0 and abs(few[0] - 2 / 3) < 0.03
+    likely = shares(min_p=0.45, top_p=0.95)
+    assert likely[2:].sum() == 0 and abs(likely[0] - 2 / 3) < 0.03
+    assert shares(top_k=3, top_p=0.8)[2] == 0  # 0.75 of 0.9 is enough: the nucleus is one of these three
+    assert shares()[0] == 1, "a model without settings of its own is greedy"
     nucleus = shares(top_p=0.7)
     assert nucleus[2:].sum() == 0 and abs(nucleus[0] - 2 / 3) < 0.03
     cold = shares(temperature=0.5)
     assert abs(cold[0] - 0.25 / 0.345) < 0.03
-    assert shares(repetition_penalty=5.0)[3] < 0.01  # of the prompt; its logit is negative
+    assert shares(temperature=1, repetition_penalty=5.0)[3] < 0.01  # of the prompt; its logit is negative
     plain, penalized = (Sampler(Sampling(temperature=0, frequency_penalty=f), ()) for f in (0, 0.5))
     assert [plain.draw(logits) for _ in range(4)] == [0, 0, 0, 0]
     assert [penalized.draw(logits) for _ in range(4)] == [0, 0, 1, 0]

@@ -23,11 +23,13 @@ class Answer:
         content: what it says, without the blanks around it.
         reasoning: its thoughts.
         tool_calls: that it asks for.
+        cut: whether it goes on, and the limit of new tokens or a stop of the caller's has ended it.
     """
 
     content: str
     reasoning: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
+    cut: bool = False
 
     def message(self) -> Message:
         """As the message of an assistant."""

@@ -75,6 +75,7 @@ class Streamed:
         self.also = streamer if hasattr(streamer, "put") else None
         self.emit: Callable[[str], None] | None = None if self.also else streamer
         self._prompt = True
+        self.ended = False  # by the model itself
 
     def put(self, value: torch.Tensor) -> None:
         """Called by ``generate`` with the prompt, then with each new token."""
@@ -90,6 +91,7 @@ class Streamed:
         """Take in one token of the answer, and tell what text it completes."""
         if token not in self.ends and not self.writer.stopped:
             self._tell(self.writer.put(token))
+        self.ended = self.ended or token in self.ends or self.writer.stopped
 
     def end(self) -> None:
         """Called by ``generate`` when the answer is complete: tell the rest."""

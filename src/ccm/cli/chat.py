@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,9 +16,12 @@ from ..models.memory_option import Adapter, MemoryName, Sink, Slots, Window, mem
 from ..models.placement import AUTO
 from ..serving.llama.options import LlamaContext, LlamaFile, LlamaType
 from .options import new_console
+from .prompt import is_interactive, is_typed
 
 if TYPE_CHECKING:
+    from ..methods import Method
     from ..session import Session
+    from .repl import Opened
 
 EPILOG = "Example: ccm chat --model ./my-model --memory streaming-llm:window=512"
 
@@ -29,6 +35,17 @@ def chat(
     device_map: DeviceMap = None,
     load: Annotated[Path | None, typer.Option(metavar="FILE", help="Continue a saved session.")] = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="System message at the start.")] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(min=0, help="0: always the likeliest word.", show_default="the model's own"),
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer.", show_default="128")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="The same one, the same answers.", show_default="none")
+    ] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Every answer beside those from full context and from nothing.")
+    ] = False,
     llama: LlamaFile = None,
     llama_type: LlamaType = "f16",
     llama_context: LlamaContext = None,
@@ -40,10 +57,56 @@ def chat(
     """Talk with a model whose memory does not grow with the conversation; /help inside lists the commands."""
     named = memory_name(memory, adapter, slots=slots, sink=sink, window=window)
     loading = Loading(model or llama, device, dtype, load_in, device_map)
+    console, typed = new_console(), is_interactive()
+    if is_typed():
+        from .screen import banner
+
+        console.print(banner(loading.model, named), highlight=False)
+    from .repl import Repl
+
+    opening: Future[Opened] = Future()
+
+    def moved(method: Method) -> Method:
+        if llama is None:
+            return method
+        from ..serving.llama.reader import in_llama
+
+        return in_llama(method, llama, positions=llama_context, kind=llama_type)
+
+    def work() -> None:
+        try:
+            opening.set_result(_open(loading, named, load, system, moved))
+        except BaseException as error:
+            opening.set_exception(error)
+
+    if typed and (loading.model is not None or _is_ready()):
+        threading.Thread(target=work, name="ccm-loading", daemon=True).start()
+    else:  # the embedded model has a download to show, the first time
+        work()
+    chosen = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
+    given = {name: value for name, value in chosen.items() if value is not None}
+    Repl(opening, console, given, compare, typed).run()
+
+
+def _is_ready() -> bool:
+    """Whether the embedded model is here and need not be fetched, without looking closely."""
+    from ..models.packages import cache_dir
+
+    return any((cache_dir() / "models").glob("SmolLM2*/model.safetensors"))
+
+
+def _open(
+    loading: Loading,
+    named: str | None,
+    load: Path | None,
+    system: str | None,
+    moved: Callable[[Method], Method],
+) -> Opened:
+    """The model and the session, as they were asked for, where ``moved`` brings the method."""
     loading.check()
     from ..methods.default import checked, open_method, saved_memory
     from ..session import Session
-    from .repl import Repl
+    from .repl import Opened
 
     spec = checked(named)
     if load and (system or spec.options):
@@ -52,13 +115,8 @@ def chat(
         )
     if load and named is None:
         spec = saved_memory(load)
-    console = new_console()
-    language_model, tokenizer = loading.load()
-    method = open_method(spec, language_model, tokenizer)
-    if llama is not None:
-        from ..serving.llama.reader import in_llama
-
-        method = in_llama(method, llama, positions=llama_context, kind=llama_type)
+    language_model, tokenizer = loading.load(spinner=not is_interactive())
+    method = moved(open_method(spec, language_model, tokenizer))
 
     def begin() -> Session:
         session = Session(method, tokenizer)
@@ -66,5 +124,4 @@ def chat(
             session.append(system, role="system")
         return session
 
-    session = Session.load(load, method, tokenizer) if load else begin()
-    Repl(session, begin, console).run()
+    return Opened(method, begin, Session.load(load, method, tokenizer) if load else begin())

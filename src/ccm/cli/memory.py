@@ -94,7 +94,7 @@ def show(
         return
     console = new_console()
     console.print(f"{file}: {spec.text}, {len(inside.turns)} turns", highlight=False, markup=False)
-    console.print(_table(inside))
+    console.print(inside_table(inside))
     if inside.answer is not None:
         shares = "figures: per cent of the answer's attention, by layers"
         text = f"asked: {ask}\nanswer: {shorter(inside.answer, 1000)}\n{shares}"
@@ -121,7 +121,7 @@ def _saved(file: Path, method: Any) -> Inside:
 _SHADES = " ░▒▓█"
 
 
-def _table(inside: Inside) -> Table:
+def inside_table(inside: Inside) -> Table:
     """A line for each stretch of the memory: what it is, what it stands for, and how much of the answer's attention
     each layer group paid to it."""
     from rich.table import Table

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
+
+from transformers import PreTrainedModel
 
 from ..chat.answers import Answer, AnswerReader
 from ..chat.template import Template, answer_ends
 from ..chat.writer import Streamed, Writer
 from ..core.memory import Memory
 from ..errors import ConfigError
+from ..models.generation import NAMES, drawing, own_drawing
 from . import Method
 
 log = logging.getLogger(__name__)
@@ -49,7 +53,7 @@ def written(
         "max_new_tokens": 256,
         "eos_token_id": sorted(ends) or None,
         "pad_token_id": tokenizer.pad_token_id,
-        **generate_kwargs,
+        **_drawn(reader.model, generate_kwargs),
     }
     recalled = method.recall(memory)
     options["max_new_tokens"] = _fitting(method, recalled.length, len(head), options["max_new_tokens"])
@@ -62,7 +66,17 @@ def written(
         for token in out[0, len(head) :].tolist():
             stream.add(token)
         stream.end()
-    return answer.answer
+    return replace(answer.answer, cut=not stream.ended)
+
+
+def _drawn(model: PreTrainedModel, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What was given, and how tokens are drawn. A whole ``generation_config`` says all of it; beams are not drawn."""
+    if given.get("generation_config") is not None:
+        return dict(given)
+    beams = (given.get("num_beams") or 1) > 1
+    drawn = drawing(own_drawing(model), {"do_sample": False if beams else None, **given})
+    rest = {name: value for name, value in given.items() if name not in NAMES}
+    return {**rest, **drawn.generate_kwargs()}
 
 
 def _fitting(method: Method, held: int, head: int, wanted: int) -> int:

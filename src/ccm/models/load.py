@@ -95,6 +95,7 @@ def load_model(
     *,
     load_in: str | None = None,
     device_map: str | dict[str, Any] | None = None,
+    spinner: bool = True,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return a causal language model, in eval mode and without gradients, and its tokenizer.
 
@@ -107,6 +108,7 @@ def load_model(
         device: where the model goes; None keeps it on the CPU, "auto" takes an accelerator if there is one.
         load_in: "4bit" or "8bit" for quantized weights of the layers; ``dtype`` is then what they are multiplied in.
         device_map: spreads the layers over several devices: "auto", or another value of transformers' argument.
+        spinner: show on stderr that it is loaded.
 
     Raises:
         ConfigError: nothing usable is found under ``name``, options that cannot be, or too little memory there.
@@ -117,7 +119,7 @@ def load_model(
     where = place(name, dtype, device, load_in, device_map)
     if is_default(name):
         return _default(where)
-    with _quiet(), _load_errors(str(name)), Console(stderr=True).status(f"Loading {name}"):
+    with _quiet(), _load_errors(str(name)), Console(stderr=True, quiet=not spinner).status(f"Loading {name}"):
         if is_gguf(name):
             model, tokenizer = _read_gguf(Path(str(name)), where)
         else:

@@ -76,10 +76,15 @@ class Loading:
         """Where this would go; nothing is loaded. Raises as ``place``."""
         return place(self.model, self.dtype, self.device, self.load_in, self.device_map)
 
-    def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    def load(self, spinner: bool = True) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model, in eval mode and without gradients, and its tokenizer. Raises as ``load_model``."""
         from .load import load_model
 
         return load_model(
-            self.model, self.dtype, self.device, load_in=self.load_in, device_map=self.device_map
+            self.model,
+            self.dtype,
+            self.device,
+            load_in=self.load_in,
+            device_map=self.device_map,
+            spinner=spinner,
         )

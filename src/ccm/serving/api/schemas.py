@@ -54,13 +54,14 @@ StopText = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_STO
 
 
 class SamplingBody(Body):
-    """What both ways to answer take. ``repetition_penalty`` is ours."""
+    """What both ways to answer take; ``top_k``, ``min_p`` and ``repetition_penalty`` are not OpenAI's."""
 
     model: str
     stream: bool | None = None
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
-    top_k: Literal[-1, 0] | None = None
+    top_k: int | None = Field(None, ge=-1, description="-1 and 0: all tokens.")
+    min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, ge=0.1, le=10)
     metadata: Metadata | None = None
     user: str | None = Field(None, description="Accepted and not used; it never names a conversation.")
@@ -75,8 +76,11 @@ class SamplingBody(Body):
     top_logprobs: Literal[0] | None = None
 
     def sampling(self, **more: Any) -> Sampling:
-        """The settings that were given. Longer answers than the longest are cut there, as by the model's context."""
-        given = {name: getattr(self, name) for name in ("temperature", "top_p", "repetition_penalty")} | more
+        """The settings that were given; the model's own are the rest. Too long an answer is cut there."""
+        names = ("temperature", "top_p", "min_p", "repetition_penalty")
+        given = {name: getattr(self, name) for name in names} | more
+        if self.top_k is not None:
+            given["top_k"] = max(0, self.top_k)
         if given.get("max_tokens"):
             given["max_tokens"] = min(given["max_tokens"], LONGEST_ANSWER)
         return Sampling(**{name: value for name, value in given.items() if value is not None})

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from ...core.memory import Memory
 from ...errors import CCMError, ConfigError
 from ...methods.inside import Reading
+from ...models.generation import Drawing, drawing
 
 #: Most tokens that one answer may have, whatever the model's context.
 LONGEST_ANSWER = 1 << 15
@@ -46,12 +47,12 @@ class StoppingError(OverloadedError):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an answer is written.
+    """How an answer is written. What is None is as the model's own settings say (:mod:`ccm.models.generation`).
 
     Attributes:
         max_tokens: at most so many.
         temperature: 0 takes the likeliest token every time.
-        top_p: the smallest set of tokens with this probability is drawn from.
+        top_p, top_k, min_p: which tokens are drawn from, see :class:`~ccm.models.generation.Drawing`.
         seed: the same one gives the same answer; None draws one.
         stop: texts that end the answer; they are not part of it.
         frequency_penalty, presence_penalty: taken off the logits of tokens of the answer so far, per occurrence and
@@ -61,13 +62,15 @@ class Sampling:
     """
 
     max_tokens: int = 256
-    temperature: float = 1.0
-    top_p: float = 1.0
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
-    repetition_penalty: float = 1.0
+    repetition_penalty: float | None = None
     schema: str | None = None
 
     def __post_init__(self) -> None:
@@ -75,17 +78,23 @@ class Sampling:
             ("max_tokens", 1, LONGEST_ANSWER),
             ("temperature", 0, 2),
             ("top_p", 0, 1),
+            ("top_k", 0, 1 << 31),
+            ("min_p", 0, 1),
             ("frequency_penalty", -2, 2),
             ("presence_penalty", -2, 2),
             ("repetition_penalty", 0.1, 10),
         ):
             value = getattr(self, name)
-            if not least <= value <= most:
+            if value is not None and not least <= value <= most:
                 raise ConfigError(f"{name}: got {value}, expected {least} to {most}")
         if len(self.stop) > 16 or not all(0 < len(text) <= LONGEST_STOP for text in self.stop):
             raise ConfigError(
                 f"stop: got {len(self.stop)} texts, expected up to 16 of 1 to {LONGEST_STOP} characters"
             )
+
+    def drawing(self, own: Drawing) -> Drawing:
+        """How tokens are drawn by a model that has these settings of its own."""
+        return drawing(own, vars(self))
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ class DrawingEngine(FoldingEngine[R]):
 
     def _accept(self, **common: Any) -> R:
         job = common["job"]
-        sampler = Sampler(job.sampling, job.prompt, self._form(job.sampling, job.prompt))
+        sampler = Sampler(job.sampling, job.prompt, self._form(job.sampling, job.prompt), self.own)
         return self._with_sampler(**common, sampler=sampler)
 
     def _form(self, sampling: Sampling, prompt: tuple[int, ...] = ()) -> Form | None:

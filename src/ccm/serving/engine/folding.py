@@ -25,6 +25,7 @@ from ...errors import ConfigError
 from ...methods import Method
 from ...methods.answering import BEHIND
 from ...methods.inside import Reading, read_by
+from ...models.generation import own_drawing
 from ..metrics import Metrics
 from .base import Engine, EngineError, Job, Listener, OverloadedError, Result, Ticket
 
@@ -84,6 +85,7 @@ class FoldingEngine(Engine, Generic[R]):
         self.metrics = metrics or Metrics()
         self.template = template_of(tokenizer)
         self._ends, self._end_texts = answer_ends(tokenizer, method.reader.model)
+        self.own = own_drawing(method.reader.model)
         self._inbox: queue.SimpleQueue[R | Callable[[], None] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._jobs = 0  # submitted and not finished

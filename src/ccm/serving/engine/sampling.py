@@ -7,6 +7,7 @@ from collections import Counter
 import torch
 from torch import Tensor
 
+from ...models.generation import Drawing
 from .base import Sampling
 from .forms import Form
 
@@ -21,13 +22,17 @@ class Sampler:
         sampling: how.
         prompt: token ids that a repetition penalty counts.
         form: that the answer has; None leaves it free.
+        own: the model's own settings, for what ``sampling`` leaves open.
     """
 
-    def __init__(self, sampling: Sampling, prompt: tuple[int, ...], form: Form | None = None):
+    def __init__(
+        self, sampling: Sampling, prompt: tuple[int, ...], form: Form | None = None, own: Drawing = Drawing()
+    ):
         self.sampling, self.prompt, self.form = sampling, frozenset(prompt), form
+        self.drawing = sampling.drawing(own)
         self.counts: Counter[int] = Counter()
         self.generator: torch.Generator | None = None
-        if sampling.temperature:
+        if self.drawing.temperature:
             self.generator = torch.Generator()
             if sampling.seed is None:
                 self.generator.seed()
@@ -44,27 +49,38 @@ class Sampler:
         return token
 
     def _draw(self, logits: Tensor) -> int:
-        options = self.sampling
+        options = self.drawing
         if self.generator is None:
             return int(logits.argmax())
         probabilities = (logits / options.temperature).softmax(-1).cpu()
+        if options.top_p == 1 and not options.top_k and not options.min_p:
+            return int(torch.multinomial(probabilities, 1, generator=self.generator))
+        values, indices = self._likeliest(probabilities)
+        kept = values >= options.min_p * values[0]
         if options.top_p < 1:
-            top = probabilities.topk(min(_NEAR, len(probabilities)))
-            if top.values.sum() < options.top_p:
-                top = probabilities.sort(descending=True)
-            kept = top.values.cumsum(0) - top.values < options.top_p
-            kept[0] = True
-            return int(top.indices[torch.multinomial(top.values * kept, 1, generator=self.generator)])
-        return int(torch.multinomial(probabilities, 1, generator=self.generator))
+            kept &= values.cumsum(0) - values < options.top_p * values.sum()
+        kept[0] = True
+        return int(indices[torch.multinomial(values * kept, 1, generator=self.generator)])
+
+    def _likeliest(self, probabilities: Tensor) -> tuple[Tensor, Tensor]:
+        """Probabilities and ids of tokens, the likeliest first: all that may be drawn are among them."""
+        options = self.drawing
+        if options.top_k:
+            values, indices = probabilities.topk(min(options.top_k, len(probabilities)))
+            return values, indices
+        values, indices = probabilities.topk(min(_NEAR, len(probabilities)))
+        far = options.top_p < 1 and values.sum() >= options.top_p
+        if far or (options.min_p and values[-1] < options.min_p * values[0]):
+            return values, indices
+        values, indices = probabilities.sort(descending=True)
+        return values, indices
 
     def _penalized(self, logits: Tensor) -> Tensor:
-        options = self.sampling
-        if options.repetition_penalty != 1 and (seen := sorted(self.prompt | self.counts.keys())):
+        options, repeated = self.sampling, self.drawing.repetition_penalty
+        if repeated != 1 and (seen := sorted(self.prompt | self.counts.keys())):
             logits = logits.clone()
             old = logits[seen]
-            logits[seen] = torch.where(
-                old < 0, old * options.repetition_penalty, old / options.repetition_penalty
-            )
+            logits[seen] = torch.where(old < 0, old * repeated, old / repeated)
         if (options.frequency_penalty or options.presence_penalty) and self.counts:
             logits = logits.clone()
             times = torch.tensor(list(self.counts.values()), dtype=logits.dtype, device=logits.device)

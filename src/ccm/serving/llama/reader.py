@@ -25,7 +25,7 @@ from .runtime import Runtime
 ROOM = 1024
 #: Of transformers' ``generate``: what our sampler can do, and what changes nothing here.
 _TAKEN = {
-    *("do_sample", "temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens"),
+    *("do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens"),
     *(
         "eos_token_id",
         "pad_token_id",
@@ -183,17 +183,12 @@ def _drawer(settings: GenerationConfig, prompt: list[int]) -> Any:
     if settings.do_sample:
         options = {
             "temperature": settings.temperature or 1.0,
-            "top_p": settings.top_p or 1.0,
+            "top_p": settings.top_p,
+            "top_k": settings.top_k,
+            "min_p": settings.min_p,
             "seed": int(torch.randint(1 << 62, ())),
         }
     sampler = Sampler(
         Sampling(repetition_penalty=settings.repetition_penalty or 1.0, **options), tuple(prompt)
     )
-    top = settings.top_k if settings.do_sample else None
-
-    def draw(logits: Tensor) -> int:
-        if top and top < len(logits):
-            logits = logits.masked_fill(logits < logits.topk(top).values[-1], -torch.inf)
-        return sampler.draw(logits)
-
-    return draw
+    return sampler.draw

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch
 from ...core.memory import Memory
 from ...errors import CCMError, ConfigError
 from ...methods import Method
+from ...models.generation import Drawing
 from ..engine.base import EngineError, Sampling
 from ..engine.folding import FoldingEngine, Running
 from ..metrics import Metrics
@@ -150,7 +151,7 @@ class VllmEngine(FoldingEngine[_Answer]):
 
     def _ask(self, running: _Answer, most: int) -> None:
         job = running.job
-        options = _options(job.sampling, most, sorted(self._ends))
+        options = _options(job.sampling, self.own, most, sorted(self._ends))
         try:
             with self._staged(self.method.recall(running.memory)) as reference:
                 for tokens in self.server.tokens(list(job.prompt), reference, options, running.call):
@@ -183,17 +184,15 @@ class VllmEngine(FoldingEngine[_Answer]):
                 log.warning("a memory stays in the store until it expires: %s", error)
 
 
-def _options(sampling: Sampling, most: int, ends: list[int]) -> dict[str, Any]:
+def _options(sampling: Sampling, own: Drawing, most: int, ends: list[int]) -> dict[str, Any]:
     """Of ``/v1/completions``; what a model's own defaults could change is said as well. Stop texts are found here."""
+    drawn = sampling.drawing(own)
     options: dict[str, Any] = {
         "max_tokens": most,
-        "temperature": sampling.temperature,
-        "top_p": max(sampling.top_p, torch.finfo(torch.float32).eps),
-        "top_k": 0,
-        "min_p": 0.0,
+        **asdict(drawn),
+        "top_p": max(drawn.top_p, torch.finfo(torch.float32).eps),
         "frequency_penalty": sampling.frequency_penalty,
         "presence_penalty": sampling.presence_penalty,
-        "repetition_penalty": sampling.repetition_penalty,
         "stop_token_ids": ends,
         "ignore_eos": True,
     }

@@ -1,0 +1,52 @@
+"""What README and page print of the first contact comes from a run, and the run is repeated here."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture
+def stored() -> dict:
+    return json.loads((ROOT / "results" / "opening.json").read_text())
+
+
+def test_the_stored_answers_are_what_they_are_counted_as(
+    stored: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.delitem(sys.modules, "opening", raising=False)
+    import opening
+
+    assert [(row["told"], row["asked"], row["expected"]) for row in stored["facts"]] == list(opening.FACTS)
+    for row in stored["facts"]:
+        assert row["right"] == {
+            way: opening.right(text, row["expected"]) for way, text in row["answers"].items()
+        }
+    for way, count in stored["right"].items():
+        assert count == sum(row["right"][way] for row in stored["facts"])
+    assert not opening.right("My dog is called Bella.", "Biscuit") and opening.right("To peanut.", "peanuts")
+
+
+@pytest.mark.slow
+def test_the_opening_comes_out_as_stored(stored: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same answers on the machine that stored them; elsewhere rounding may move a word, and so two facts."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import opening
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(stored["environment"]["threads"])
+    try:
+        again = opening.opening()
+    finally:
+        torch.set_num_threads(before)
+    assert again["kv_bytes"]["memory"] <= stored["kv_bytes"]["memory"] * 1.2
+    for way in ("memory", "full", "none"):
+        assert abs(again["right"][way] - stored["right"][way]) <= 2, way
+    assert again["settings"] == stored["settings"] and again["memory"] == stored["memory"]
