@@ -34,12 +34,12 @@ _TURN = """\
 _PARTS = """\
 ## What a turn is made of
 
-`decode`, behind {among:,} tokens, and `prefill` have the share that they reach of what the machine could do at most:
-the bytes of weights, keys and values that one token reads, over the measured bandwidth; two operations per weight and
-token, over the measured rate in float32. Weights in fewer bits than that may reach more than all of the second. `fold`
-takes 200 tokens into a full memory and stands beside a prefill of the same tokens. `restore` goes from the bytes of a
-memory to the first token behind it. Peak memory is that of the whole process, with the libraries and whatever else was
-measured in it."""
+`decode`, behind {among:,} tokens, and `prefill` have the share that they reach of what the machine could do at
+most: the bytes of weights, keys and values that one token reads, over the measured bandwidth; two operations per
+weight and token, over the measured rate in float32. Weights in fewer bits than that may reach more than all of the
+second. `fold` takes 200 tokens into a full memory and stands beside a prefill of the same tokens. `restore` goes
+from the bytes of a memory to the first token behind it. Peak memory is that of the whole process, with the
+libraries and whatever else was measured in it."""
 
 _MANY = """\
 ## Many at once
@@ -173,7 +173,7 @@ def picture(result: Mapping[str, Any]) -> bytes:
         axes.grid(axis="y", which="both", color="0.92")
         axes.spines[["top", "right"]].set_visible(False)
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:.1g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
     turns.xaxis.set_major_formatter("{x:,.0f}")
     many.set_xticks([int(key) for key in next(iter(result["rows"].values()))["many"]])
     many.xaxis.set_major_formatter("{x:.0f}")
