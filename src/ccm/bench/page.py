@@ -34,11 +34,12 @@ _TURN = """\
 _PARTS = """\
 ## What a turn is made of
 
-`decode` and `prefill` have the share that they reach of what the machine could do at most: the bytes of weights, keys
-and values that one token reads, over the measured bandwidth; two operations per weight and token, over the measured
-rate in float32. Weights in fewer bits than that may reach more than all of the second. `fold` takes 200 tokens into a
-full memory and stands beside a prefill of the same tokens. `restore` goes from the bytes of a memory to the first
-token behind it. Peak memory is that of the whole process, with the libraries and whatever else was measured in it."""
+`decode`, behind {among:,} tokens, and `prefill` have the share that they reach of what the machine could do at
+most: the bytes of weights, keys and values that one token reads, over the measured bandwidth; two operations per
+weight and token, over the measured rate in float32. Weights in fewer bits than that may reach more than all of the
+second. `fold` takes 200 tokens into a full memory and stands beside a prefill of the same tokens. `restore` goes
+from the bytes of a memory to the first token behind it. Peak memory is that of the whole process, with the
+libraries and whatever else was measured in it."""
 
 _MANY = """\
 ## Many at once
@@ -76,8 +77,8 @@ def tables(result: Mapping[str, Any]) -> list[str]:
         _table(rows, "turns", "behind {:,} tokens", lambda turn: _seconds(turn["first"])),
         "Keys and values that the next token attends to:",
         _table(rows, "turns", "behind {:,} tokens", lambda turn: f"{turn['kv_bytes'] / 1e6:.1f} MB"),
-        _PARTS,
-        _parts(rows),
+        _PARTS.format(among=among),
+        _parts(rows, among),
         _MANY.format(among=among),
         _table(rows, "many", "{:,} at once", lambda found: _spread(found, "{:.1f}")),
     ]
@@ -96,7 +97,7 @@ def _table(rows: Mapping[str, Any], kind: str, title: str, cell: Callable[[Any],
     return "\n".join(lines)
 
 
-def _parts(rows: Mapping[str, Any]) -> str:
+def _parts(rows: Mapping[str, Any], among: int) -> str:
     header = [
         "",
         "decode, tokens/s",
@@ -109,7 +110,7 @@ def _parts(rows: Mapping[str, Any]) -> str:
     ]
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for name, row in rows.items():
-        turn = next(reversed(row["turns"].values()))
+        turn = row["turns"].get(str(among)) or next(reversed(row["turns"].values()))
         cells = [f"{1 / turn['between']['median']:.1f}", f"{turn['decode_share']:.0%}"]
         if "prefill" in row:
             cells += [f"{1024 / row['prefill']['median']:.0f}", f"{row['prefill_share']:.0%}"]
@@ -171,9 +172,12 @@ def picture(result: Mapping[str, Any]) -> bytes:
     for axes in (turns, many):
         axes.grid(axis="y", which="both", color="0.92")
         axes.spines[["top", "right"]].set_visible(False)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+    turns.xaxis.set_major_formatter("{x:,.0f}")
     many.set_xticks([int(key) for key in next(iter(result["rows"].values()))["many"]])
     many.xaxis.set_major_formatter("{x:.0f}")
-    many.minorticks_off()
+    many.set_xticks([], minor=True)
     figure.legend(loc="outside lower center", ncols=7, frameon=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
