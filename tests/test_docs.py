@@ -22,7 +22,7 @@ from tiny import tiny_model, tiny_tokenizer
 from typer.main import get_command
 
 import ccm
-from ccm.cli import app
+from ccm.cli import app, main
 from ccm.files.adapter_folder import shipped_adapters
 from ccm.methods import list_methods
 from ccm.methods.default import checked
@@ -252,6 +252,32 @@ def test_what_is_named_is_there(server: Running) -> None:
     paths = {*create_app(server.service).openapi()["paths"], "/openapi.json"}
     for path in re.findall(r"`(?:GET|POST|DELETE) (/[a-zA-Z0-9/_.]*)", text):
         assert path.replace("ID", "{session}") in paths, path
+
+
+#: Pages whose commands are for the embedded model, so that all of them can be run.
+TRIED = ("README.md", "docs/start.md", "docs/choose.md")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", sorted({shlex.join(words) for page, words in COMMANDS if page in TRIED}))
+def test_what_a_newcomer_types_works(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = shlex.split(line)
+    if words[0] == "serve":
+        pytest.skip("tests/cli/test_serve.py starts it")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello, I am Nadia.\n/quit\n"))
+    assert main(words) == 0
+    assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["README.md", "docs/start.md"])
+def test_the_first_lines_of_python_work(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    _, printed = run(None, *python_of(page))
+    assert "tokens_folded" in printed
 
 
 # ---------------------------------------------------------------------- data and settings
