@@ -138,6 +138,8 @@ class _Transformers(Contender):
 
 
 class Full(_Transformers):
+    """A cache of everything said, in transformers."""
+
     name = "full cache"
     crowd = 16
 
@@ -174,6 +176,8 @@ class Full(_Transformers):
 
 
 class Resend(_Transformers):
+    """The whole conversation read again at every turn, in transformers."""
+
     name = "resend"
     crowd = 0
     #: Newest tokens that are sent; None: all.
@@ -201,6 +205,8 @@ class Resend(_Transformers):
 
 
 class Window(Resend):
+    """The newest tokens read again at every turn."""
+
     name = "window"
     reach = 100_000
     newest = 328  # as many entries as the memory has
@@ -224,6 +230,8 @@ class _Streamer:
 
 
 class InMemory(Contender):
+    """A session of this library, with its default memory."""
+
     name = "ccm"
     reach = 100_000
     memory: ClassVar[str] = "default"
@@ -341,6 +349,8 @@ class InMemory(Contender):
 
 
 class Streaming(InMemory):
+    """The same with StreamingLLM of as many entries."""
+
     name = "streaming-llm"
     memory = "streaming-llm:window=324,sink=4"
 
@@ -349,6 +359,8 @@ class Streaming(InMemory):
 
 
 class InLlama(InMemory):
+    """The same with llama.cpp as the reader."""
+
     name = "ccm in llama.cpp"
     reach = 100_000
 
@@ -376,6 +388,8 @@ class InLlama(InMemory):
 
 
 class Llama(Contender):
+    """llama.cpp with its own cache."""
+
     name = "llama.cpp"
 
     def __init__(self, model: str | None, llama: str, threads: int):

@@ -61,6 +61,7 @@ class Worker:
         return self.hear()
 
     def hear(self) -> dict[str, Any]:
+        """The next answer of the process."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:

@@ -41,9 +41,11 @@ class Commands:
         return {"kv_bytes": self.contender.kv_bytes}
 
     def turn(self) -> dict[str, Any]:
+        """One turn: seconds, tokens and bytes."""
         return asdict(self.contender.turn(_QUESTION, _HEAD))
 
     def prefill(self) -> dict[str, Any]:
+        """Seconds in which a long text is read behind nothing."""
         return {"prefill": self.contender.prefill(_TOKENS[:PREFILL])}
 
     def fold(self) -> dict[str, Any]:
@@ -53,6 +55,7 @@ class Commands:
         return {"fold": own.fold(_TOKENS[:FOLD]), "prefill_of_it": own.prefill(_TOKENS[:FOLD])}
 
     def restore(self) -> dict[str, Any]:
+        """Seconds from the bytes of a memory to the first token behind it."""
         own = self.contender
         assert isinstance(own, InMemory)
         return {"restore": own.restore(_HEAD)}
@@ -62,9 +65,11 @@ class Commands:
         return {"tokens_per_second": count * ANSWER / self.contender.answer(count, _QUESTION, _HEAD)}
 
     def peak(self) -> dict[str, Any]:
+        """Most bytes that the process has held."""
         return {"peak_bytes": machine.peak_bytes()}
 
     def limits(self) -> dict[str, Any]:
+        """What the machine can do at most: bytes and operations a second."""
         threads = self.contender.threads
         return {"bandwidth": machine.bandwidth(threads), "operations": machine.operations(threads)}
 

@@ -76,6 +76,7 @@ class Row:
 
     @property
     def estimate(self) -> Estimate:
+        """The value with its interval, and whether it rests on items enough."""
         low, high = (self.value if end is None else end for end in (self.ci_low, self.ci_high))
         return Estimate(self.value, low, high, self.n >= FEW)
 
@@ -110,9 +111,11 @@ class Results:
         return self._index.get((task, metric, tag), {})
 
     def steps(self, task: str, metric: str, tag: str = "") -> list[int]:
+        """Time steps at which the metric was measured."""
         return sorted({row.step for rows in self.of(task, metric, tag).values() for row in rows})
 
     def get(self, task: str, method: str, metric: str, step: int, tag: str = "") -> Row | None:
+        """The row of a method at a step; None if it was not measured."""
         return next((row for row in self.of(task, metric, tag).get(method, ()) if row.step == step), None)
 
     def last(self, task: str, method: str, metric: str, tag: str = "") -> Row | None:
@@ -126,6 +129,7 @@ class Results:
         return sorted(tags, key=lambda tag: re.sub(r"\d+", lambda digits: digits[0].zfill(9), tag))
 
     def is_stream(self, task: str) -> bool:
+        """Whether the task is a text without end, scored block by block."""
         return self.steps(task, self.main(task))[-1] >= STREAM_STEP
 
     def main(self, task: str) -> str:

@@ -50,6 +50,7 @@ def cell(found: Estimate | None, digits: int = 2, sign: bool = False) -> str:
 
 
 def size(count: float) -> str:
+    """Bytes as MB."""
     return f"{count / 1e6:,.2f} MB"
 
 

@@ -108,12 +108,14 @@ class Model:
             raise self.refused("its layers forget what is behind a sliding window, so a memory would be lost")
 
     def refused(self, why: str) -> ConfigError:
+        """The error for a model that cannot carry a memory."""
         return ConfigError(
             f"--llama {self.path}: a memory has no place in {self.architecture} models ({why}): leave --llama out"
         )
 
     @property
     def architecture(self) -> str:
+        """Its name in the GGUF file."""
         return self.value("general.architecture")
 
     @property

@@ -56,6 +56,7 @@ class Place:
 
     @property
     def length(self) -> int:
+        """Tokens from the start up to here."""
         return (0 if self.base is None else self.base.length) + len(self.ids)
 
     def moves_to(self, row: Row) -> None:
@@ -67,6 +68,7 @@ class Place:
             self.base, self.ids, self.new = row, self.ids[new.length :], None
 
     def forget(self) -> None:
+        """Let go of what was read."""
         self.base, self.ids, self.new = None, [], None
 
 
