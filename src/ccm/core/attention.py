@@ -95,24 +95,53 @@ class Plan(ABC):
 
 
 @dataclass
-class ParallelPlan(Plan):
+class MaskedPlan(Plan):
+    """A pass with a mask (B, 1, Q, K) of its own."""
+
+    mask: Tensor
+    _by_window: dict[int | None, Tensor] = field(default_factory=dict, kw_only=True)
+    _blocks: dict[int, list[Blocks]] = field(default_factory=dict, kw_only=True)
+
+    @property
+    def device(self) -> torch.device:
+        return self.mask.device
+
+    def blocks(self, mask: Tensor) -> list[Blocks]:
+        if id(mask) not in self._blocks:
+            self._blocks[id(mask)] = cut(mask)
+        return self._blocks[id(mask)]
+
+    def seen(self, sliding: int | None, query: Tensor, key: Tensor) -> Tensor:
+        """The mask of a layer with this sliding window, or without one.
+
+        Args:
+            sliding: tokens that the layer sees.
+            query: (B, Q) positions.
+            key: (B, R) positions of the last R keys; those before are of the memory, which no window drops.
+        """
+        if sliding is None:
+            return self.mask
+        if sliding not in self._by_window:
+            near = within_window(query, key, torch.zeros_like(key, dtype=torch.bool), sliding)
+            far = torch.cat(
+                [near.new_ones(*near.shape[:3], self.mask.shape[-1] - key.shape[1]), near], dim=-1
+            )
+            self._by_window[sliding] = self.mask.masked_fill(~far, torch.finfo(self.mask.dtype).min)
+        return self._by_window[sliding]
+
+
+@dataclass
+class ParallelPlan(MaskedPlan):
     """The whole recursion in one pass: memory states are made from the COMP keys and put in front."""
 
     layout: Layout
     rule: Rule
-    mask: Tensor
     layer_types: list[str | None]
     comp_tables: dict[str | None, Tables]
     slot_tables: dict[str | None, Tables]
     text_tables: dict[str | None, Tables]
     query_tables: dict[str | None, Tables]
     held: int  # sink tokens of the row that has most
-    _by_window: dict[int | None, Tensor] = field(default_factory=dict)
-    _blocks: dict[int, list[Blocks]] = field(default_factory=dict)
-
-    @property
-    def device(self) -> torch.device:
-        return self.mask.device
 
     @classmethod
     def build(
@@ -147,41 +176,25 @@ class ParallelPlan(Plan):
         # h(t): keys off their position, values as they are, then every Mem(t)
         blocks = (block.unflatten(2, (groups, n)) for block in self._slots(int(module.layer_idx), key, value))
         states, contents = (self.rule.columns(block) for block in blocks)
-        states = rotate(states, *_heads(self.slot_tables[kind])).to(key.dtype)
+        states = rotate(states, *heads(self.slot_tables[kind])).to(key.dtype)
         contents = contents.to(value.dtype)
         memory = torch.cat([key[:, :, : self.held], states], dim=2)
         contents = torch.cat([value[:, :, : self.held], contents, value], dim=2)
         if not self.layout.windowed:
             return query, torch.cat([memory, key], dim=2), contents, self._mask(sliding)
-        # Text and slots live in two frames: the query is held in both, each half meets the keys of its frame.
-        canonical = unrotate(query, *_heads(self.text_tables[kind]))
-        canonical = rotate(canonical, *_heads(self.query_tables[kind])).to(query.dtype)
-        query = torch.cat([canonical, query], dim=-1)
-        memory = torch.cat([memory, torch.zeros_like(memory)], dim=-1)
-        key = torch.cat([torch.zeros_like(key), key], dim=-1)
-        return query, torch.cat([memory, key], dim=2), contents, self._mask(sliding)
+        tables = self.text_tables[kind], self.query_tables[kind]
+        query, key = in_two_frames(query, memory, key, *tables)
+        return query, key, contents, self._mask(sliding)
 
     def _slots(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Position-free keys, and values, of the slots of all groups: (B, Hkv, G n, D), fp32."""
-        tables = _heads(self.comp_tables[self.layer_types[layer]])
+        tables = heads(self.comp_tables[self.layer_types[layer]])
         index = self.layout.comp_index.flatten(1)[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[3])
         return unrotate(key.gather(2, index), *tables), value.gather(2, index).float()
 
-    def blocks(self, mask: Tensor) -> list[Blocks]:
-        if id(mask) not in self._blocks:
-            self._blocks[id(mask)] = cut(mask)
-        return self._blocks[id(mask)]
-
     def _mask(self, sliding: int | None) -> Tensor:
-        if sliding is None:
-            return self.mask
-        if sliding not in self._by_window:
-            position = self.layout.rope_position
-            width = position.shape[1]
-            near = within_window(position, position, torch.zeros_like(position, dtype=torch.bool), sliding)
-            far = torch.cat([near.new_ones(*near.shape[:3], self.mask.shape[-1] - width), near], dim=-1)
-            self._by_window[sliding] = self.mask.masked_fill(~far, torch.finfo(self.mask.dtype).min)
-        return self._by_window[sliding]
+        position = self.layout.rope_position
+        return self.seen(sliding, position, position)
 
 
 @dataclass
@@ -225,6 +238,23 @@ class RecurrentPlan(Plan):
         return query, key, value, additive(visible, query.dtype)
 
 
-def _heads(tables: Tables) -> Tables:
+def in_two_frames(
+    query: Tensor, memory: Tensor, key: Tensor, text: Tables, canonical: Tables
+) -> tuple[Tensor, Tensor]:
+    """Query and keys where text and slots are at positions of their own: each half meets the keys of its frame.
+
+    Args:
+        query: (B, H, Q, D), in the frame of the text.
+        memory: (B, Hkv, S, D) keys of sink and slots, in the canonical frame.
+        key: (B, Hkv, K, D) of the text.
+        text, canonical: tables of the queries.
+    """
+    turned = rotate(unrotate(query, *heads(text)), *heads(canonical)).to(query.dtype)
+    memory = torch.cat([memory, torch.zeros_like(memory)], dim=-1)
+    key = torch.cat([torch.zeros_like(key), key], dim=-1)
+    return torch.cat([turned, query], dim=-1), torch.cat([memory, key], dim=2)
+
+
+def heads(tables: Tables) -> Tables:
     """(B, T, R) -> (B, 1, T, R)."""
     return tables._replace(cos=tables.cos.unsqueeze(1), sin=tables.sin.unsqueeze(1))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from . import attention, trial
+from . import attention, onward, trial
 from .adapter import Adapted
 from .config import CompressorConfig
 from .folding import put
@@ -118,6 +118,38 @@ class Compressor(Adapted):
         if not sink and self.kind == "ccm":
             self.cautions.rootless(memory, ids, mask)
         return self.advance(memory, ids, mask, n, sink, window)
+
+    @torch.no_grad()
+    def take_in(
+        self,
+        memory: Memory,
+        turns: Sequence[onward.Turn],
+        *,
+        slots: int | None = None,
+        sink: int | None = None,
+    ) -> Memory:
+        """:meth:`compress` of several segments per row, one after another, in one pass.
+
+        Args:
+            memory: of B conversations.
+            turns: what each of them takes in.
+            slots, sink: other sizes than the configured ones.
+
+        Raises: as :meth:`compress`.
+        """
+        self.check(memory, len(turns))
+        memory = memory.to(self.model.device, self.model.dtype)
+        self.cautions.untrained(self.lora_parameters)
+        n, sink = self.size("slots", slots), self.size("sink", sink)
+        for row, turn in zip(memory.rows, turns, strict=True):
+            for ids in turn.segments:
+                self.tokens([ids], None)  # raises if they are none
+            alone = replace(memory, rows=(row,))
+            self.check_room(alone, sum(map(len, turn.segments)), n * len(turn.segments))
+            if not sink:
+                self.cautions.rootless(alone, *self.tokens([turn.segments[0]], None))
+        rows = onward.take_in(self, memory, turns, self.comp_embeddings[:n], self.rule, sink)
+        return Memory(rows, self.fingerprint())
 
     def advance(self, memory: Memory, ids: Tensor, mask: Tensor, n: int, sink: int, window: int) -> Memory:
         """:meth:`compress` of left-padded text (B, T), unchecked, with gradients."""

@@ -56,6 +56,15 @@ class Rule(ABC):
             return steps
         return self.blocks if self.drops_after else self.blocks - 1
 
+    def kept(self, step: int, slots: int, n: int) -> tuple[int, int]:
+        """Which of the old slots stay as they are when block ``step`` of n slots goes in.
+
+        Returns:
+            the first one that stays, with all behind it, and its place afterwards; ``(slots, 0)``: none does. Slots
+            before that place and the n at the end are new.
+        """
+        return slots, 0
+
     def columns(self, blocks: Tensor) -> Tensor:
         """The states of the memory side by side: (B, H, G, n, D) -> (B, H, S, D)."""
         states = [blocks[:, :, 0]]
@@ -84,6 +93,9 @@ class Concat(Rule):
 
     def size(self, steps: int, n: int) -> int:
         return steps * n
+
+    def kept(self, step: int, slots: int, n: int) -> tuple[int, int]:
+        return 0, 0
 
     def columns(self, blocks: Tensor) -> Tensor:
         """A slot never changes and never moves: one column is in all states from its own on."""
@@ -163,6 +175,11 @@ class Bounded(Rule):
 
     def size(self, steps: int, n: int) -> int:
         return min(steps, self.blocks) * n
+
+    def kept(self, step: int, slots: int, n: int) -> tuple[int, int]:
+        if step <= self.blocks:
+            return 0, 0
+        return (n, 0) if self.overflow == "drop" else (2 * n, n)
 
     def columns(self, blocks: Tensor) -> Tensor:
         """As long as there is room it is concat; after that every state moves all of its slots."""

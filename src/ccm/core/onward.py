@@ -1,0 +1,365 @@
+"""Several segments behind memories that hold something already, taken in by one pass.
+
+A fold costs what reading all weights costs, whether it holds 32 tokens or 4. So all that a turn brings goes through
+the model together: text that is new, and the COMP tokens of every segment that leaves the window meanwhile.
+
+    keys     [ sink | slots, old and new | raw text that is known | new text and COMP tokens ]
+    queries                                                         new text and COMP tokens
+
+It is the recursion of ``compressor.compress``, segment by segment, by the means of the parallel pass: who sees what
+is a mask, and every state of the slots that anybody sees is made inside the attention call. Slots that a fold leaves
+as they are stay one column, also if they move: it is the positions of the queries that move then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from transformers import DynamicCache
+
+from . import attention
+from .attention import MaskedPlan, additive, heads, in_two_frames
+from .folding import put
+from .memory import KV, Memory, Row
+from .reader import Reader
+from .rotary import Rotary, Tables, rotate, unrotate
+from .rules import Rule
+from .window import joined, overflow
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one conversation takes in.
+
+    Attributes:
+        segments: token ids of each segment.
+        windows: raw tokens that may stay behind each of them.
+        read: position-free keys and values of the first tokens of the first segment, if they are known.
+    """
+
+    segments: Sequence[Sequence[int]]
+    windows: Sequence[int]
+    read: KV | None = None
+
+
+#: First and last number of folds seen by those who see a column, and its position.
+Column = tuple[int, int, int]
+NOBODY: Column = (1, 0, 0)
+#: (token id, segment, index of a COMP token or -1, folds seen, position in the text, position behind the slots)
+Token = tuple[int, int, int, int, int, int]
+PADDING: Token = (0, -1, -1, 0, 0, 0)
+
+
+class Course:
+    """One row of the pass: its tokens, and the states that its slots go through.
+
+    Folds are counted from the row as it is. Positions of text count from the first raw token that is known; those
+    behind the slots are the canonical ones, further up by what the slots that stay have moved down.
+
+    Args:
+        row: of the memory.
+        turn: what it takes in.
+        n: slots of a block.
+        rule: how blocks go in.
+        sink: raw tokens of the first segment of all that stay.
+    """
+
+    def __init__(self, row: Row, turn: Turn, n: int, rule: Rule, sink: int):
+        self.row, self.turn, self.n, self.rule, self.sink = row, turn, n, rule, sink
+        begun = [row.window, *([] if turn.read is None else [turn.read])]
+        self.raw = KV.cat(begun)
+        self.known = KV.cat([row.sink.slice(0, row.sink.length if row.steps else 0), self.raw])
+        self.lengths = [*row.segments, *map(len, turn.segments)]
+        self._starts = [sum(self.lengths[:i]) for i in range(len(self.lengths) + 1)]
+        self.held = row.sink.length if row.steps else min(sink, self.lengths[0])
+        self.tokens: list[Token] = []
+        self.spans: list[slice] = []  # columns of the text of each segment of the turn
+        self.groups: list[slice] = []  # and of each group of COMP tokens
+        self.columns: list[Column] = []
+        self.drifts = [0]
+        self.sizes = [row.slots.length]
+        self._state = [self._column(0, place) for place in range(row.slots.length)]
+        self._run()
+
+    def _run(self) -> None:
+        first, folds = len(self.row.segments), 0
+        for j, (ids, window) in enumerate(zip(self.turn.segments, self.turn.windows, strict=True), first):
+            begin = max(self.raw.length - self._starts[j], 0)
+            texts = [(token, -1, self._starts[j] + p) for p, token in enumerate(ids)][begin:]
+            self.spans.append(self._put(texts, j, folds))
+            for _ in range(overflow(self.lengths[folds : j + 1], window)):
+                end = self._starts[folds + 1]
+                self.groups.append(self._put([(0, i, end + i) for i in range(self.n)], folds, folds))
+                self._fold(folds)
+                folds += 1
+
+    def _put(self, tokens: Sequence[tuple[int, int, int]], segment: int, seen: int) -> slice:
+        start, moved = len(self.tokens), self.moved(seen)
+        self.tokens += [(token, segment, comp, seen, at, at + moved) for token, comp, at in tokens]
+        return slice(start, len(self.tokens))
+
+    def moved(self, seen: int) -> int:
+        """From a position in the text to one behind the slots, for who sees so many folds."""
+        held = self.held if self.row.steps + seen else 0
+        return held + self.sizes[seen] + self.drifts[seen] - self._starts[seen]
+
+    def _fold(self, folds: int) -> None:
+        slots = self.sizes[-1]
+        start, place = self.rule.kept(self.row.steps + folds + 1, slots, self.n)
+        gone, stay = self._state[:start], self._state[start:]
+        for column in gone:
+            self.columns[column] = (self.columns[column][0], folds, self.columns[column][2])
+        self.drifts.append(self.drifts[-1] + (start - place if stay else 0))
+        self.sizes.append(place + len(stay) + self.n)
+        new = [
+            self._column(folds + 1, at) for at in (*range(place), *range(place + len(stay), self.sizes[-1]))
+        ]
+        self._state = [*new[:place], *stay, *new[place:]]
+
+    def _column(self, folds: int, place: int) -> int:
+        self.columns.append((folds, len(self.lengths), self.held + place + self.drifts[folds]))
+        return len(self.columns) - 1
+
+    @property
+    def places(self) -> list[Column]:
+        """Columns of the sink: one a token for everybody who stands where the slots have moved as far."""
+        found: list[Column] = []
+        first = 0 if self.row.steps else 1  # before the first fold it is text
+        for drift in sorted(set(self.drifts)):
+            those = [seen for seen, moved in enumerate(self.drifts) if moved == drift and seen >= first]
+            if those:
+                found += [(those[0], those[-1], drift + i) for i in range(self.held)]
+        return found
+
+    def sources(self, width: int) -> list[tuple[int]]:
+        """Where these are in known text of that width, and the tokens behind it."""
+        # before the first fold the sink is the beginning of the text
+        begin = [i if i < self.known.length else width + i - self.known.length for i in range(self.held)]
+        return [(begin[i % self.held],) for i in range(len(self.places))]
+
+    @property
+    def comp(self) -> list[tuple[int]]:
+        """Columns of the COMP tokens."""
+        return [(column,) for group in self.groups for column in range(group.start, group.stop)]
+
+    @property
+    def one_frame(self) -> bool:
+        """Whether all raw text that a token sees is as far from the slots as itself."""
+        moves = {self.moved(seen) for seen in {token[3] for token in self.tokens}}
+        return len(moves) == 1 or not (self.row.window.length or any(self.turn.windows))
+
+    def states(self, slots: Tensor, blocks: Tensor) -> Tensor:
+        """All columns of the slots (H, S, D), from those of the row (H, m, D) and the blocks (G, H, n, D)."""
+        parts = [slots]
+        for step, block in enumerate(blocks, self.row.steps + 1):
+            _, place = self.rule.kept(step, slots.shape[1], self.n)
+            slots = self.rule.update(slots, block, step)
+            parts += [slots[:, :place], slots[:, slots.shape[1] - self.n :]]
+        return torch.cat(parts, dim=1)
+
+    def taken(self, new: KV, dtype: torch.dtype) -> Row:
+        """The row after the pass, from the position-free keys and values (L, H, Q, D) of its tokens."""
+        row, groups = self.row, iter(self.groups)
+        for j, (ids, window) in enumerate(zip(self.turn.segments, self.turn.windows, strict=True)):
+            text = new.slice(self.spans[j].start, self.spans[j].stop).to(dtype)
+            if known := len(ids) - text.length:
+                text = KV.cat([self.raw.slice(self.raw.length - known), text])
+            row = joined(row, text, len(ids))
+            for _ in range(overflow(row.segments, window)):
+                at = next(groups)
+                row = put(row, new.slice(at.start, at.stop).to(torch.float32), self.rule, self.sink)
+        return row
+
+
+@dataclass
+class OnwardPlan(MaskedPlan):
+    """The pass. Columns of keys are [sink | states of the slots | known text | tokens of the pass].
+
+    Attributes:
+        courses: of the B rows.
+        known: per layer keys (B, H, W, D) at their positions, and values; a row's sink, its raw text, padding.
+        source: (B, s) where the columns of the sink are among [known text | tokens].
+        position: (B, Q) at which the model rotates, and (B, W + Q) of the known text as well.
+        one_frame: whether text and slots are at positions of one frame.
+    """
+
+    courses: Sequence[Course]
+    known: Sequence[tuple[Tensor, Tensor]]
+    source: Tensor
+    comp: Tensor
+    position: Tensor
+    raw_position: Tensor
+    one_frame: bool
+    layer_types: list[str | None]
+    tables: dict[str, dict[str | None, Tables]] = field(repr=False)
+
+    def extend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, sliding: int | None
+    ) -> tuple[Tensor, Tensor, Tensor, Any]:
+        layer = int(module.layer_idx)
+        tables = {name: found[self.layer_types[layer]] for name, found in self.tables.items()}
+        keys, values = (torch.cat(pair, dim=2) for pair in zip(self.known[layer], (key, value), strict=True))
+        sink = unrotate(_gather(keys, self.source), *heads(tables["source"]))
+        blocks = unrotate(_gather(key, self.comp), *heads(tables["comp"])), _gather(value, self.comp).float()
+        slots = [self._slots(layer, part, found) for part, found in enumerate(blocks)]
+        memory = torch.cat([sink, slots[0]], dim=2)
+        memory = rotate(memory, *heads(tables["memory"])).to(key.dtype)
+        values = torch.cat([_gather(values, self.source), slots[1].to(value.dtype), values], dim=2)
+        mask = self.seen(sliding, self.position, self.raw_position)
+        if self.one_frame:
+            return query, torch.cat([memory, keys], dim=2), values, mask
+        query, keys = in_two_frames(query, memory, keys, tables["text"], tables["behind"])
+        return query, keys, values, mask
+
+    def _slots(self, layer: int, part: int, blocks: Tensor) -> Tensor:
+        """Keys or values of all states of all rows, side by side: (B, H, S, D), fp32, keys position-free."""
+        made = []
+        for course, own in zip(self.courses, blocks, strict=True):
+            each = own.unflatten(1, (own.shape[1] // course.n, course.n)).transpose(0, 1)
+            each = each[: len(course.groups)]
+            made.append(course.states(course.row.slots[part][layer], each))
+        width = max(states.shape[1] for states in made)
+        return torch.stack([pad(states, (0, 0, 0, width - states.shape[1])) for states in made])
+
+
+def take_in(
+    reader: Reader, memory: Memory, turns: Sequence[Turn], comp: Tensor, rule: Rule, sink: int
+) -> tuple[Row, ...]:
+    """The rows after everything that each of them takes in.
+
+    Args:
+        reader: with the adapter.
+        memory: of B conversations.
+        turns: of each.
+        comp: (n, d) embeddings.
+        rule, sink: as of the compressor.
+    """
+    device, dtype = reader.model.device, reader.model.dtype
+    pairs = zip(memory.rows, turns, strict=True)
+    courses = [Course(row, turn, len(comp), rule, sink) for row, turn in pairs]
+    grid = _grid([course.tokens for course in courses], PADDING).to(device)
+    if not grid.shape[1]:  # all of it is known, and nothing leaves a window
+        return tuple(course.taken(course.raw.slice(0, 0), dtype) for course in courses)
+    ids, index = grid[..., 0], grid[..., 2]
+    embeds = reader.model.get_input_embeddings()(ids)
+    embeds = torch.where((index >= 0).unsqueeze(-1), comp.to(embeds.dtype)[index.clamp(min=0)], embeds)
+    plan = _plan(courses, grid, reader.adapter, reader.rotary, dtype)
+    plan.stop_at = len(reader.family.attention) - 1  # what the last layer puts out is of no use here
+    cache = DynamicCache()
+    with suppress(attention.StatesDone):
+        reader.body(
+            inputs_embeds=embeds,
+            attention_mask=plan.mask,
+            position_ids=plan.position,
+            past_key_values=cache,
+            **{attention.PLAN: plan},
+        )
+    rows = []
+    for r, course in enumerate(courses):
+        keys = torch.stack([layer.keys[r] for layer in cache.layers])
+        values = torch.stack([layer.values[r] for layer in cache.layers])
+        kv = KV(unrotate(keys, *reader.rotary.stacked(plan.position[r])), values)
+        rows.append(course.taken(kv, dtype))
+    return tuple(rows)
+
+
+def _plan(
+    courses: Sequence[Course], grid: Tensor, adapter: str, rotary: Rotary, dtype: torch.dtype
+) -> OnwardPlan:
+    device = grid.device
+    _, segment, index, seen, text, behind = grid.unbind(-1)
+    one_frame = all(course.one_frame for course in courses)
+    position = behind if one_frame else text
+    known, whose, at = _known(courses, one_frame, rotary, dtype)
+    width = known[0][0].shape[2]
+    sinks = [course.places for course in courses]
+    source = _grid([course.sources(width) for course in courses], (0,)).squeeze(-1).to(device)
+    comp = _grid([course.comp for course in courses], (0,)).squeeze(-1).to(device)
+    columns = torch.cat([_grid(sinks, NOBODY), _grid([course.columns for course in courses], NOBODY)], dim=1)
+    columns = columns.to(device)
+    raw_position = torch.cat([at, position], dim=1)
+    tables = {
+        "source": rotary.tables(raw_position.gather(1, source)),
+        "comp": rotary.tables(position.gather(1, comp)),
+        "memory": rotary.tables(columns[..., 2]),
+    }
+    if not one_frame:
+        tables |= {"text": rotary.tables(text), "behind": rotary.tables(behind)}
+    return OnwardPlan(
+        adapter=adapter,
+        gate=(index >= 0).flatten().nonzero().squeeze(1) if comp.shape[1] else None,
+        mask=additive(_visible(columns, whose, segment, index >= 0, seen), dtype),
+        courses=courses,
+        known=known,
+        source=source,
+        comp=comp,
+        position=position,
+        raw_position=raw_position,
+        one_frame=one_frame,
+        layer_types=rotary.layer_types,
+        tables=tables,
+    )
+
+
+def _known(
+    courses: Sequence[Course], one_frame: bool, rotary: Rotary, dtype: torch.dtype
+) -> tuple[list[tuple[Tensor, Tensor]], Tensor, Tensor]:
+    """Of the known text keys and values, as of :class:`OnwardPlan`, its segments and its positions (B, W).
+
+    Tokens of the sink, and padding, belong to segment -1.
+    """
+    width = max(course.known.length for course in courses)
+    keys, values, whose, position = [], [], [], []
+    for course in courses:
+        old, empty = course.known.length - course.raw.length, width - course.known.length
+        moved = course.moved(0) if one_frame else 0
+        at = torch.cat([torch.arange(old), torch.arange(course.raw.length) + moved])
+        at = at.to(course.raw.keys.device)
+        placed = rotate(course.known.keys.to(dtype), *rotary.stacked(at))
+        keys.append(pad(placed, (0, 0, 0, empty)))
+        values.append(pad(course.known.values.to(dtype), (0, 0, 0, empty)))
+        lengths = torch.tensor(course.lengths, device=at.device)
+        of = torch.arange(len(lengths), device=at.device).repeat_interleave(lengths)[: course.raw.length]
+        whose.append(pad(of, (old, empty), value=-1))
+        position.append(pad(at, (0, empty)))
+    layers = zip(torch.stack(keys, 1), torch.stack(values, 1), strict=True)
+    return list(layers), torch.stack(whose), torch.stack(position)
+
+
+def _visible(columns: Tensor, whose: Tensor, segment: Tensor, comp: Tensor, seen: Tensor) -> Tensor:
+    """The mask of the pass: (B, 1, Q, s + S + W + Q) bool.
+
+    Args:
+        columns: (B, s + S, 3) of sink and slots.
+        whose: (B, W) segment of the known text.
+        segment, comp, seen: (B, Q) of the tokens: segment, whether it is a COMP token, folds that it sees.
+    """
+    order = torch.arange(segment.shape[1], device=segment.device)
+    query, folds, asks = segment.unsqueeze(-1), seen.unsqueeze(-1), comp.unsqueeze(-1)  # (B, Q, 1)
+    memory = (columns[..., 0].unsqueeze(1) <= folds) & (folds <= columns[..., 1].unsqueeze(1))
+    raw = torch.cat([whose, segment.masked_fill(comp, -1)], dim=1).unsqueeze(1)
+    # text sees the raw text that is not folded yet, a COMP token its own segment alone
+    text = torch.where(asks, raw == query, raw >= folds) & (raw >= 0)
+    group = asks & comp.unsqueeze(1) & (segment.unsqueeze(1) == query)
+    new = text[..., whose.shape[1] :] | group
+    # COMP tokens may stand before or behind text of their segment, never before its end
+    new = new & (order <= order.unsqueeze(1)) | torch.eye(len(order), dtype=torch.bool, device=order.device)
+    return torch.cat([memory, text[..., : whose.shape[1]], new], dim=-1).unsqueeze(1)
+
+
+def _grid(rows: Sequence[Sequence[tuple[int, ...]]], padding: tuple[int, ...]) -> Tensor:
+    """Rows of different lengths as one tensor (B, width, len(padding)), padded at the right."""
+    width = max(map(len, rows))
+    grid = [[*row, *[padding] * (width - len(row))] for row in rows]
+    return torch.tensor(grid, dtype=torch.long).view(len(rows), width, len(padding))
+
+
+def _gather(states: Tensor, index: Tensor) -> Tensor:
+    """Entries (B, H, n, D) of states (B, H, K, D) by index (B, n)."""
+    return states.gather(2, index[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))
