@@ -72,7 +72,12 @@ def test_generate_answers_from_memory_and_remembers_its_answer(merge: Compressor
     reply = [t for t in ids[0, len(turns_of(TOKENIZER).head) :].tolist() if t != TOKENIZER.eos_token_id]
     assert answer == TOKENIZER.decode(reply, skip_special_tokens=True).strip()
     by_hand.append(answer, role="assistant")
-    assert equal(session, by_hand)
+    assert session.memory.rows[0].segments == by_hand.memory.rows[0].segments
+    for name in ("sink", "slots", "window"):  # what was read to write the answer is not read again
+        for x, y in zip(
+            getattr(session.memory.rows[0], name), getattr(by_hand.memory.rows[0], name), strict=True
+        ):
+            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("window", [0, 24])

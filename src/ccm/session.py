@@ -21,11 +21,13 @@ from .chat.messages import Message
 from .chat.template import template_of
 from .core.compressor import Compressor
 from .core.memory import Memory
+from .core.reader import Known
 from .errors import ConfigError, MemoryFileError
 from .files.fingerprint import base_name
 from .methods import Method, as_method, open_method
 from .methods.accounting import counters, in_words, say_losses
 from .methods.answering import written
+from .methods.base import segments_of
 from .methods.inside import TURNS, Inside, Said, as_saved, look, read_by, saved
 from .methods.picture import picture
 from .methods.spec import parse
@@ -152,8 +154,8 @@ class Session:
         before = self.memory, self.turns, self.dialogue, self._before, self.said
         try:
             head = self._asked(text, role, on_read)
-            self.last = self._written(head, streamer, generate_kwargs)
-            self._take(self._step(self.last.message()), self.last.message())
+            self.last, known = self._written(head, streamer, generate_kwargs)
+            self._take(self._step(self.last.message()), self.last.message(), known=known)
             self.turns += 1
         except BaseException:  # also Ctrl-C while streaming: the turn happens as a whole or not at all
             self.memory, self.turns, self.dialogue, self._before, self.said = before
@@ -171,7 +173,9 @@ class Session:
         self.turns += message is not None
         return step.head
 
-    def _written(self, head: tuple[int, ...], streamer: Any, options: Mapping[str, Any]) -> Answer:
+    def _written(
+        self, head: tuple[int, ...], streamer: Any, options: Mapping[str, Any]
+    ) -> tuple[Answer, Known | None]:
         tools = bool(self.dialogue.tools)
         return written(self.method, self.memory, self.template, head, tools, streamer, options)
 
@@ -184,13 +188,14 @@ class Session:
         message: Message | None,
         answered: bool = False,
         on_read: Callable[[int, int], None] | None = None,
+        known: Known | None = None,
     ) -> None:
         """Take in what a message brings; go back to before its exchange if the template writes that anew."""
         before, seen = self._before, self.memory.rows[0].seen
         memory = before if step.anew and before is not None else self.memory
         if step.final is not None:
             before = memory = self._folded(memory, step.final)
-        memory = self._folded(memory, step.ids, answered, on_read)
+        memory = self._folded(memory, step.ids, answered, on_read, known)
         say_losses(self.memory, memory, self.method)
         self.memory, self.dialogue = memory, step.dialogue
         if message is not None:
@@ -209,15 +214,18 @@ class Session:
         ids: tuple[int, ...],
         answered: bool = False,
         on_read: Callable[[int, int], None] | None = None,
+        known: Known | None = None,
     ) -> Memory:
-        """The memory with these tokens, a segment at a time."""
-        longest = self.method.longest
-        for start in range(0, len(ids), longest):
-            last = start + longest >= len(ids)
-            part = [ids[start : start + longest]]
-            memory = self.method.fold(memory, part, answered=answered and last)
+        """The memory with these tokens; those that were read behind it already are not read again."""
+        segments, done = segments_of(ids, self.method.longest), 0
+        while segments:
+            count = self.method.portion(memory.length, segments)
+            part, segments = segments[:count], segments[count:]
+            read = None if known is None else known.shared(memory, part[0])
+            memory = self.method.take_in(memory, [part], answered=[answered and not segments], read=[read])
+            done += sum(map(len, part))
             if on_read:
-                on_read(start + len(part[0]), len(ids))
+                on_read(done, len(ids))
         return memory
 
     def stats(self) -> dict[str, int]:
@@ -241,7 +249,7 @@ class Session:
         """
         twin = self.fork()
         head = twin._asked(text, "user")
-        answer = twin._written(head, None, generate_kwargs).content
+        answer = twin._written(head, None, generate_kwargs)[0].content
         if not (ids := self.template.encode(answer)):
             raise ConfigError(f"the model's answer to {text[:40]!r} is empty: ask something else")
         return look(

@@ -119,22 +119,32 @@ class EngineContract:
         self, compressor, tokenizer, engine, monkeypatch
     ):
         """A late turn is folded as often before its first token as an early one: not at all."""
-        held: list[int] = []  # tokens folded after every segment that was taken in
-        compress = type(compressor).compress
+        held: list[int] = []  # tokens folded after all that is taken in together
+        kind, compress = type(compressor), compressor.compress
 
-        def watched(self, *args, **sizes):
-            memory = compress(self, *args, **sizes)
-            held.append(memory.tokens)
-            return memory
+        def watch(name):
+            own = getattr(kind, name)
 
-        monkeypatch.setattr(type(compressor), "compress", watched)
+            def watched(self, *args, **sizes):
+                memory = own(self, *args, **sizes)
+                held.append(memory.tokens)
+                return memory
+
+            monkeypatch.setattr(kind, name, watched)
+
+        watch("compress")
+        watch("take_in")
         memory = compressor.empty()
         for text in ("hi", "x y z", "no", "yes"):
             held.clear()
-            before = memory.tokens
+            expected, before = memory, memory.tokens
+            segments = segments_of(render(tokenizer, "user", text).ids, SIZES["segment"])
+            for k, ids in enumerate(segments):
+                room = SIZES["segment"] if k + 1 == len(segments) else 0
+                sizes = {"slots": SIZES["slots"], "sink": SIZES["sink"], "window": SIZES["window"] + room}
+                expected = compress([ids], expected, **sizes)
             ((result,), _) = run(engine, [turn(tokenizer, memory, text)])
-            question = len(segments_of(render(tokenizer, "user", text).ids, SIZES["segment"]))
-            assert held[question - 1] == (held[question - 2] if question > 1 else before)
+            assert held[0] == expected.tokens
             memory = result.memory
             assert memory.rows[0].window.length <= SIZES["window"] and memory.tokens > before
 

@@ -16,8 +16,8 @@ from torch.nn.functional import pad
 from transformers import DynamicCache
 
 from .attention import PLAN, RecurrentPlan
-from .memory import Memory
-from .rotary import Rotary
+from .memory import KV, Memory
+from .rotary import Rotary, unrotate
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,28 @@ class Live:
         plan = RecurrentPlan(adapter, gate, after.position, after.is_memory, after.valid)
         call = {"attention_mask": after.valid.long(), "position_ids": position, PLAN: plan}
         return after, {"past_key_values": self.cache, **call}
+
+    def grown(self) -> Live:
+        """The rows with all that ``generate`` has put into the cache behind them since, a token of each at a time."""
+        new = self.cache.get_seq_length() - self.valid.shape[1]
+        return self.ahead(self.valid.new_ones(len(self), new))[0]
+
+    def read(self, r: int, held: int, rotary: Rotary) -> KV:
+        """Position-free keys and values (L, H, T, D) of what a row has read behind its memory, in the cache's type.
+
+        Args:
+            r: the row.
+            held: entries of its memory.
+            rotary: of the model.
+        """
+        columns = self.valid[r].nonzero().squeeze(1)[held:]
+        device = columns.device
+        keys, values = (
+            torch.stack([s[r].index_select(1, columns.to(s.device)).to(device) for s in states])
+            for states in zip(*((layer.keys, layer.values) for layer in self.cache.layers), strict=True)
+        )
+        keys = unrotate(keys, *rotary.stacked(self.position[r, columns])).to(values.dtype)
+        return KV(keys, values)
 
     def select(self, rows: Sequence[int]) -> Live:
         """Some of the rows; columns that are padding in all of them go."""

@@ -1,4 +1,4 @@
-"""Reading from a memory: the base model, untouched, with the memory as past keys and values.
+"""Known from a memory: the base model, untouched, with the memory as past keys and values.
 
 Compressor and reader are separate. Everything here works with the plain model and no adapter; whatever can take
 a prefix of keys and values can stand in its place.
@@ -6,7 +6,9 @@ a prefix of keys and values can stand in its place.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +22,29 @@ from .live import Live
 from .memory import KV, Memory
 from .rotary import unrotate
 
-__all__ = ["Ids", "Reader"]
+__all__ = ["Ids", "Reader", "Known"]
+
+
+@dataclass(frozen=True)
+class Known:
+    """Tokens that were read behind the memory of one conversation, and are not part of it.
+
+    Attributes:
+        memory: that was read.
+        ids: of the tokens.
+        kv: (L, H, T, D), position-free.
+    """
+
+    memory: Memory
+    ids: tuple[int, ...]
+    kv: KV
+
+    def shared(self, memory: Memory, ids: Sequence[int]) -> KV | None:
+        """Keys and values of the tokens with which other ones begin as well; None behind another memory."""
+        same = 0
+        while same < min(len(ids), self.kv.length) and ids[same] == self.ids[same]:
+            same += 1
+        return self.kv.slice(0, same) if same and memory is self.memory else None
 
 
 class Reader(Carrier):
@@ -94,15 +118,34 @@ class Reader(Carrier):
             ConfigError: memory, prompt and ``max_new_tokens`` together are longer than the model's context, or
                 ``use_cache=False``.
         """
+        return self._generate(input_ids, memory, attention_mask, generate_kwargs)[0]
+
+    @torch.no_grad()
+    def write(self, input_ids: Sequence[int], memory: Memory, **generate_kwargs: Any) -> tuple[Tensor, Live]:
+        """:meth:`generate` of one row without beams.
+
+        Returns:
+            its token ids (B, T + new) with B = 1, and what was read on the way: all of them but the last.
+        """
+        out, live = self._generate([list(input_ids)], memory, None, generate_kwargs)
+        return out, live.grown()
+
+    def _generate(
+        self,
+        input_ids: Ids,
+        memory: Memory | None,
+        attention_mask: Tensor | None,
+        generate_kwargs: dict[str, Any],
+    ) -> tuple[Any, Live]:
         ids, mask, _, memory = self.prepare(input_ids, memory, attention_mask)
         settings = generate_kwargs.get("generation_config") or self.model.generation_config
         new = generate_kwargs.get("max_new_tokens") or settings.max_new_tokens or 0
         self.check_room(memory, ids.shape[1], new, "ask for fewer new tokens (max_new_tokens)")
         if not generate_kwargs.get("use_cache", True):
             raise ConfigError("use_cache: got False, expected True: the memory is read from the cache")
-        _, call = self.live(memory).ahead(mask, self.adapter)
+        live, call = self.live(memory).ahead(mask, self.adapter)
         setattr(call["past_key_values"], attention.PLAN, call.pop(attention.PLAN))
-        return self.model.generate(ids, **call, **generate_kwargs)
+        return self.model.generate(ids, **call, **generate_kwargs), live
 
     def step(
         self,

@@ -13,6 +13,7 @@ from ..chat.answers import Answer, AnswerReader
 from ..chat.template import Template, answer_ends
 from ..chat.writer import Streamed, Writer
 from ..core.memory import Memory
+from ..core.reader import Known
 from ..errors import ConfigError
 from ..models.generation import NAMES, drawing, own_drawing
 from . import Method
@@ -31,7 +32,7 @@ def written(
     tools: bool,
     streamer: Any,
     generate_kwargs: Mapping[str, Any],
-) -> Answer:
+) -> tuple[Answer, Known | None]:
     """An answer behind its head; neither becomes part of the memory.
 
     Args:
@@ -41,6 +42,9 @@ def written(
         head: token ids that the answer is written behind.
         tools: whether calls of tools are looked for.
         streamer, generate_kwargs: as of :meth:`ccm.Session.generate`.
+
+    Returns:
+        the answer, and what was read to write it; None with beams and several answers.
 
     Raises:
         ConfigError: the memory leaves no room for an answer.
@@ -61,12 +65,17 @@ def written(
         options["stopping_criteria"] = [*options.get("stopping_criteria", ()), stream.stops]
     options["return_dict_in_generate"] = False
     beams = options.get("num_beams") or 1  # a streamer cannot follow several
-    out = reader.generate([list(head)], recalled, streamer=None if beams > 1 else stream, **options)
-    if beams > 1:
-        for token in out[0, len(head) :].tolist():
-            stream.add(token)
-        stream.end()
-    return replace(answer.answer, cut=not stream.ended)
+    if beams > 1 or (options.get("num_return_sequences") or 1) > 1:
+        out = reader.generate([list(head)], recalled, streamer=None if beams > 1 else stream, **options)
+        if beams > 1:
+            for token in out[0, len(head) :].tolist():
+                stream.add(token)
+            stream.end()
+        return replace(answer.answer, cut=not stream.ended), None
+    out, live = reader.write(head, recalled, streamer=stream, **options)
+    kv = live.read(0, recalled.length, reader.rotary)
+    known = Known(memory, tuple(out[0, : kv.length].tolist()), kv)
+    return replace(answer.answer, cut=not stream.ended), known
 
 
 def _drawn(model: PreTrainedModel, given: Mapping[str, Any]) -> dict[str, Any]:

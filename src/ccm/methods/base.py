@@ -196,7 +196,15 @@ class Method:
         return replace(self.reader.empty(batch), fingerprint=self.fingerprint())
 
     @torch.no_grad()
-    def fold(self, memory: Memory, ids: Ids, mask: Tensor | None = None, *, answered: bool = False) -> Memory:
+    def fold(
+        self,
+        memory: Memory,
+        ids: Ids,
+        mask: Tensor | None = None,
+        *,
+        answered: bool = False,
+        read: Sequence[KV | None] = (),
+    ) -> Memory:
         """Take in one segment per row: Mem(t) from Mem(t-1) and c(t).
 
         Args:
@@ -205,6 +213,8 @@ class Method:
             mask: (B, T), 0 on padding at either side.
             answered: the segment is answered next. It stays raw beside the window, and what it pushes out is folded
                 behind the answer, so that nobody waits for that.
+            read: of each row the position-free keys and values (L, H, t, D) of the first t tokens, as they are read
+                behind ``recall(memory)``, or None. A method may read them again.
 
         Raises:
             ConfigError: an empty segment, or one that does not fit the model's context beside the memory.
@@ -212,14 +222,74 @@ class Method:
         """
         self.check(memory)
         held = self.recall(memory)
-        read = (
+        found = (
             self.reader.watch(ids, held, mask, self.queries)
             if self.queries
-            else [(text, None) for text in self.reader.read(ids, held, mask)]
+            else [(text, None) for text in self._texts(ids, held, mask, read)]
         )
-        rows = [joined(row, text, text.length) for row, (text, _) in zip(memory.rows, read, strict=True)]
+        rows = [joined(row, text, text.length) for row, (text, _) in zip(memory.rows, found, strict=True)]
         room = self.longest if answered else 0
-        return replace(memory, rows=self.settled(rows, [asked for _, asked in read], room))
+        return replace(memory, rows=self.settled(rows, [asked for _, asked in found], room))
+
+    def _texts(self, ids: Ids, held: Memory, mask: Tensor | None, read: Sequence[KV | None]) -> list[KV]:
+        """Position-free keys and values (L, H, T, D) of the text of every row; what is known is not read again."""
+        if not any(read):
+            return self.reader.read(ids, held, mask)
+        known = [
+            row.window.slice(0, 0) if kv is None else kv for row, kv in zip(held.rows, read, strict=True)
+        ]
+        rests = [text[kv.length :] for text, kv in zip(texts(ids, mask), known, strict=True)]
+        if left := [r for r, rest in enumerate(rests) if rest]:
+            rows = (held.rows[r] for r in left)
+            behind = (
+                replace(row, window=KV.cat([row.window, known[r]])) for r, row in zip(left, rows, strict=True)
+            )
+            rest, shown = left_padded([rests[r] for r in left], self.reader.model.device)
+            new = self.reader.read(rest, replace(held, rows=tuple(behind)), shown)
+            for r, kv in zip(left, new, strict=True):
+                known[r] = KV.cat([known[r], kv])
+        return known
+
+    def take_in(
+        self,
+        memory: Memory,
+        segments: Sequence[Sequence[Sequence[int]]],
+        *,
+        answered: Sequence[bool] = (),
+        read: Sequence[KV | None] = (),
+    ) -> Memory:
+        """Take in several segments per row, as :meth:`fold` does one by one.
+
+        Args:
+            memory: of B conversations.
+            segments: of each row, token ids; at least one segment.
+            answered: of each row, whether its last segment is answered next.
+            read: of each row (L, H, t, D), what is known of its first segment, as of :meth:`fold`.
+
+        Raises: as :meth:`fold`.
+        """
+        rows = list(memory.rows)
+        for k in range(max(map(len, segments))):
+            ends = [k + 1 == len(own) and r < len(answered) and answered[r] for r, own in enumerate(segments)]
+            for last in (False, True):
+                some = [r for r, own in enumerate(segments) if k < len(own) and ends[r] == last]
+                if some:
+                    ids, mask = left_padded([segments[r][k] for r in some], self.reader.model.device)
+                    known = [read[r] for r in some] if read and k == 0 else ()
+                    before = replace(memory, rows=tuple(rows[r] for r in some))
+                    after = self.fold(before, ids, mask, answered=last, read=known)
+                    for r, row in zip(some, after.rows, strict=True):
+                        rows[r] = row
+        return replace(memory, rows=tuple(rows))
+
+    def portion(self, held: int, segments: Sequence[Sequence[int]]) -> int:
+        """How many of the first segments :meth:`take_in` takes in with one pass, or as few as it can.
+
+        Args:
+            held: positions of the memory.
+            segments: what is to be taken in.
+        """
+        return 1
 
     def settled(
         self, rows: Sequence[Row], queries: Sequence[Tensor | None], room: int = 0
@@ -450,6 +520,19 @@ class Run:
     def fork(self) -> Run:
         """An independent copy."""
         return copy.copy(self)
+
+
+def left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and mask (B, T), padding at the left."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device)
+    mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows], device=device)
+    return ids, mask
+
+
+def segments_of(ids: Sequence[int], longest: int) -> tuple[tuple[int, ...], ...]:
+    """Token ids of a turn as segments of at most so many."""
+    return tuple(tuple(ids[start : start + longest]) for start in range(0, len(ids), longest))
 
 
 def texts(ids: Ids, mask: Tensor | None = None) -> list[list[int]]:

@@ -13,12 +13,16 @@ from transformers import PreTrainedModel
 
 from ..core.compressor import Compressor
 from ..core.folding import counted
-from ..core.memory import Memory, Row
+from ..core.memory import KV, Memory, Row
+from ..core.onward import Turn
 from ..core.reader import Ids, Reader
 from ..core.window import overflow
 from ..errors import ConfigError
 from .base import Method, register
 from .parts import Part, behind
+
+#: Tokens of several segments that are taken in together: from here on a pass is no cheaper for a token.
+TOGETHER = 256
 
 _T = TypeVar("_T", bound="Trained")
 
@@ -126,10 +130,49 @@ class Trained(Method):
     def sizes(self) -> dict[str, int]:
         return {"slots": self.slots or 0, **super().sizes()}
 
-    def fold(self, memory: Memory, ids: Ids, mask: Tensor | None = None, *, answered: bool = False) -> Memory:
+    def fold(
+        self,
+        memory: Memory,
+        ids: Ids,
+        mask: Tensor | None = None,
+        *,
+        answered: bool = False,
+        read: Sequence[KV | None] = (),
+    ) -> Memory:
         # what has slots only folds a question at once
         window = self.window + (self.longest if answered and self.made_by.kind == "ccm" else 0)
         return self.reader.compress(ids, memory, mask, slots=self.slots, sink=self.sink, window=window)
+
+    def take_in(
+        self,
+        memory: Memory,
+        segments: Sequence[Sequence[Sequence[int]]],
+        *,
+        answered: Sequence[bool] = (),
+        read: Sequence[KV | None] = (),
+    ) -> Memory:
+        if self.made_by.kind != "ccm" or self.reader.devices:
+            return super().take_in(memory, segments, answered=answered, read=read)
+        turns = []
+        for r, own in enumerate(segments):
+            windows = [self.window] * len(own)
+            windows[-1] += self.longest if answered and answered[r] else 0
+            turns.append(Turn(own, windows, read[r] if read else None))
+        if _folds_once(memory, turns):
+            return super().take_in(memory, segments, answered=answered)
+        return self.reader.take_in(memory, turns, slots=self.slots, sink=self.sink)
+
+    def portion(self, held: int, segments: Sequence[Sequence[int]]) -> int:
+        if self.made_by.kind != "ccm" or self.reader.devices:
+            return 1
+        count = tokens = 0
+        for ids in segments:
+            tokens += len(ids)
+            room = self.reader.context - held - (count + 1) * self.behind
+            if count and tokens > min(TOGETHER, room):
+                break
+            count += 1
+        return count
 
     def _between(self, row: Row, found: list[Part], lengths: Sequence[int]) -> list[Part]:
         """A block of slots for every segment that has its own, behind one for those that share theirs."""
@@ -206,6 +249,19 @@ class CCMConcat(Compressed):
 @dataclass(frozen=True, kw_only=True)
 class CCMMerge(Compressed):
     """CCM-merge: n slots in all."""
+
+
+def _folds_once(memory: Memory, turns: Sequence[Turn]) -> bool:
+    """Whether the recursion, too, takes one pass: a segment each, which is folded at once or pushes nothing out."""
+    if len({turn.windows[-1] for turn in turns}) > 1:
+        return False
+    if any(len(turn.segments) > 1 or turn.read for turn in turns):
+        return False
+    pairs = [
+        (row, turn.windows[0], len(turn.segments[0])) for row, turn in zip(memory.rows, turns, strict=True)
+    ]
+    folded = [overflow([*row.segments, length], window) > 0 for row, window, length in pairs]
+    return not any(folded) or (all(folded) and not any(row.segments for row in memory.rows))
 
 
 def shared_compressor(

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from ..chat.messages import Message
 from ..chat.template import template_of
 from ..chat.turns import render
-from ..core.memory import Memory, Row
+from ..core.memory import KV, Memory, Row
 from ..core.reader import Ids, Reader
 from ..core.window import joined
 from ..errors import ConfigError
@@ -61,7 +61,15 @@ class Summary(Method):
         render(tokenizer, ROLE, OPENING)  # says so if the template has no such role
         return super().bind(model, tokenizer)
 
-    def fold(self, memory: Memory, ids: Ids, mask: Tensor | None = None, *, answered: bool = False) -> Memory:
+    def fold(
+        self,
+        memory: Memory,
+        ids: Ids,
+        mask: Tensor | None = None,
+        *,
+        answered: bool = False,
+        read: Sequence[KV | None] = (),
+    ) -> Memory:
         self.check(memory)
         rows = [self._told(row, text) for row, text in zip(memory.rows, texts(ids, mask), strict=True)]
         return replace(memory, rows=tuple(rows))

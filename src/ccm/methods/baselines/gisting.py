@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ...core.memory import Memory
+from ...core.memory import KV, Memory
 from ...core.reader import Ids
 from ...core.segments import Layout
 from ...errors import ConfigError
@@ -52,7 +52,15 @@ class Gisting(Trained):
 
     made_by: ClassVar[type[Baseline]] = Whole
 
-    def fold(self, memory: Memory, ids: Ids, mask: Tensor | None = None, *, answered: bool = False) -> Memory:
+    def fold(
+        self,
+        memory: Memory,
+        ids: Ids,
+        mask: Tensor | None = None,
+        *,
+        answered: bool = False,
+        read: Sequence[KV | None] = (),
+    ) -> Memory:
         rows = []
         for row, text in zip(memory.rows, texts(ids, mask), strict=True):
             if not text:

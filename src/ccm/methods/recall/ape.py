@@ -7,11 +7,12 @@ scores, which an engine would have to know.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from ...core.memory import Memory
+from ...core.memory import KV, Memory
 from ...core.reader import Ids
 from ...core.window import joined
 from ..base import register
@@ -31,7 +32,15 @@ class APE(FullContext):
 
     sink: int = 4
 
-    def fold(self, memory: Memory, ids: Ids, mask: Tensor | None = None, *, answered: bool = False) -> Memory:
+    def fold(
+        self,
+        memory: Memory,
+        ids: Ids,
+        mask: Tensor | None = None,
+        *,
+        answered: bool = False,
+        read: Sequence[KV | None] = (),
+    ) -> Memory:
         self.check(memory)
         first = [row.window.slice(0, self.sink) for row in memory.rows]
         alone = (replace(row, window=kv) for row, kv in zip(memory.rows, first, strict=True))

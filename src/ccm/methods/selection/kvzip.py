@@ -28,12 +28,20 @@ class KVzip(Evict):
 
     REQUEST: ClassVar[str] = "\n\nRepeat the previous context exactly.\n\n"
 
-    def fold(self, memory: Memory, ids: Ids, mask: Tensor | None = None, *, answered: bool = False) -> Memory:
+    def fold(
+        self,
+        memory: Memory,
+        ids: Ids,
+        mask: Tensor | None = None,
+        *,
+        answered: bool = False,
+        read: Sequence[KV | None] = (),
+    ) -> Memory:
         said = [
             replace(row, notes=(*row.notes, *text))
             for row, text in zip(memory.rows, texts(ids, mask), strict=True)
         ]
-        folded = super().fold(replace(memory, rows=tuple(said)), ids, mask, answered=answered)
+        folded = super().fold(replace(memory, rows=tuple(said)), ids, mask, answered=answered, read=read)
         rows = [replace(row, notes=row.notes[len(row.notes) - row.window.length :]) for row in folded.rows]
         return replace(folded, rows=tuple(rows))
 

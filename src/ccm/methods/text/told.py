@@ -43,10 +43,18 @@ class Told(Method):
         """
         raise NotImplementedError
 
-    def fold(self, memory: Memory, ids: Ids, mask: Tensor | None = None, *, answered: bool = False) -> Memory:
+    def fold(
+        self,
+        memory: Memory,
+        ids: Ids,
+        mask: Tensor | None = None,
+        *,
+        answered: bool = False,
+        read: Sequence[KV | None] = (),
+    ) -> Memory:
         said = texts(ids, mask)
         rows = (replace(row, notes=(*row.notes, *new)) for row, new in zip(memory.rows, said, strict=True))
-        return super().fold(replace(memory, rows=tuple(rows)), ids, mask, answered=answered)
+        return super().fold(replace(memory, rows=tuple(rows)), ids, mask, answered=answered, read=read)
 
     def settled(
         self, rows: Sequence[Row], queries: Sequence[Tensor | None], room: int = 0

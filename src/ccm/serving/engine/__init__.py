@@ -1,5 +1,6 @@
 """Engines: who runs the model for many conversations at a time."""
 
+from ...methods.base import segments_of
 from .base import (
     Engine,
     EngineError,
@@ -11,7 +12,6 @@ from .base import (
     Sampling,
     StoppingError,
     Ticket,
-    segments_of,
 )
 from .padded import PaddedEngine
 

@@ -219,8 +219,3 @@ class Engine(ABC):
     @abstractmethod
     def close(self) -> None:
         """Stop; jobs that are running end with an EngineError."""
-
-
-def segments_of(ids: tuple[int, ...], longest: int) -> tuple[tuple[int, ...], ...]:
-    """Token ids of a turn as segments of at most so many."""
-    return tuple(ids[start : start + longest] for start in range(0, len(ids), longest))

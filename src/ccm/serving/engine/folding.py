@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
 
 from ...chat.template import answer_ends, template_of
 from ...chat.writer import Writer
 from ...core.memory import Memory
+from ...core.reader import Known
 from ...errors import ConfigError
 from ...methods import Method
 from ...methods.answering import BEHIND
@@ -37,7 +37,10 @@ _PULSE = 1.0
 
 @dataclass(eq=False)
 class Running:
-    """A job that the engine works on; ``prompt`` empties when its answer begins."""
+    """A job that the engine works on; ``prompt`` empties when its answer begins.
+
+    ``known`` is what was read to write the answer, once that is complete; ``read`` what one that was given reads.
+    """
 
     job: Job
     ticket: Ticket
@@ -49,6 +52,7 @@ class Running:
     prompt: list[int]
     token: int = -1
     finish_reason: str = ""
+    known: Known | None = None
     last: float = field(default=0.0)
     read: Reading | None = None
 
@@ -113,6 +117,10 @@ class FoldingEngine(Engine, Generic[R]):
     @abstractmethod
     def _stop(self, gone: Sequence[R]) -> None:
         """Let go of answers that are in ``_writing`` and will not go on."""
+
+    def _known(self, running: R) -> Known | None:
+        """What an answer in ``_writing`` has read behind its memory, if that is on this machine."""
+        return None
 
     def _lost(self, rows: list[R]) -> list[R]:
         """The jobs that cannot go on after a step has failed for some."""
@@ -262,10 +270,11 @@ class FoldingEngine(Engine, Generic[R]):
         """Jobs with segments that fit into one pass; those whose memory has no room for their next one have left."""
 
         def needs(rows: Sequence[R]) -> int:
+            parts = [self._portion(r) for r in rows]
             return (
                 max(r.memory.length for r in rows)
-                + max(len(r.segments[0]) for r in rows)
-                + self.method.behind
+                + max(sum(map(len, part)) for part in parts)
+                + max(map(len, parts)) * self.method.behind
             )
 
         chosen: list[R] = []
@@ -278,21 +287,25 @@ class FoldingEngine(Engine, Generic[R]):
                 chosen.append(running)
         return chosen
 
+    def _portion(self, running: R) -> list[tuple[int, ...]]:
+        """The segments of a job that are taken in next."""
+        return running.segments[: self.method.portion(running.memory.length, running.segments)]
+
     def _take_in(self, rows: list[R]) -> None:
-        """One segment of every job that has some: of those that are answered next, or of the others."""
-
-        def answered(running: R) -> bool:
-            return bool(running.prompt) and len(running.segments) == 1
-
-        next_ = answered(rows[0])
-        rows = [running for running in rows if answered(running) == next_]
+        """The next segments of every job that has some."""
         began = time.monotonic()
-        ids, mask = left_padded([running.segments[0] for running in rows], self.method.reader.model.device)
         before = [running.memory for running in rows]
-        memory = self.method.fold(Memory.stack(before), ids, mask, answered=next_)
+        parts = [self._portion(running) for running in rows]
+        known = [
+            r.known.shared(r.memory, part[0]) if r.known else None
+            for r, part in zip(rows, parts, strict=True)
+        ]
+        for running, part in zip(rows, parts, strict=True):
+            del running.segments[: len(part)]
+        answered = [bool(running.prompt) and not running.segments for running in rows]
+        memory = self.method.take_in(Memory.stack(before), parts, answered=answered, read=known)
         for i, running in enumerate(rows):
-            running.segments.pop(0)
-            running.memory = memory[i]
+            running.memory, running.known = memory[i], None
         self.metrics.folding.observe(time.monotonic() - began)
         self.metrics.folded.inc(memory.tokens - sum(m.tokens for m in before))
 
@@ -343,6 +356,8 @@ class FoldingEngine(Engine, Generic[R]):
 
     def _end(self, ended: Sequence[R]) -> None:
         """Answers that are complete are taken in."""
+        for running in ended:
+            running.known = self._known(running) if running.job.remember else None
         self._stop(ended)
         for running in ended:
             self._tell(running, running.writer.end())
@@ -367,11 +382,3 @@ class FoldingEngine(Engine, Generic[R]):
             running.read,
         )
         self._leave(running, result)
-
-
-def left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids and mask (B, T), padding at the left."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device)
-    mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows], device=device)
-    return ids, mask

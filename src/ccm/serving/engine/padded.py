@@ -1,7 +1,8 @@
 """The embedded engine: one thread, one model, one padded batch.
 
-Every round of its loop takes in one segment of every job that has some left, lets jobs that are ready join the batch,
-and writes one token of every answer. So a long prompt holds up the others for one segment, not for all of it.
+Every round of its loop takes in the next segments of every job that has some left, as many as one pass holds, lets
+jobs that are ready join the batch, and writes one token of every answer. So a long prompt holds up the others for one
+pass, not for all of it.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from torch import Tensor
 
 from ...core.live import Live
 from ...core.memory import Memory
-from ...core.reader import Reader
+from ...core.reader import Known, Reader
 from ...methods import Method
+from ...methods.base import left_padded
 from ..metrics import Metrics
 from .drawing import CHUNK, DrawingEngine, Drawn
-from .folding import left_padded
 
 
 @dataclass(eq=False, kw_only=True)
@@ -64,6 +65,13 @@ class PaddedEngine(DrawingEngine[_Row]):
         kept = [i for i, running in enumerate(self._writing) if running not in gone]
         self._batch = self._batch.select(kept) if self._batch and kept else None
         self._writing = [self._writing[i] for i in kept]
+
+    def _known(self, running: _Row) -> Known | None:
+        if self._batch is None or running not in self._writing:
+            return None
+        held, reader = self.method.recall(running.memory).length, self.method.reader
+        kv = self._batch.read(self._writing.index(running), held, reader.rotary)
+        return Known(running.memory, (*running.job.prompt, *running.writer.ids)[: kv.length], kv)
 
     def _lost(self, rows: list[_Row]) -> list[_Row]:
         if any(running in self._writing for running in rows):  # their common cache is half a step further
