@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,13 +46,15 @@ def passes(body: torch.nn.Module) -> Iterator[list[int]]:
         hook.remove()
 
 
-def measure(calls: dict[str, Callable[[], object]], body: torch.nn.Module, repeats: int) -> dict[str, Any]:
+def measure(
+    calls: dict[str, Callable[[], object]], bodies: Sequence[torch.nn.Module], repeats: int
+) -> dict[str, Any]:
     """Of calls that are run in turns: passes, tokens, median seconds, and the ratio to the first one of each turn."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     ran: dict[str, list[int]] = {}
     for _ in range(repeats + 1):
         for name, call in calls.items():
-            with passes(body) as ran[name]:
+            with passes(bodies[name != "prefill"]) as ran[name]:
                 start = time.perf_counter()
                 call()
                 times[name].append(time.perf_counter() - start)
@@ -61,7 +63,7 @@ def measure(calls: dict[str, Callable[[], object]], body: torch.nn.Module, repea
     for name, own in times.items():
         ratios = sorted(b / a for a, b in zip(first, own, strict=True))
         result[name] = {
-            "passes": len(ran[name]) or 1,
+            "passes": len(ran[name]),
             "tokens": sum(ran[name]),
             "seconds": round(statistics.median(own), 4),
             "ratio": round(statistics.median(ratios), 2),
@@ -112,13 +114,14 @@ def main() -> None:
         "read again, one pass": lambda: method.take_in(memory, [[answer]]),
         "taken over": lambda: method.take_in(memory, [[answer]], read=[known]),
     }
+    bodies = clean.base_model, reader.body
     store(
         "turn_cost",
         {
             "task": "take in text, and remember an answer, against prefilling as many tokens",
             "memory": {"method": method.text, "entries": memory.length, "slots": memory.slots},
-            "taking_in": {"tokens": TEXT, **measure(taking_in, reader.body, repeats)},
-            "remembering": {"tokens": ANSWER, **measure(remembering, reader.body, repeats)},
+            "taking_in": {"tokens": TEXT, **measure(taking_in, bodies, repeats)},
+            "remembering": {"tokens": ANSWER, **measure(remembering, bodies, repeats)},
         },
     )
 

@@ -60,12 +60,12 @@ def test_long_rows_are_cut_and_a_wrong_column_would_show(monkeypatch: pytest.Mon
     compressor = tiny_compressor("llama")
     row = [[5 + (7 * k + i) % 90 for i in range(20)] for k in range(8)]
 
-    def logits(cut: Callable[[Tensor], list[blocks.Blocks]]) -> Tensor:
+    def logits(cut: Callable[[Tensor, int], list[blocks.Blocks]]) -> Tensor:
         monkeypatch.setattr("ccm.core.attention.cut", cut)
         with torch.no_grad():
             return compressor([row]).segment_logits(0, 7)
 
-    uncut = logits(lambda mask: [])
+    uncut = logits(lambda mask, together: [])
     torch.testing.assert_close(logits(blocks.cut), uncut, rtol=1e-4, atol=1e-4)
-    shifted = logits(lambda mask: [b._replace(columns=b.columns.roll(1, 1)) for b in blocks.cut(mask)])
+    shifted = logits(lambda *args: [b._replace(columns=b.columns.roll(1, 1)) for b in blocks.cut(*args)])
     assert (shifted - uncut).abs().max() > 1e-2

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from .blocks import Blocks, cut
+from .blocks import TOGETHER, Blocks, cut
 from .devices import moved
 from .rotary import Rotary, Tables, rotate, unrotate
 from .rules import Rule
@@ -96,8 +96,9 @@ class Plan(ABC):
 
 @dataclass
 class MaskedPlan(Plan):
-    """A pass with a mask (B, 1, Q, K) of its own."""
+    """A pass with a mask (B, 1, Q, K) of its own; ``together`` says how many blocks of queries run side by side."""
 
+    together: ClassVar[int] = TOGETHER
     mask: Tensor
     _by_window: dict[int | None, Tensor] = field(default_factory=dict, kw_only=True)
     _blocks: dict[int, list[Blocks]] = field(default_factory=dict, kw_only=True)
@@ -108,7 +109,7 @@ class MaskedPlan(Plan):
 
     def blocks(self, mask: Tensor) -> list[Blocks]:
         if id(mask) not in self._blocks:
-            self._blocks[id(mask)] = cut(mask)
+            self._blocks[id(mask)] = cut(mask, self.together)
         return self._blocks[id(mask)]
 
     def seen(self, sliding: int | None, query: Tensor, key: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .attention import PLAN, Asked, ParallelPlan, Plan, StatesDone
+from .attention import PLAN, Asked, MaskedPlan, ParallelPlan, Plan, StatesDone
 from .blocks import attend as in_blocks
 from .blocks import grouped
 
@@ -25,7 +25,8 @@ def _wrap(
 ) -> Callable[..., Any]:
     """An attention function that lets the plan of the pass, if any, act before the backend.
 
-    ``on_cpu`` takes the place of the backend in training on a processor.
+    ``on_cpu`` takes the place of the backend on a processor in training, and where queries are in two frames: torch
+    has no fused attention for values of another size.
     """
 
     def attend(
@@ -49,7 +50,13 @@ def _wrap(
             module, query, key, value, attention_mask, kwargs.get("sliding_window")
         )
         trained = isinstance(ccm_plan, ParallelPlan) and torch.is_grad_enabled()
-        if on_cpu and trained and query.is_cpu and not kwargs.get("dropout"):
+        wide = query.shape[-1] != value.shape[-1] and query.dtype == torch.float32
+        if (
+            on_cpu
+            and (trained or (wide and isinstance(ccm_plan, MaskedPlan)))
+            and query.is_cpu
+            and not kwargs.get("dropout")
+        ):
             run = on_cpu
         blocks = ccm_plan.blocks(mask)
         if not blocks:

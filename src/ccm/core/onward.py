@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -189,6 +189,7 @@ class OnwardPlan(MaskedPlan):
         one_frame: whether text and slots are at positions of one frame.
     """
 
+    together: ClassVar[int] = 1  # neighbours see other states of the slots
     courses: Sequence[Course]
     known: Sequence[tuple[Tensor, Tensor]]
     source: Tensor
