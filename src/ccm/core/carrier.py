@@ -37,8 +37,8 @@ class Carrier(nn.Module):
 
     #: Name of the conditional adapter on the model; a reader has none.
     adapter = ""
-    #: Whether :meth:`Reader.watch` can show what tokens ask for.
-    watchable: ClassVar[bool] = True
+    #: Whether an encoder reads and a decoder writes.
+    two_sided: ClassVar[bool] = False
 
     def __new__(cls, model: PreTrainedModel | None = None, *args: Any, **kwargs: Any) -> Any:
         """Of an encoder-decoder, what ``ccm.encoder_decoder`` makes of the class."""

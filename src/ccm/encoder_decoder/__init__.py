@@ -1,1 +1,1 @@
-"""Encoder-decoder models behind the same names: the context is read by the encoder, what is asked is written by the decoder."""
+"""Encoder-decoder models behind the same names: their encoder reads the context, their decoder writes the answers."""

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
+from transformers import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from ..core.attention import PLAN, Places
 from ..core.devices import is_spread
 from ..core.families import Family
-from ..core.head import ParallelOutput
+from ..core.head import ParallelOutput, run_head
 from ..core.live import Live
 from ..core.memory import KV, Memory
 from ..core.reader import Ids
@@ -38,12 +38,14 @@ else:
 class EncoderDecoder(_Base):
     """In front of a reader or a compressor of the core: it is made by ``Reader(model)`` and ``Compressor(model)``."""
 
-    watchable = False
+    two_sided = True
 
     def measured(self) -> tuple[Family, Any]:
         """The model's encoder, and what stands in for a rotary embedding."""
         if (kind := getattr(self, "kind", "ccm")) != "ccm":
-            raise UnsupportedModelError(f"kind {kind!r} is made of decoders: expected 'ccm' for an encoder-decoder")
+            raise UnsupportedModelError(
+                f"kind {kind!r} is made of decoders: expected 'ccm' for an encoder-decoder"
+            )
         if is_spread(self.model):
             raise ConfigError("an encoder-decoder model must be on one device: load it without a device map")
         start_token(self.model)
@@ -68,7 +70,13 @@ class EncoderDecoder(_Base):
 
     def watch(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Queries: there are none for the layers of the decoder before it writes."""
-        raise UnsupportedModelError("an encoder-decoder shows no queries of what it reads: its decoder has none yet")
+        raise UnsupportedModelError(
+            "an encoder-decoder shows no queries of what it reads: its decoder has none yet"
+        )
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits (..., V) from last hidden states (..., d) of the decoder."""
+        return run_head(self.model, hidden).to(hidden.device)
 
     # ------------------------------------------------------------------ reading
 
@@ -94,7 +102,9 @@ class EncoderDecoder(_Base):
         texts = [row[real].tolist() for row, real in zip(ids, mask, strict=True)]
         begins = [begin] * len(texts) if isinstance(begin, int) else list(begin)
         if len(begins) != len(texts) or any(not 1 <= b <= len(t) for b, t in zip(begins, texts, strict=True)):
-            raise ConfigError(f"begin: got {begin} for rows of {[*map(len, texts)]} tokens, expected 1 to their length")
+            raise ConfigError(
+                f"begin: got {begin} for rows of {[*map(len, texts)]} tokens, expected 1 to their length"
+            )
         hidden = self.written(
             self.live(memory),
             torch.tensor([row.window.length for row in memory.rows], device=ids.device),
@@ -118,7 +128,7 @@ class EncoderDecoder(_Base):
     ) -> Any:
         """What the decoder writes to a prompt that the encoder reads; arguments, result and errors as for decoders.
 
-        Criteria to stop see the prompt in front, as they do there; logits processors see what the decoder has written.
+        Criteria to stop see the prompt in front, as they do there; logits processors see what the decoder wrote.
         """
         ids, mask, _, memory = self.prepare(input_ids, memory, attention_mask)
         settings = generate_kwargs.get("generation_config") or self.model.generation_config
@@ -211,7 +221,7 @@ class EncoderDecoder(_Base):
     def _crossing(
         self, live: Live, windows: Tensor, ids: Tensor, mask: Tensor
     ) -> tuple[EncoderDecoderCache, Tensor]:
-        """A cache in which the decoder finds memories and what the encoder reads over them, and which of it counts."""
+        """A cache with the memories and what the encoder reads over them, for the decoder; and which of it counts."""
         made = self._read(live, windows, ids, mask)[self._encoder_layers :]
         cross = DynamicCache()
         for index, states in enumerate(made):
@@ -253,7 +263,13 @@ class EncoderDecoder(_Base):
         )
 
     def _encoded(
-        self, embeds: Tensor, place: Tensor, visible: Tensor, distance: Tensor, front: Any, gate: Places | None
+        self,
+        embeds: Tensor,
+        place: Tensor,
+        visible: Tensor,
+        distance: Tensor,
+        front: Any,
+        gate: Places | None,
     ) -> list[States]:
         """Keys and values of one pass of the encoder: of its layers, and of those in which the decoder reads it."""
         attention = [self.model.get_submodule(name) for name in self.family.attention]
@@ -285,7 +301,9 @@ class EncoderDecoder(_Base):
         if short := [j for r, j in asked if not 1 <= begin <= len(segments[r][j])]:
             raise ConfigError(f"begin: got {begin}, and segment {short[0]} of a row is shorter")
         rows, numbers = torch.tensor(asked, device=self.model.device).unbind(1)
-        read, words = ([segments[r][j][part] for r, j in asked] for part in (slice(begin), slice(begin, None)))
+        read, words = (
+            [segments[r][j][part] for r, j in asked] for part in (slice(begin), slice(begin, None))
+        )
         made = self.head(self.written(*self.histories(layout, rows, numbers), read, words))
         out = made.new_full((*layout.input_ids.shape, made.shape[-1]), torch.nan)
         for k, (r, j) in enumerate(asked):
@@ -317,7 +335,10 @@ class EncoderDecoder(_Base):
             for layer, states in enumerate(made):
                 # (B, H, K, D) -> (N, H, m, D)
                 cache.update(
-                    *(part[rows.unsqueeze(1), :, columns].transpose(1, 2) for part in whole.columns(layer, states)),
+                    *(
+                        part[rows.unsqueeze(1), :, columns].transpose(1, 2)
+                        for part in whole.columns(layer, states)
+                    ),
                     layer,
                 )
         position = (valid.long().cumsum(1) - 1).clamp(min=0)

@@ -42,13 +42,13 @@ def find(model: PreTrainedModel) -> Family:
     encoder = model.get_encoder()
     names = {module: name for name, module in model.named_modules()}
     attention = [m for m in encoder.modules() if isinstance(getattr(m, "layer_idx", None), int)]
-    first = encoder.get_submodule(next(name for name, m in encoder.named_modules() if isinstance(m, nn.ModuleList)))[0]
+    layers = next(module for module in encoder.modules() if isinstance(module, nn.ModuleList))
     inside = _linear(attention[0])
     return Family(
         body=names[encoder],
         attention=tuple(names[module] for module in attention),
         targets=inside,
-        mlp=tuple(name for name in _linear(first) if name not in inside),
+        mlp=tuple(name for name in _linear(layers[0]) if name not in inside),
         backends=("sdpa", "eager"),
         way=Way(),
         rotated=(False,) * len(attention),

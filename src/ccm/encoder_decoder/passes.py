@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from ..core.attention import Plan
 from ..core.live import Live
@@ -75,7 +76,8 @@ def over(live: Live, mask: Tensor, text: int) -> tuple[Tensor, Tensor]:
         text: columns of text.
     """
     order = torch.arange(mask.shape[1], device=mask.device)
-    new = (order < text) | (order <= order.unsqueeze(1))  # text is seen by all, a COMP token by itself and later ones
+    # text is seen by all behind the memory, a COMP token by itself and later ones
+    new = (order < text) | (order <= order.unsqueeze(1))
     new = new & mask.unsqueeze(1) | torch.eye(len(order), dtype=torch.bool, device=mask.device)
     past = live.valid.unsqueeze(1).expand(-1, len(order), -1)
     position = live.valid.sum(1, keepdim=True) + (mask.long().cumsum(1) - 1).clamp(min=0)
@@ -96,10 +98,10 @@ class Rows:
         self.groups, self.slots = layout.comp_index.shape[1:]
         self.held = int(layout.sink.max()) if self.groups else 0
         device = layout.segment.device
-        place = rule.placed(self.groups, self.slots).place.to(device) if self.groups else torch.empty(0).long()
+        place = rule.placed(self.groups, self.slots).place if self.groups else torch.empty(0).long()
         sink = torch.arange(self.held, device=device).expand(len(layout.sink), -1)
         #: (B, s + S) canonical positions of what is in front.
-        self.front = torch.cat([sink, layout.sink.unsqueeze(1) + place], dim=1)
+        self.front = torch.cat([sink, layout.sink.unsqueeze(1) + place.to(device)], dim=1)
         same = layout.segment.unsqueeze(-1) == layout.segment.unsqueeze(1)
         own = same & ((layout.comp < 0) & (layout.segment >= 0)).unsqueeze(1)
         self.visible = parallel_mask(layout, rule)
@@ -118,11 +120,13 @@ class Rows:
 
     def raw_position(self) -> Tensor:
         """(B, Q) behind the raw text that a token sees; COMP tokens have places of their own."""
-        starts = [[self.layout.text_position[r, start] for start, _ in spans] for r, spans in enumerate(self.layout.spans)]
-        most = max(map(len, starts))
-        table = torch.tensor([[int(s) for s in own] + [0] * (most - len(own)) for own in starts])
-        before = table.to(self.layout.folded.device).gather(1, self.layout.folded)
-        return torch.where(self.layout.comp >= 0, self.layout.comp, self.layout.text_position - before).clamp(min=0)
+        text = self.layout.text_position
+        starts = [
+            own[torch.tensor([start for start, _ in spans], device=own.device)]
+            for own, spans in zip(text, self.layout.spans, strict=True)
+        ]
+        before = pad_sequence(starts, batch_first=True).gather(1, self.layout.folded)
+        return torch.where(self.layout.comp >= 0, self.layout.comp, text - before).clamp(min=0)
 
     def columns(self, layer: int, states: States) -> States:
         """Keys and values (B, H, K, D) of one layer, states of the memory in front."""
@@ -131,7 +135,9 @@ class Rows:
         return tuple(torch.cat([*self._front(part), part], dim=2) for part in states)  # type: ignore[return-value]
 
     def _front(self, states: Tensor) -> list[Tensor]:
-        index = self.layout.comp_index.flatten(1)[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
+        index = self.layout.comp_index.flatten(1)[:, None, :, None].expand(
+            -1, states.shape[1], -1, states.shape[3]
+        )
         blocks = states.gather(2, index).float().unflatten(2, (self.groups, self.slots))
         return [states[:, :, : self.held], self.rule.columns(blocks).to(states.dtype)]
 
@@ -146,12 +152,17 @@ class Rows:
         """
         layout = self.layout
         first = torch.tensor(
-            [layout.spans[r][j][0] for r, j in zip(rows.tolist(), segments.tolist(), strict=True)], device=rows.device
+            [layout.spans[r][j][0] for r, j in zip(rows.tolist(), segments.tolist(), strict=True)],
+            device=rows.device,
         )
         seen = self.visible[rows, 0, first].clone()
         width = self.front.shape[1]
         seen[:, width:] &= layout.segment[rows] != segments.unsqueeze(1)
-        order = torch.arange(seen.shape[1] - width, device=rows.device) + int(self.front.max() if width else 0) + 1
+        order = (
+            torch.arange(seen.shape[1] - width, device=rows.device)
+            + int(self.front.max() if width else 0)
+            + 1
+        )
         rank = torch.cat([self.front, order.expand(len(self.front), -1)], dim=1)[rows].masked_fill(~seen, -1)
         most = int(seen.sum(1).max())
         columns = rank.argsort(dim=1, stable=True)[:, seen.shape[1] - most :]
