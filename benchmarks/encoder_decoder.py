@@ -45,9 +45,9 @@ from ccm.training.written import Written
 
 RUNS = Path(__file__).parent.parent / "runs" / "encoder_decoder"
 WORDS = 2048  # of the tokenizer
-LABELS = 64  # words that stand for labels, one token each
+LABELS = 16  # words that stand for labels, one token each
 TEXT = 14  # tokens of a text
-DEMONSTRATIONS = 6
+DEMONSTRATIONS, SHOWN = 6, 2  # of a row, and how many before the first question
 ROWS, DRAWS = 256, 1000  # of the evaluation, and of its intervals
 
 
@@ -55,9 +55,9 @@ ROWS, DRAWS = 256, 1000  # of the evaluation, and of its intervals
 class Schedule:
     """How long each part is trained."""
 
-    base: int = 1500
+    base: int = 900
     adapter: int = 500
-    batch: int = 32
+    batch: int = 48
 
 
 def make_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
@@ -98,12 +98,15 @@ class RelabelledTasks(Source):
         found = load_task(task, split)
         names = dict(zip(found.options, rng.sample(self.labels, len(found.options)), strict=True))
         segments, content, used = [], [], set()
+        shown: list[str] = []
         while len(segments) <= DEMONSTRATIONS:
-            label = rng.choice(found.options)  # at every place any of them is as likely
+            # behind the first ones any that was shown is as likely: what is asked for can be known
+            label = rng.choice(found.options if len(shown) < SHOWN else sorted(set(shown)))
             text = rng.choice(found.texts[label])
             if text in used:
                 continue
             used.add(text)
+            shown.append(label)
             head = (*self._encoded(text)[:TEXT], *self._encoded("\nLabel:"))
             answer = self._encoded(f" {names[label]}")
             segments.append((*head, *answer, *self._encoded("\n")))
@@ -144,10 +147,10 @@ def new_model() -> T5ForConditionalGeneration:
     return T5ForConditionalGeneration(config)
 
 
-def batch_of(rows: list[ConversationRow], rng: random.Random) -> dict[str, Tensor]:
-    """Rows cut behind one of their questions, as input of the encoder, and the label."""
+def batch_of(rows: list[ConversationRow], rng: random.Random, most: int) -> dict[str, Tensor]:
+    """Rows cut behind a question that comes after ``most`` demonstrations or fewer, and the label."""
     read, words = [], []
-    j = rng.randrange(1, DEMONSTRATIONS + 1)  # the same for all, so that nothing is padded
+    j = rng.randrange(SHOWN, most + 1)  # the same for all, so that nothing is padded
     for row in rows:
         start, stop = row.content[j]
         read.append([*sum(row.segments[:j], ()), *row.segments[j][:start]])
@@ -170,7 +173,10 @@ def train_base(folder: Path, tokenizer: Any, schedule: Schedule) -> dict[str, fl
     if done.is_file():
         return json.loads(done.read_text())
     model, source = new_model(), RelabelledTasks(tokenizer)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)
+    inner = [p for name, p in model.named_parameters() if name != "shared.weight"]
+    # T5's words are ten times as large as its matrices, and learn as much faster
+    groups = [{"params": [model.shared.weight], "rate": 1e-2}, {"params": inner, "rate": 3e-3}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.01)
     step, seconds, losses, state = 0, 0.0, [], folder / "state.pt"
     if state.is_file():
         saved = torch.load(state)
@@ -179,10 +185,11 @@ def train_base(folder: Path, tokenizer: Any, schedule: Schedule) -> dict[str, fl
         step, seconds, losses = saved["step"], saved["seconds"], saved["losses"]
     while step < schedule.base:
         began, rng = time.monotonic(), random.Random(step)
-        batch = batch_of([source.draw(rng) for _ in range(schedule.batch)], rng)
+        most = 3 if step < 0.6 * schedule.base else DEMONSTRATIONS  # short ones first
+        batch = batch_of([source.draw(rng) for _ in range(schedule.batch)], rng, most)
         for group in optimizer.param_groups:
-            warm, progress = min(1.0, (step + 1) / 100), step / schedule.base
-            group["lr"] = 3e-3 * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
+            warm, progress = min(1.0, (step + 1) / 50), step / schedule.base
+            group["lr"] = group["rate"] * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
         loss = model(**batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -43,7 +43,7 @@ class Carrier(nn.Module):
     def __new__(cls, model: PreTrainedModel | None = None, *args: Any, **kwargs: Any) -> Any:
         """Of an encoder-decoder, what ``ccm.encoder_decoder`` makes of the class."""
         two = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-        return super().__new__(_with_encoder(cls) if two else cls)
+        return super().__new__(_with_encoder(cls) if two else cls)  # type: ignore[arg-type]
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()

@@ -48,8 +48,9 @@ class EncoderDecoder(_Base):
             )
         if is_spread(self.model):
             raise ConfigError("an encoder-decoder model must be on one device: load it without a device map")
+        family = find(self.model)
         start_token(self.model)
-        return find(self.model), Unturned(self.kv_shape()[0])
+        return family, Unturned(self.kv_shape()[0])
 
     def kv_shape(self) -> tuple[int, int, int]:
         """Layers, heads and their size: those of the encoder, then those in which the decoder reads the encoder."""
