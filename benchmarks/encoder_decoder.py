@@ -55,8 +55,8 @@ ROWS, DRAWS = 256, 1000  # of the evaluation, and of its intervals
 class Schedule:
     """How long each part is trained."""
 
-    base: int = 900
-    adapter: int = 500
+    base: int = 340
+    adapter: int = 150
     batch: int = 48
 
 
@@ -185,7 +185,7 @@ def train_base(folder: Path, tokenizer: Any, schedule: Schedule) -> dict[str, fl
         step, seconds, losses = saved["step"], saved["seconds"], saved["losses"]
     while step < schedule.base:
         began, rng = time.monotonic(), random.Random(step)
-        most = 3 if step < 0.6 * schedule.base else DEMONSTRATIONS  # short ones first
+        most = 3 if step < 0.7 * schedule.base else DEMONSTRATIONS  # short ones first
         batch = batch_of([source.draw(rng) for _ in range(schedule.batch)], rng, most)
         for group in optimizer.param_groups:
             warm, progress = min(1.0, (step + 1) / 50), step / schedule.base
@@ -236,11 +236,11 @@ def adapter_of(rule: str, folder: Path, schedule: Schedule) -> Path:
         objective="distill",
         recall_from="teacher",
         steps=schedule.adapter,
-        rows=16,
-        tokens_per_batch=16 * 256,
+        rows=12,
+        tokens_per_batch=12 * 256,
         lr=3e-3,
-        eval_every=100,
-        eval_rows=64,
+        eval_every=150,
+        eval_rows=48,
         bf16=False,
     )
     trainer = Trainer(model, tokenizer, config, folder / rule)
