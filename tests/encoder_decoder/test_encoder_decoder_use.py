@@ -91,7 +91,9 @@ def test_methods_work_or_say_why_not(tokenizer):
         except UnsupportedModelError as error:
             assert "encoder-decoder" in str(error) and "\n" not in str(error)
             refused.add(name)
-        except ConfigError as error:  # such as a chat template, or a set of queries that was measured on a model
+        except (
+            ConfigError
+        ) as error:  # such as a chat template, or a set of queries that was measured on a model
             assert "\n" not in str(error)
             other.add(name)
     assert {"snapkv", "attention-matching", "retrieve"} <= refused

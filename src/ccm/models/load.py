@@ -360,7 +360,7 @@ def _load_errors(name: str) -> Iterator[None]:
     except (ValueError, KeyError) as error:
         raise UnsupportedModelError(
             f"{name!r} cannot be loaded as a causal language model ({_first_line(error)}): expected a "
-            "decoder-only model that transformers knows without extra code, and its tokenizer"
+            "decoder or an encoder-decoder that transformers knows without extra code, and its tokenizer"
         ) from error
     except torch.OutOfMemoryError as error:
         raise ConfigError(
