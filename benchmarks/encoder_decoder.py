@@ -48,7 +48,7 @@ WORDS = 2048  # of the tokenizer
 LABELS = 16  # words that stand for labels, one token each
 TEXT = 14  # tokens of a text
 DEMONSTRATIONS, SHOWN = 6, 2  # of a row, and how many before the first question
-ROWS, DRAWS = 256, 1000  # of the evaluation, and of its intervals
+ROWS, DRAWS = 160, 1000  # of the evaluation, and of its intervals
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Schedule:
     """How long each part is trained."""
 
     base: int = 340
-    adapter: int = 150
+    adapter: int = 120
     batch: int = 48
 
 
@@ -102,8 +102,9 @@ class RelabelledTasks(Source):
         while len(segments) <= DEMONSTRATIONS:
             # behind the first ones any that was shown is as likely: what is asked for can be known
             label = rng.choice(found.options if len(shown) < SHOWN else sorted(set(shown)))
-            text = rng.choice(found.texts[label])
-            if text in used:
+            texts = found.texts[label]
+            text = rng.choice(texts)
+            if text in used and not used.issuperset(texts):
                 continue
             used.add(text)
             shown.append(label)
@@ -236,15 +237,15 @@ def adapter_of(rule: str, folder: Path, schedule: Schedule) -> Path:
         objective="distill",
         recall_from="teacher",
         steps=schedule.adapter,
-        rows=12,
-        tokens_per_batch=12 * 256,
+        rows=10,
+        tokens_per_batch=10 * 256,
         lr=3e-3,
-        eval_every=150,
-        eval_rows=48,
+        eval_every=120,
+        eval_rows=32,
         bf16=False,
     )
     trainer = Trainer(model, tokenizer, config, folder / rule)
-    trainer.run(lambda report: print(rule, report, flush=True) if report["step"] % 10 == 0 else None)
+    trainer.run(lambda report: print(rule, report, flush=True) if report["step"] % 5 == 0 else None)
     trainer.close()
     return trainer.adapter
 
