@@ -281,7 +281,7 @@ def test_the_example_in_the_documentation_runs_as_written(tmp_path, monkeypatch,
     Path("chats.yaml").write_text(recipe)
     exec(compile(code, "docs/training.md", "exec"), {})
     train, chat = (shlex.split(line)[1:] for line in commands.splitlines())
-    monkeypatch.setattr("sys.stdin", io.StringIO("Hello there.\n/stats\n"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello there.\n/memory\n"))
     for words in (train, chat):
         capsys.readouterr()
         assert main(words) in (0, None)
