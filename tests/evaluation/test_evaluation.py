@@ -248,8 +248,8 @@ def test_generation_reads_the_memory_greedily(adapters: dict[str, str]) -> None:
 
 def test_a_query_cannot_change_the_run() -> None:
     class Leaky(type(get_method("full").open(tiny_model()))):  # type: ignore[misc]
-        def logits(self, ids: Sequence[int]) -> torch.Tensor:
-            result = super().logits(ids)
+        def logits(self, ids: Sequence[int], begin: int = 1) -> torch.Tensor:
+            result = super().logits(ids, begin)
             self.append(ids)  # what a query must not do
             return result
 

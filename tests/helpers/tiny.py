@@ -68,6 +68,60 @@ def tiny_model(
     return model
 
 
+_T5 = {
+    "vocab_size": VOCAB,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 3,
+    "num_decoder_layers": 2,
+    "num_heads": 3,  # 3 times 8 is not 32
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 16,
+    "decoder_start_token_id": 0,
+    "tie_word_embeddings": False,
+}
+_BART = {
+    "vocab_size": VOCAB,
+    "d_model": 32,
+    "encoder_layers": 3,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "max_position_embeddings": 256,
+}
+_TWO_SIDED = {
+    "t5": (hf.T5Config, _T5),
+    "mt5": (hf.MT5Config, {**_T5, "feed_forward_proj": "gated-gelu"}),
+    "umt5": (hf.UMT5Config, {**_T5, "feed_forward_proj": "gated-gelu"}),
+    "bart": (hf.BartConfig, _BART),
+}
+
+
+def two_sided_model(family: str = "t5", backend: str = "sdpa", **changes: Any) -> hf.PreTrainedModel:
+    """A random encoder-decoder in fp32 and eval mode; the same call gives the same weights."""
+    cls, settings = _TWO_SIDED[family]
+    config = cls(**{**settings, **changes})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = hf.AutoModelForSeq2SeqLM.from_config(config, attn_implementation=backend).eval()
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if weight.ndim > 1:  # T5 does not scale its scores: its queries are small
+                    small = 0.35 if family != "bart" and name.endswith(".q.weight") else 1.0
+                    weight.normal_(0, 1.2 * small * weight.shape[-1] ** -0.5)
+    model.generation_config = hf.GenerationConfig(pad_token_id=0, decoder_start_token_id=0)
+    return model
+
+
+def two_sided_compressor(family: str = "t5", backend: str = "sdpa", **config: Any) -> Compressor:
+    """A compressor of an encoder-decoder, with an adapter that matters."""
+    model = two_sided_model(family, backend)
+    return scramble(Compressor(model, CompressorConfig(**{"slots": 2, "sink": 0, **config})))
+
+
 def tiny_compressor(
     family: str = "llama", backend: str = "sdpa", model: dict[str, Any] | None = None, **config: Any
 ) -> Compressor:

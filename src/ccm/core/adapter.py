@@ -71,7 +71,7 @@ class Adapted(Reader):
             lora_alpha=self.config.alpha,
             target_modules=resolve_targets(self.family, self.config.target_modules),
             exclude_modules=self.family.outside,
-            task_type="CAUSAL_LM",
+            task_type="SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM",
         )
         with torch.random.fork_rng():
             torch.manual_seed(self.config.seed)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Sequence
-from typing import TypeAlias
+from functools import cache
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,7 @@ from ..errors import ConfigError
 from ..files.fingerprint import mismatch, model_fingerprint
 from . import hooks
 from .devices import layer_devices
-from .families import choose_backend, get_family
+from .families import Family, choose_backend, get_family
 from .memory import KV, Memory, Row
 from .rotary import Rotary
 from .twin import kv_shape
@@ -35,18 +37,29 @@ class Carrier(nn.Module):
 
     #: Name of the conditional adapter on the model; a reader has none.
     adapter = ""
+    #: Whether an encoder reads and a decoder writes.
+    two_sided: ClassVar[bool] = False
+
+    def __new__(cls, model: PreTrainedModel | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Of an encoder-decoder, what ``ccm.encoder_decoder`` makes of the class."""
+        two = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        return super().__new__(_with_encoder(cls) if two else cls)  # type: ignore[arg-type]
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
-        self.family = get_family(model)
         self.model = model
-        self.rotary = Rotary(model, self.family.body, self.family.way, self.family.rotated)
+        self.family, self.rotary = self.measured()
         self.devices = layer_devices(model, self.family.attention)
         hooks.register()
         hooks.carry(model)
         if not self.family.hands_on:
             hooks.bridge(model, self.family.attention)
         model.set_attn_implementation("ccm_" + choose_backend(model, self.family))
+
+    def measured(self) -> tuple[Family, Rotary]:
+        """What the model can do, and how its keys turn."""
+        family = get_family(self.model)
+        return family, Rotary(self.model, family.body, family.way, family.rotated)
 
     def kv_bytes_per_token(self) -> int:
         """Bytes of keys and values that one token of full context takes in this model."""
@@ -143,3 +156,10 @@ class Carrier(nn.Module):
             self.check_length(length, f"{full} (mean, bounded)")
         else:
             self.check_length(length)
+
+
+@cache
+def _with_encoder(kind: type[Carrier]) -> type[Carrier]:
+    # that package is built on this one, and loaded for who needs it
+    made = importlib.import_module("..encoder_decoder.carrier", __package__).EncoderDecoder
+    return type(kind.__name__, (made, kind), {"__doc__": kind.__doc__})

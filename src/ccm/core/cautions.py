@@ -25,7 +25,8 @@ class Cautions:
 
     def __init__(self, model: PreTrainedModel):
         ends = model.generation_config.eos_token_id
-        known = (text_config(model.config).bos_token_id, *(ends if isinstance(ends, list) else [ends]))
+        first = getattr(text_config(model.config), "bos_token_id", None)
+        known = (first, *(ends if isinstance(ends, list) else [ends]))
         self._special = {token for token in known if token is not None}
         self.looked = self.warned = False
 

@@ -115,7 +115,7 @@ class Compressor(Adapted):
         n = self.size("slots", slots)
         self.check_room(memory, ids.shape[1], n)
         sink, window = self.size("sink", sink), self.size("window", window)
-        if not sink and self.kind == "ccm":
+        if not sink and self.kind == "ccm" and not self.two_sided:  # that was seen in decoders
             self.cautions.rootless(memory, ids, mask)
         return self.advance(memory, ids, mask, n, sink, window)
 

@@ -310,6 +310,8 @@ def get_family(model: PreTrainedModel) -> Family:
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(f"{type(model).__name__} is not a model of transformers")
     kind = model.config.model_type
+    if model.config.is_encoder_decoder:
+        raise _refusal(kind, "an encoder-decoder works in Session, ccm chat, train and eval alone")
     if kind in REFUSED:
         raise _refusal(kind, REFUSED[kind])
     key = _key(model)

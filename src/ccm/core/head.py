@@ -34,9 +34,11 @@ def run_head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Logits (..., V) from last hidden states (..., d)."""
     # a shallow copy, so that other threads find the model whole
     headed = copy.copy(model)
-    headed.__dict__["_modules"] = {**model._modules, model.base_model_prefix: _Given()}
+    before = dict.fromkeys((model.base_model_prefix, "encoder", "decoder"), _Given())
+    headed.__dict__["_modules"] = {**model._modules, **before}
     rows = hidden.unsqueeze(0) if hidden.ndim == 2 else hidden
-    logits: Tensor = type(model).forward(headed, inputs_embeds=rows, use_cache=False).logits
+    given = {"decoder_inputs_embeds": rows} if model.config.is_encoder_decoder else {}
+    logits: Tensor = type(model).forward(headed, inputs_embeds=rows, use_cache=False, **given).logits
     return logits.squeeze(0) if hidden.ndim == 2 else logits
 
 

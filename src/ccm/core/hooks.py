@@ -46,6 +46,7 @@ def _wrap(
         if module.layer_idx == ccm_plan.stop_at:
             raise StatesDone
         ccm_plan = ccm_plan.on(query.device)
+        kwargs.pop("position_bias", None)  # of encoders, by column; the mask of their plan has its own
         query, key, value, mask = ccm_plan.extend(
             module, query, key, value, attention_mask, kwargs.get("sliding_window")
         )

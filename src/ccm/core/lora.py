@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Sequence
 
@@ -32,7 +33,7 @@ def attach(
     """
     gates: dict[str, gate.LayerGate] = {}
     for name in attention:
-        gates[name.rsplit(".", 1)[0] + "."] = own = gate.LayerGate(adapter)
+        gates[_layer(name)] = own = gate.LayerGate(adapter)
         model.get_submodule(name).register_forward_pre_hook(own.read, with_kwargs=True)
     others = {p: p.requires_grad for n, p in model.named_parameters() if "lora_" in n}
     active = {n: list(m.active_adapters) for n, m in model.named_modules() if isinstance(m, LoraLayer)}
@@ -64,3 +65,8 @@ def attach(
     for parameter, trained in others.items():  # PEFT freezes what is closed and thaws what is active
         parameter.requires_grad_(trained)
     return parameters
+
+
+def _layer(attention: str) -> str:
+    """Beginning of the names of all that is in the layer of an attention module: up to its number."""
+    return re.match(r".*?\.\d+\.", attention)[0]  # type: ignore[index]

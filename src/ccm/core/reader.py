@@ -52,7 +52,11 @@ class Reader(Carrier):
 
     @torch.no_grad()
     def logits(
-        self, input_ids: Ids, memory: Memory | None = None, attention_mask: Tensor | None = None
+        self,
+        input_ids: Ids,
+        memory: Memory | None = None,
+        attention_mask: Tensor | None = None,
+        begin: int | Sequence[int] = 1,
     ) -> Tensor:
         """Logits (B, T, V) of live tokens that read the memory; no adapter takes part.
 
@@ -60,6 +64,7 @@ class Reader(Carrier):
             input_ids: (B, T) token ids.
             memory: of B conversations; None is an empty one.
             attention_mask: (B, T), 0 on padding at either side.
+            begin: where an encoder-decoder begins to write (``ccm.encoder_decoder``); to decoders it is the same.
         """
         ids, mask, order, memory = self.prepare(input_ids, memory, attention_mask)
         _, call = self.live(memory).ahead(mask, self.adapter)

@@ -143,7 +143,7 @@ class ContextMemoryLM(HFLM):
         results = []
         for (context, continuation), ids, targets in requests:
             run, live = self._read(context, ids)
-            logits = run.logits([*live, *targets[:-1]])[-len(targets) :]
+            logits = run.logits([*live, *targets[:-1]], len(live))[-len(targets) :]
             results.append(_score(logits, targets))
             self.cache_hook.add_partial("loglikelihood", (context, continuation), results[-1])
         return results
@@ -190,7 +190,7 @@ class ContextMemoryLM(HFLM):
             run, live, total = self._open(), [self.prefix_token_id], 0.0
             for k in range(0, len(ids), self.segment):
                 part = ids[k : k + self.segment]
-                logits = run.logits([*live, *part[:-1]])[-len(part) :]
+                logits = run.logits([*live, *part[:-1]], len(live))[-len(part) :]
                 total += _score(logits, part)[0]
                 if k + self.segment < len(ids):
                     run.append([*live, *part[:-1]])
@@ -273,7 +273,8 @@ class ContextMemoryLM(HFLM):
             run = self._open()
             for segment in segments:
                 run.append(segment)
-            changed = float((run.logits(live)[-1] - self._open().logits(live)[-1]).abs().max())
+            own, other = (held.logits(live, len(live))[-1] for held in (run, self._open()))
+            changed = float((own - other).abs().max())
             if changed <= SAME:
                 raise ConfigError(
                     f"task {task}: {self.spec.text} folded {len(segments)} segments, but the model's answer is the "

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from transformers import StoppingCriteria
 
 from ..chat.template import answer_ends
-from ..core.families import get_family
 from ..core.memory import KV, Memory
 from ..errors import ConfigError
 from ..methods import Run
@@ -98,7 +97,7 @@ def run_item(
         if t:
             if entries:
                 run.resize(entries[t - 1])
-            with _CacheWatch(run.reader.model) as watch:
+            with _CacheWatch(run.reader.body) as watch:
                 run.append(item.segments[t - 1])
                 held = run.kv_bytes
             step["fold_seconds"] = _now(run) - started
@@ -160,17 +159,15 @@ def _add(measured: dict[str, Any], step: dict[str, Any], found: list[dict[str, A
 
 
 class _CacheWatch:
-    """The largest cache of keys and values that passes of a model run over, measured on its tensors."""
+    """The largest cache of keys and values that passes of a decoder run over, measured on its tensors."""
 
-    def __init__(self, model: nn.Module):
-        self.model: Any = model
+    def __init__(self, body: nn.Module):
+        self.body = body
         self.peak = 0
         self.cache: Any = None
 
     def __enter__(self) -> _CacheWatch:
-        self.handle = self.model.get_submodule(get_family(self.model).body).register_forward_pre_hook(
-            self._before, with_kwargs=True
-        )
+        self.handle = self.body.register_forward_pre_hook(self._before, with_kwargs=True)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -210,7 +207,7 @@ def _ask(run: Run, t: int, queries: Sequence[Query], tokenizer: Any) -> tuple[li
 
 def _likelihood(run: Run, query: Likelihood) -> tuple[dict[str, Any], float]:
     started = _now(run)
-    logits = run.logits(query.ids)
+    logits = run.logits(query.ids, max(1, query.scored[0]))
     seconds = _now(run) - started
     nll, tokens = turn_nll(logits, query.ids, query.scored)
     return {"nll": nll, "tokens": tokens}, seconds
@@ -245,34 +242,39 @@ def option_scores(run: Run, prompt: Sequence[int], options: Sequence[Sequence[in
     """
     started = _now(run)
     if all(len(option) == 1 for option in options):
-        logits = run.logits(prompt)[-1]
+        logits = run.logits(prompt, len(prompt))[-1]
         seconds = _now(run) - started
         return logits.float().log_softmax(-1)[[option[0] for option in options]].cpu(), seconds
-    reader, memory = run.reader, run.recall([list(prompt)])
-    if len(prompt) > 1:
-        (read,) = reader.read([list(prompt[:-1])], memory)
+    reader, memory, head = run.reader, run.recall([list(prompt)]), list(prompt)
+    if len(head) > 1 and not reader.two_sided:  # an encoder reads a prompt as a whole
+        (read,) = reader.read([head[:-1]], memory)
         row = memory.rows[0]
         memory = replace(memory, rows=(replace(row, window=KV.cat((row.window, read))),))
+        head = head[-1:]
     seconds = _now(run) - started
     scores = []
     together = max(1, _KEYS_AT_ONCE // max(1, memory.length))
     for k in range(0, len(options), together):
-        scores.append(_after(run, memory, prompt[-1], options[k : k + together]))
+        scores.append(_after(run, memory, head, options[k : k + together]))
     return torch.cat(scores), seconds
 
 
-def _after(run: Run, memory: Memory, last: int, options: Sequence[Sequence[int]]) -> Tensor:
-    """Log-probabilities of options after one more token, all reading the same memory."""
-    width = max(map(len, options))
-    ids = torch.zeros(len(options), width, dtype=torch.long)
+def _after(run: Run, memory: Memory, head: Sequence[int], options: Sequence[Sequence[int]]) -> Tensor:
+    """Log-probabilities of options behind some tokens, all reading the same memory."""
+    first = len(head) - 1
+    ids = torch.zeros(len(options), first + max(map(len, options)), dtype=torch.long)
     mask = torch.zeros_like(ids)
     for r, option in enumerate(options):
-        ids[r, : len(option)] = torch.tensor([last, *option[:-1]])
-        mask[r, : len(option)] = 1
-    logits = run.reader.logits(ids, Memory(memory.rows * len(options), memory.fingerprint), mask)
+        ids[r, : first + len(option)] = torch.tensor([*head, *option[:-1]])
+        mask[r, : first + len(option)] = 1
+    memories = Memory(memory.rows * len(options), memory.fingerprint)
+    logits = run.reader.logits(ids, memories, mask, begin=len(head))
     return torch.stack(
         [
-            logits[r, : len(option)].float().log_softmax(-1)[range(len(option)), list(option)].sum()
+            logits[r, first : first + len(option)]
+            .float()
+            .log_softmax(-1)[range(len(option)), list(option)]
+            .sum()
             for r, option in enumerate(options)
         ]
     ).cpu()
@@ -327,4 +329,5 @@ class _EndOfAnswer(StoppingCriteria):
 def _differs(run: Run, bare: Run, query: Query) -> bool:
     """Whether a few tokens read what the run holds otherwise than nothing at all."""
     ids = (query.ids if isinstance(query, Likelihood) else query.prompt)[:_PROBE]
-    return float((run.logits(ids)[-1] - bare.logits(ids)[-1]).abs().max()) > SAME
+    own, other = (held.logits(ids, len(ids))[-1] for held in (run, bare))
+    return float((own - other).abs().max()) > SAME

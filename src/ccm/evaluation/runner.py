@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .. import __version__
-from ..errors import ConfigError, MismatchError
+from ..errors import ConfigError, MismatchError, UnsupportedModelError
 from ..files import base_stage
 from ..files.atomic import write_atomically
 from ..files.fingerprint import base_name, model_fingerprint
@@ -138,7 +138,7 @@ class Evaluation:
             return
         try:
             run = method.open(self.model, self.tokenizer)
-        except (ConfigError, MismatchError) as error:
+        except (ConfigError, MismatchError, UnsupportedModelError) as error:
             if needed:
                 raise
             missing = str(error).startswith("no adapter")
@@ -311,7 +311,10 @@ class Evaluation:
                 resume=records.held(job.key, opened),
                 on_step=on_step,
             )
-        except ConfigError as error:  # a segment that does not fit beside what is kept
+        except (
+            ConfigError,
+            UnsupportedModelError,
+        ) as error:  # such as a segment that does not fit beside what is kept
             measured = {"item": job.item.name, "error": str(error)}
         records.add(job.key, measured)
 

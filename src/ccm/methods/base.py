@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from ..core.memory import KV, Memory, Row
 from ..core.reader import Ids, Reader
 from ..core.window import joined, without
-from ..errors import ConfigError, MemoryFileError
+from ..errors import ConfigError, MemoryFileError, UnsupportedModelError
 from ..files.fingerprint import mismatch, model_fingerprint
 from .parts import RAW, Part, behind
 
@@ -97,6 +97,11 @@ class Method:
         return self._on(model if isinstance(model, Reader) else Reader(model), tokenizer)
 
     def _on(self: _Self, reader: Reader, tokenizer: Any) -> _Self:
+        if self.queries and reader.two_sided:
+            raise UnsupportedModelError(
+                f"method {self.name} goes by what tokens ask of what was read, and the decoder of an encoder-decoder "
+                "has asked nothing yet: expected one that does not, such as streaming-llm or keydiff, or an adapter"
+            )
         bound = copy.copy(self)
         object.__setattr__(bound, "reader", reader)
         object.__setattr__(bound, "tokenizer", tokenizer)
@@ -493,9 +498,13 @@ class Run:
             raise ConfigError("got an empty segment; give at least one token")
         self.held = self.method.fold(self.held, [list(ids)])
 
-    def logits(self, ids: Sequence[int]) -> Tensor:
-        """Logits (T, V) of live tokens that read what the run holds; the run does not change."""
-        return self.reader.logits([list(ids)], self.recall([list(ids)]))[0]
+    def logits(self, ids: Sequence[int], begin: int = 1) -> Tensor:
+        """Logits (T, V) of live tokens that read what the run holds; the run does not change.
+
+        ``begin``: how many of them are read; the others are written (:meth:`ccm.Reader.logits`).
+        """
+        read = ids[:begin] if self.reader.two_sided else ids
+        return self.reader.logits([list(ids)], self.recall([list(read)]), begin=begin)[0]
 
     def resize(self, entries: int) -> None:
         """Keep at most so many entries from now on.

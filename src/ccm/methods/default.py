@@ -26,6 +26,8 @@ DEFAULT = "default"
 ADAPTER = "ccm-chat"
 #: The best memory that needs no training.
 UNTRAINED = "attention-matching"
+#: The same where no tokens show what they ask for: of encoder-decoders.
+UNASKED = "streaming-llm"
 #: What an adapter keeps beside its slots in a conversation: the first tokens as attention sink, the newest turns raw.
 CHAT = {"sink": 4, "window": 64}
 
@@ -35,7 +37,9 @@ def default_memory(model: PreTrainedModel) -> str:
 
     In conversations the adapter keeps as much as the others, and facts far longer (docs/decisions.md, measured).
     """
-    return ADAPTER if adapter_folder.is_for(ADAPTER, model) else UNTRAINED
+    if adapter_folder.is_for(ADAPTER, model):
+        return ADAPTER
+    return UNASKED if model.config.is_encoder_decoder else UNTRAINED
 
 
 def checked(memory: str | Spec | None) -> Spec:

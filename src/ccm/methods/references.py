@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ..core.memory import KV, Row
-from .base import Method, register
+from ..core.memory import KV, Memory, Row
+from ..core.reader import Ids
+from .base import Method, register, texts
 
 
 @register("none")
@@ -31,7 +32,11 @@ class NoContext(Method):
 @register("full")
 @dataclass(frozen=True, kw_only=True)
 class FullContext(Method):
-    """The keys and values of everything said: recovered share 1. One cache that grows with every token."""
+    """The raw keys and values of everything said: recovered share 1. One cache that grows with every token.
+
+    An encoder reads in both directions: there a row's notes are the tokens of all that was said, which are read
+    anew with every prompt, in one pass.
+    """
 
     window: int = sys.maxsize
 
@@ -40,3 +45,21 @@ class FullContext(Method):
 
     def grown(self, slots: int, leaving: int, folds: int) -> int:
         return slots + leaving
+
+    def fold(self, memory: Memory, ids: Ids, mask: Tensor | None = None, *, answered: bool = False) -> Memory:
+        held = super().fold(memory, ids, mask, answered=answered)
+        if not self.reader.two_sided:
+            return held
+        said = zip(held.rows, texts(ids, mask), strict=True)
+        return replace(held, rows=tuple(replace(row, notes=(*row.notes, *text)) for row, text in said))
+
+    def recall(self, memory: Memory, ids: Ids | None = None) -> Memory:
+        if not any(row.notes for row in memory.rows):
+            return memory
+        prompts = [[]] * len(memory) if ids is None else texts(ids)
+        rows = []
+        for row, prompt in zip(memory.rows, prompts, strict=True):
+            (read,) = self.reader.read([[*row.notes, *prompt]])
+            whole = read.slice(0, len(row.notes))
+            rows.append(replace(row, sink=whole.slice(0, 0), slots=row.slots.slice(0, 0), window=whole))
+        return replace(memory, rows=tuple(rows))

@@ -32,6 +32,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -240,17 +241,13 @@ def _options(config: PretrainedConfig, name: str, where: Placement) -> dict[str,
 def _config(name: str) -> PretrainedConfig:
     if is_gguf(name):
         return AutoConfig.from_pretrained(Path(name).parent, gguf_file=Path(name).name, **_from(name))
-    config = AutoConfig.from_pretrained(name, **_from(name))
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(
-            f"{name!r} is an encoder-decoder model ({config.model_type}): expected a decoder-only causal "
-            "language model, such as a Llama, Qwen or GPT-2"
-        )
-    return config
+    return AutoConfig.from_pretrained(name, **_from(name))
 
 
 def _auto_class(config: PretrainedConfig) -> Any:
     """Models that read images are causal language models too; some are known under that head alone."""
+    if getattr(config, "is_encoder_decoder", False):
+        return AutoModelForSeq2SeqLM
     seeing = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     only = seeing and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
     return AutoModelForImageTextToText if only else AutoModelForCausalLM
@@ -365,7 +362,7 @@ def _load_errors(name: str) -> Iterator[None]:
     except (ValueError, KeyError) as error:
         raise UnsupportedModelError(
             f"{name!r} cannot be loaded as a causal language model ({_first_line(error)}): expected a "
-            "decoder-only model that transformers knows without extra code, and its tokenizer"
+            "decoder or an encoder-decoder that transformers knows without extra code, and its tokenizer"
         ) from error
     except torch.OutOfMemoryError as error:
         raise ConfigError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedModelError
 from .options import Options
 
 if TYPE_CHECKING:
@@ -41,6 +41,11 @@ def build_service(options: Options) -> Service:
     threads = options.threads or torch.get_num_threads()
     torch.set_num_threads(1)
     model, tokenizer = options.loading.load()
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModelError(
+            f"no engine of the server writes with an encoder-decoder ({model.config.model_type}): take ccm chat, "
+            "or serve a decoder"
+        )
     method = open_method(spec, model, tokenizer)
     if options.llama is not None:
         from .llama.reader import in_llama

@@ -213,7 +213,7 @@ class Lean(Engine):
 def make_engine(
     compressor: Compressor, width: int = 0, fuse: bool = False, save_memory: bool = False
 ) -> Engine:
-    """The lean engine, if a trial pass shows that it gives the model's own numbers; else the other."""
+    """The lean engine, if a trial pass shows that it gives the model's own numbers; else the padded one."""
     padded = Padded(compressor)
     try:
         if is_spread(compressor.model) or getattr(compressor.model, "is_quantized", False):

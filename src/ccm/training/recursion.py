@@ -39,6 +39,7 @@ def parallel_losses(
     Raises:
         ConfigError: no segment but the first of its row has content.
     """
+    _check_decoder(compressor)
     layout = compressor.lay_out([row.segments for row in rows], **sizes)
     return _loss(compressor, rows, compressor.hidden(layout), layout.spans, objective)
 
@@ -55,10 +56,18 @@ def recurrent_losses(
     Raises:
         ConfigError: as there, or a compressor of another kind than CCM.
     """
+    _check_decoder(compressor)
     if compressor.config.kind != "ccm":
         raise ConfigError(f"the recursion is that of kind 'ccm'; got {compressor.config.kind!r}")
     states, spans = _recurrent_states(compressor, [row.segments for row in rows], **sizes)
     return _loss(compressor, rows, states, spans, objective)
+
+
+def _check_decoder(compressor: Compressor) -> None:
+    if compressor.two_sided:
+        raise ConfigError(
+            "both ways are those of decoders: ccm.training.written has that of an encoder-decoder"
+        )
 
 
 def _recurrent_states(

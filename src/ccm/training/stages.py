@@ -24,18 +24,20 @@ from ..core.devices import is_spread
 from ..core.families import get_family, resolve_targets
 from ..core.rules import get_rule
 from ..core.twin import text_config
+from ..encoder_decoder.carrier import EncoderDecoder
 from ..errors import ConfigError
 from ..files import base_stage
 from ..files.adapter_folder import CHANGEABLE, read_config
 from ..files.fingerprint import base_name
 from ..methods.baselines import BASELINES
 from .config import TrainConfig
-from .engines import Padded, make_engine
+from .engines import Engine, Padded, make_engine
 from .held_out import HeldOut, mean_nll
 from .lean import compiles
 from .objectives import OBJECTIVES, cross_entropy, summed_loss
 from .packed import ArrayRow
 from .targets import ECHO, NONE, RECALL, TEXT, Row, find_targets, only_last, recut, resegmented, with_echo
+from .written import Written
 
 
 @dataclass(frozen=True)
@@ -123,19 +125,23 @@ class MemoryStage(Stage):
         fuse = compiles(self.compressor.model.device)
         if fuse:
             self.objective = torch.compile(self.objective, dynamic=True)
-        # sharded layers must run themselves, to be gathered
-        self.engine = (
-            Padded(self.compressor)
-            if config.parallel == "fsdp2"
-            else make_engine(
-                self.compressor,
-                config.tokens_per_batch if fuse else 0,
-                fuse or config.compile,
-                config.gradient_checkpointing,
-            )
-        )
+        self.engine = self._engine(config, fuse)
         self.held_out = HeldOut(held_out, config)
         self.figures = self.held_out.figures
+
+    def _engine(self, config: TrainConfig, fuse: bool) -> Engine:
+        if isinstance(self.compressor, EncoderDecoder):
+            for name, usual in (("gradient_checkpointing", False), ("compile", False), ("parallel", "ddp")):
+                if (got := getattr(config, name)) != usual:
+                    raise ConfigError(
+                        f"TrainConfig.{name}: got {got!r}, which is for decoders; an encoder-decoder is trained with "
+                        f"{usual!r}"
+                    )
+            return Written(self.compressor)
+        if config.parallel == "fsdp2":  # sharded layers must run themselves, to be gathered
+            return Padded(self.compressor)
+        width = config.tokens_per_batch if fuse else 0
+        return make_engine(self.compressor, width, fuse or config.compile, config.gradient_checkpointing)
 
     def prepare(self, rows: Sequence[Row | ArrayRow], draw: random.Random) -> Any:
         config = self.config

@@ -18,7 +18,7 @@ import yaml
 
 from ..core.twin import text_config
 from ..data.sources import source_class
-from ..errors import ConfigError, StorageError
+from ..errors import ConfigError, StorageError, UnsupportedModelError
 from ..models.load import DEFAULT_MODEL, bfloat16_units, load_config
 from ..models.placement import is_gguf
 from ..planning.sizes import Shape
@@ -203,6 +203,10 @@ def write_recipe(
     if path.exists():
         raise ConfigError(f"{path} is there already: give another name with --out, or delete it")
     config = load_config(model)
+    if config.is_encoder_decoder:
+        raise UnsupportedModelError(
+            f"--init writes recipes for decoders, and {model} is an encoder-decoder: docs/training.md has one"
+        )
     chosen = fit(config, machine, bf16, load_in)
     if chosen.load_in and is_gguf(model):
         raise ConfigError(
