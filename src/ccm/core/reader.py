@@ -1,4 +1,4 @@
-"""Known from a memory: the base model, untouched, with the memory as past keys and values.
+"""Reading from a memory: the base model, untouched, with the memory as past keys and values.
 
 Compressor and reader are separate. Everything here works with the plain model and no adapter; whatever can take
 a prefix of keys and values can stand in its place.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -49,6 +49,9 @@ class Known:
 
 class Reader(Carrier):
     """A causal language model that reads memories."""
+
+    #: Whether it can take several segments in with one pass (:mod:`ccm.core.onward`).
+    parallel: ClassVar[bool] = True
 
     @torch.no_grad()
     def logits(
@@ -126,14 +129,17 @@ class Reader(Carrier):
         return self._generate(input_ids, memory, attention_mask, generate_kwargs)[0]
 
     @torch.no_grad()
-    def write(self, input_ids: Sequence[int], memory: Memory, **generate_kwargs: Any) -> tuple[Tensor, Live]:
+    def write(
+        self, input_ids: Sequence[int], memory: Memory, **generate_kwargs: Any
+    ) -> tuple[Tensor, KV | None]:
         """:meth:`generate` of one row without beams.
 
         Returns:
-            its token ids (B, T + new) with B = 1, and what was read on the way: all of them but the last.
+            its token ids (B, T + new) with B = 1, and the position-free keys and values (L, H, t, D) of those that
+            were read on the way, all but the last; None: they are not at hand, and are read again.
         """
         out, live = self._generate([list(input_ids)], memory, None, generate_kwargs)
-        return out, live.grown()
+        return out, live.grown().read(0, memory.length, self.rotary)
 
     def _generate(
         self,

@@ -39,6 +39,7 @@ class EncoderDecoder(_Base):
     """In front of a reader or a compressor of the core: it is made by ``Reader(model)`` and ``Compressor(model)``."""
 
     two_sided = True
+    parallel = False
 
     def measured(self) -> tuple[Family, Any]:
         """The model's encoder, and what stands in for a rotary embedding."""
@@ -166,6 +167,13 @@ class EncoderDecoder(_Base):
             return whole
         out.sequences = whole
         return out
+
+    def write(
+        self, input_ids: Sequence[int], memory: Memory, **generate_kwargs: Any
+    ) -> tuple[Tensor, KV | None]:
+        return self.generate(
+            [list(input_ids)], memory, **generate_kwargs
+        ), None  # the encoder reads them anew
 
     def step(
         self,

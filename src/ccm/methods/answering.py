@@ -72,9 +72,8 @@ def written(
                 stream.add(token)
             stream.end()
         return replace(answer.answer, cut=not stream.ended), None
-    out, live = reader.write(head, recalled, streamer=stream, **options)
-    kv = live.read(0, recalled.length, reader.rotary)
-    known = Known(memory, tuple(out[0, : kv.length].tolist()), kv)
+    out, kv = reader.write(head, recalled, streamer=stream, **options)
+    known = None if kv is None else Known(memory, tuple(out[0, : kv.length].tolist()), kv)
     return replace(answer.answer, cut=not stream.ended), known
 
 

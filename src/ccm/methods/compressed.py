@@ -151,7 +151,7 @@ class Trained(Method):
         answered: Sequence[bool] = (),
         read: Sequence[KV | None] = (),
     ) -> Memory:
-        if self.made_by.kind != "ccm" or self.reader.devices:
+        if not self._together:
             return super().take_in(memory, segments, answered=answered, read=read)
         turns = []
         for r, own in enumerate(segments):
@@ -162,8 +162,13 @@ class Trained(Method):
             return super().take_in(memory, segments, answered=answered)
         return self.reader.take_in(memory, turns, slots=self.slots, sink=self.sink)
 
+    @property
+    def _together(self) -> bool:
+        """Whether several segments can be taken in with one pass."""
+        return self.made_by.kind == "ccm" and self.reader.parallel and not self.reader.devices
+
     def portion(self, held: int, segments: Sequence[Sequence[int]]) -> int:
-        if self.made_by.kind != "ccm" or self.reader.devices:
+        if not self._together:
             return 1
         count = tokens = 0
         for ids in segments:

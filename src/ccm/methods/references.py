@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -46,8 +47,16 @@ class FullContext(Method):
     def grown(self, slots: int, leaving: int, folds: int) -> int:
         return slots + leaving
 
-    def fold(self, memory: Memory, ids: Ids, mask: Tensor | None = None, *, answered: bool = False) -> Memory:
-        held = super().fold(memory, ids, mask, answered=answered)
+    def fold(
+        self,
+        memory: Memory,
+        ids: Ids,
+        mask: Tensor | None = None,
+        *,
+        answered: bool = False,
+        read: Sequence[KV | None] = (),
+    ) -> Memory:
+        held = super().fold(memory, ids, mask, answered=answered, read=read)
         if not self.reader.two_sided:
             return held
         said = zip(held.rows, texts(ids, mask), strict=True)

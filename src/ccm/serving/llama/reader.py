@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -83,6 +83,7 @@ def in_llama(
 class InLlama(Reader):
     """In front of a reader's own class: its passes run in llama.cpp."""
 
+    parallel: ClassVar[bool] = False  # its passes go by ``step``
     llama: Runtime
 
     @property
@@ -146,6 +147,11 @@ class InLlama(Reader):
         prompt = ids[0].tolist()
         written = self._write(memory.rows[0], prompt, settings, streamer, stops or ())
         return torch.tensor([prompt + written], device=ids.device)
+
+    def write(
+        self, input_ids: Sequence[int], memory: Memory, **generate_kwargs: Any
+    ) -> tuple[Tensor, KV | None]:
+        return self.generate([list(input_ids)], memory, **generate_kwargs), None  # its sequence has read them
 
     def _write(
         self, row: Row, prompt: list[int], settings: GenerationConfig, streamer: Any, stops: Sequence[Any]
