@@ -343,16 +343,16 @@ def test_chat_goes_on_after_errors(talk, home: Path, tmp_path: Path) -> None:
 
 
 def test_ctrl_c_stops_the_answer_only(talk, monkeypatch: pytest.MonkeyPatch) -> None:
-    generate = Compressor.generate
+    write = Compressor.write
     calls = []
 
     def first_is_interrupted(*args, **kwargs):
         calls.append(args)
         if len(calls) == 1:
             raise KeyboardInterrupt
-        return generate(*args, **kwargs)
+        return write(*args, **kwargs)
 
-    monkeypatch.setattr(Compressor, "generate", first_is_interrupted)
+    monkeypatch.setattr(Compressor, "write", first_is_interrupted)
     shown = talk("Hello.", "/switch", "Hello again.", "/switch")
     assert "this turn is forgotten" in shown
     assert "main, 0 turns" in shown and "main, 2 turns" in shown
