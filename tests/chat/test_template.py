@@ -278,8 +278,8 @@ class Recording(Session):
         self.read: dict[int, list[int]] = {id(self.memory): []}
         self.kept = [self.memory]  # ids of objects are unique only as long as these live
 
-    def _folded(self, memory, ids, answered=False):
-        made = super()._folded(memory, ids, answered)
+    def _folded(self, memory, ids, *more):
+        made = super()._folded(memory, ids, *more)
         self.read[id(made)] = [*self.read[id(memory)], *ids]
         self.kept.append(made)
         return made

@@ -27,6 +27,7 @@ from ccm.serving.store import codec
 #: Arguments, and words of the line. Beside them lie a folder ``model`` of a model, one of an adapter, and a recipe.
 REFUSED: list[tuple[str, str]] = [
     ("nonsense", "nonsense"),
+    ("bench --only nobody", "unknown contender 'nobody'"),
     ("--nonsense", "--nonsense"),
     # where a model goes, in every command that loads one
     *(

@@ -138,6 +138,10 @@ def test_what_cannot_be_is_one_line_before_anything_is_loaded(command, cards, mo
     tried = 0
     for options, message in MISTAKES:
         given = [option.format(gguf=tmp_path / "a.gguf") for option in options]
+        if (
+            words[0] == "train" and "rounded once" in message
+        ):  # options are looked at before the recipe is read
+            message = "needs torchao"
         if words[0] == "train" and "--model" in given:  # it is a key of the recipe
             given[given.index("--model") : given.index("--model") + 2] = [f"model={given[-1]}"]
         if words[0] == "plan":

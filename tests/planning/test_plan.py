@@ -179,7 +179,7 @@ def test_help_has_an_example(capsys):
         (["--memory", "snapkv:token=3"], "did you mean tokens?"),
         (["--memory", "full", "--turns", "10000"], "fewer --turns"),
         (["--adapter", "gisting"], "whole history"),
-        (["--model", "nowhere"], "no usable model"),
+        (["--model", "nowhere"], "no model 'nowhere'"),
         (["--adapter", "ccm-concat", "--turns", "10000"], "fewer --turns"),
         (["--gpu-memory", "0.0001"], "--gpu-memory"),
         (["--store", "sqlite:x"], "--no-measure"),

@@ -19,6 +19,7 @@ from ccm.core.live import Live
 from ccm.errors import ConfigError, MismatchError, MissingPackageError, UnsupportedModelError
 from ccm.files.fingerprint import model_fingerprint
 from ccm.methods.base import METHODS
+from ccm.models.generation import Drawing
 from ccm.serving.build import _engine
 from ccm.serving.engine import EngineError, OverloadedError, Sampling
 from ccm.serving.metrics import Metrics
@@ -235,6 +236,6 @@ def test_errors_of_vllm():
 
 def test_a_schema_is_passed_on():
     schema = '{"type": "object"}'
-    options = _options(Sampling(schema=schema), 5, [2])
+    options = _options(Sampling(schema=schema), Drawing(), 5, [2])
     assert options["structured_outputs"] == {"json": {"type": "object"}}
-    assert "structured_outputs" not in _options(Sampling(), 5, [2])
+    assert "structured_outputs" not in _options(Sampling(), Drawing(), 5, [2])

@@ -187,7 +187,7 @@ def test_the_embedded_model_needs_no_name(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--init", "no-such-model"], "no usable model under 'no-such-model'"),
+        (["--init", "no-such-model"], "no model 'no-such-model'"),
         (["--init", "GPT2"], "'gpt2' is not supported"),
         (["--init", "MODEL", "--out", "THERE"], "is there already"),
         (["--init", "MODEL", "--out", "THERE/below.yaml"], "cannot write"),
@@ -197,7 +197,7 @@ def test_the_embedded_model_needs_no_name(
         (["--init", "MODEL", "--device", "cuda:9"], "cuda:9"),
         ([], "--init MODEL"),
         (["--estimate"], "--init MODEL"),
-        (["THERE", "model=no-such-model", "--estimate"], "no usable model"),
+        (["THERE", "model=no-such-model", "--estimate"], "no model 'no-such-model'"),
         (["THERE", "model=GPT2", "--estimate"], "'gpt2' is not supported"),
         (["THERE", "data.jsonl.path=nowhere", "--estimate"], "nowhere"),
     ],

@@ -171,9 +171,8 @@ class EncoderDecoder(_Base):
     def write(
         self, input_ids: Sequence[int], memory: Memory, **generate_kwargs: Any
     ) -> tuple[Tensor, KV | None]:
-        return self.generate(
-            [list(input_ids)], memory, **generate_kwargs
-        ), None  # the encoder reads them anew
+        """As :meth:`ccm.Reader.write`, and nothing of what was read: the encoder reads them anew."""
+        return self.generate([list(input_ids)], memory, **generate_kwargs), None
 
     def step(
         self,

@@ -151,7 +151,8 @@ class InLlama(Reader):
     def write(
         self, input_ids: Sequence[int], memory: Memory, **generate_kwargs: Any
     ) -> tuple[Tensor, KV | None]:
-        return self.generate([list(input_ids)], memory, **generate_kwargs), None  # its sequence has read them
+        """As :meth:`ccm.Reader.write`, and nothing of what was read: its sequence has read them."""
+        return self.generate([list(input_ids)], memory, **generate_kwargs), None
 
     def _write(
         self, row: Row, prompt: list[int], settings: GenerationConfig, streamer: Any, stops: Sequence[Any]
