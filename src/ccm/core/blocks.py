@@ -96,4 +96,4 @@ def grouped(
     scores = (rows @ key.transpose(2, 3)).view(batch, groups, -1, width, key.shape[2])
     weights = (scores + mask.unsqueeze(2)).softmax(-1)
     out = weights.view(batch, groups, -1, key.shape[2]) @ value
-    return out.view(batch, heads, width, -1).transpose(1, 2), None
+    return out.view(batch, heads, width, -1).transpose(1, 2).contiguous(), None
