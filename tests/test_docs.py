@@ -259,6 +259,7 @@ TRIED = ("README.md", "docs/start.md", "docs/choose.md")
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("line", sorted({shlex.join(words) for page, words in COMMANDS if page in TRIED}))
 def test_what_a_newcomer_types_works(
     line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -35,6 +35,7 @@ def test_the_stored_answers_are_what_they_are_counted_as(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_opening_comes_out_as_stored(stored: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same answers on the machine that stored them; elsewhere rounding may move a word, and so two facts."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
