@@ -1,7 +1,8 @@
 """Keys along the direction in which a head asks (Q-Filters, Godey et al., 2025, arXiv 2503.02812).
 
-The queries of a head lie about one direction u, so a key's mean score is about <k, u>. Here u is the first singular
-vector of the newest text's queries, off their places, where the paper finds it once on other text.
+The queries of a head lie about one direction u, so what they give a key is about <k, u>. Here u is the mean of the
+newest text's queries, off their places. The paper takes their first singular vector, found once on other text; on so
+few queries that turns with rounding.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
-from torch.linalg import eigh
 
 from ...core.memory import KV, Row
 from ..base import register
@@ -30,6 +30,4 @@ class QFilters(Attended):
     def score(self, row: Row, held: KV, queries: Tensor | None) -> Tensor:
         assert queries is not None  # the method asks for them
         asked = queries.float().unflatten(1, (held.keys.shape[1], -1)).flatten(2, 3)  # (L, H, q, D)
-        first = eigh(asked.mT @ asked).eigenvectors[..., -1:]  # of Q^T Q: (L, H, D, 1)
-        towards = (asked @ first).mean(2, keepdim=True).sign()
-        return (held.keys @ (first * towards)).squeeze(3)
+        return (held.keys @ asked.mean(2).unsqueeze(3)).squeeze(3)

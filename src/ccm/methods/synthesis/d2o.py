@@ -35,6 +35,6 @@ class D2O(Attended):
         keys = normalize(held.keys, dim=3)
         nearest = (keys @ normalize(held.take(stay).keys, dim=3).mT).amax(3) if self.tokens else keys[..., 0]
         evicted = torch.ones_like(nearest).scatter(2, stay, 0.0)
-        least = (nearest * evicted).sum(2) / evicted.sum(2) - 1e-3  # the mean of one is that one
+        least = (nearest * evicted).sum(2) / evicted.sum(2) - 1e-2  # the mean of one is that one
         weight = torch.where(evicted > 0, nearest.exp(), torch.e)
         return joined_to_nearest(held, stay, weight, least[..., None, None])

@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ...core.memory import KV
-from ..selection.evict import coarse
 
 
 def joined_to_nearest(held: KV, stay: Tensor, weight: Tensor, least: Tensor) -> KV:
@@ -20,7 +19,7 @@ def joined_to_nearest(held: KV, stay: Tensor, weight: Tensor, least: Tensor) -> 
         least: (L, H, 1, 1) or a number, cosine of the keys below which an evicted entry joins none.
     """
     similar = normalize(held.keys, dim=3) @ normalize(held.take(stay).keys, dim=3).mT  # (L, H, N, n)
-    best = coarse(similar).max(3, keepdim=True)
+    best = (similar * 2**8).round().div(2**8).max(3, keepdim=True)  # rounding must not say which is nearest
     share = torch.zeros_like(similar).scatter(3, best.indices, (best.values >= least).to(similar.dtype))
     own = (
         torch.nn.functional.one_hot(stay, held.length).to(similar.dtype).mT
