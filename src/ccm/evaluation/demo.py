@@ -199,7 +199,7 @@ def _summary(player: Player, traces: dict[str, Trace], turns: int) -> dict[str, 
         "nll": own.mean,
         "perplexity": math.exp(own.mean),
         "recovered_share": recovered_share(none.mean, full.mean, own.mean),
-        "share_ci": bootstrap_share(none, full, own),
+        "share_ci": bootstrap_share(none, full, own) if len(own.total) > 1 else None,
         "kv_bytes": trace.kv_bytes_at(turns - 1),
         "seconds": trace.seconds,
         "nll_by_turn": [trace.nll_at(turn) for turn in range(turns)],
@@ -262,7 +262,8 @@ def _table(players: Sequence[Player], traces: dict[str, Trace], final: bool = Fa
         if len(own.total) == len(whole.total) > 0:
             share = recovered_share(none.mean, whole.mean, own.mean)
             cells[:3] = f"{own.mean:.3f}", f"{math.exp(own.mean):.2f}", f"{share:.3f}"
-            if final and player.name not in ("none", "full"):
+            # one conversation has no spread
+            if final and len(own.total) > 1 and player.name not in ("none", "full"):
                 low, high = bootstrap_share(none, whole, own)
                 cells[3] = f"{low:.2f}, {high:.2f}"
         held, most = (_bytes_now(t, trace, final) for t in (trace, full))
