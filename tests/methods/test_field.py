@@ -18,7 +18,7 @@ from ccm.core.rotary import rotate
 from ccm.methods.base import METHODS
 from ccm.methods.recall.retrieve_text import bm25
 from ccm.methods.scores import scoring
-from ccm.methods.selection.compactor import leverage
+from ccm.methods.selection.compactor import RIDGE, leverage
 from ccm.methods.synthesis.freqkv import cosines
 from ccm.methods.synthesis.merging import joined_to_nearest
 from ccm.methods.synthesis.subgen import far_apart
@@ -76,7 +76,9 @@ def test_expected_attention_is_the_mean_weight_of_normal_queries(monkeypatch: py
 def test_leverage_is_what_only_one_can_say() -> None:
     states = torch.tensor([[1.0, 0], [1, 0], [1, 0], [0, 1]])[None, None]
     score = leverage(states)[0, 0]
-    assert torch.allclose(score, torch.tensor([1 / 3, 1 / 3, 1 / 3, 1]), atol=0.03)
+    ridge = RIDGE * 2  # K^T K is diag(3, 1)
+    expected = torch.tensor([1 / (3 + ridge)] * 3 + [1 / (1 + ridge)])
+    assert torch.allclose(score, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["compactor", "curdkv"])

@@ -15,6 +15,9 @@ from ...core.memory import KV, Row
 from ..base import register
 from .evict import Evict
 
+#: Added to K^T K, as a share of the mean of its diagonal.
+RIDGE = 0.3
+
 
 @register("compactor")
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +29,11 @@ class Compactor(Evict):
 
 
 def leverage(states: Tensor) -> Tensor:
-    """(L, H, N, D) -> (L, H, N), between 0 and 1: how much of a state only it can say."""
+    """(L, H, N, D) -> (L, H, N), between 0 and 1: how much of a state only it can say.
+
+    With fewer states than channels all of them could be said by themselves alone; the ridge tells them apart.
+    """
     gram = states.mT @ states
-    ridge = 1e-2 * gram.diagonal(dim1=2, dim2=3).mean(2).clamp_min(1e-12)
+    ridge = RIDGE * gram.diagonal(dim1=2, dim2=3).mean(2).clamp_min(1e-12)
     lifted = gram + ridge[..., None, None] * torch.eye(gram.shape[3], device=gram.device)
     return (states @ torch.linalg.inv(lifted) * states).sum(3)
