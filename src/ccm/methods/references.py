@@ -47,20 +47,8 @@ class FullContext(Method):
     def grown(self, slots: int, leaving: int, folds: int) -> int:
         return slots + leaving
 
-    def fold(
-        self,
-        memory: Memory,
-        ids: Ids,
-        mask: Tensor | None = None,
-        *,
-        answered: bool = False,
-        read: Sequence[KV | None] = (),
-    ) -> Memory:
-        held = super().fold(memory, ids, mask, answered=answered, read=read)
-        if not self.reader.two_sided:
-            return held
-        said = zip(held.rows, texts(ids, mask), strict=True)
-        return replace(held, rows=tuple(replace(row, notes=(*row.notes, *text)) for row, text in said))
+    def heard(self, row: Row, ids: Sequence[int]) -> Row:
+        return replace(row, notes=(*row.notes, *ids)) if self.reader.two_sided else row
 
     def recall(self, memory: Memory, ids: Ids | None = None) -> Memory:
         if not any(row.notes for row in memory.rows):

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from ...core.memory import KV, Memory, Row
-from ...core.reader import Ids
-from ..base import register, texts
+from ..base import register
 from ..scores import weights
 from .evict import Evict
 
@@ -28,22 +27,14 @@ class KVzip(Evict):
 
     REQUEST: ClassVar[str] = "\n\nRepeat the previous context exactly.\n\n"
 
-    def fold(
-        self,
-        memory: Memory,
-        ids: Ids,
-        mask: Tensor | None = None,
-        *,
-        answered: bool = False,
-        read: Sequence[KV | None] = (),
-    ) -> Memory:
-        said = [
-            replace(row, notes=(*row.notes, *text))
-            for row, text in zip(memory.rows, texts(ids, mask), strict=True)
-        ]
-        folded = super().fold(replace(memory, rows=tuple(said)), ids, mask, answered=answered, read=read)
-        rows = [replace(row, notes=row.notes[len(row.notes) - row.window.length :]) for row in folded.rows]
-        return replace(folded, rows=tuple(rows))
+    def heard(self, row: Row, ids: Sequence[int]) -> Row:
+        return replace(row, notes=(*row.notes, *ids))
+
+    def settled(
+        self, rows: Sequence[Row], queries: Sequence[Tensor | None], room: int = 0
+    ) -> tuple[Row, ...]:
+        left = super().settled(rows, queries, room)
+        return tuple(replace(row, notes=row.notes[len(row.notes) - row.window.length :]) for row in left)
 
     def score(self, row: Row, held: KV, queries: Tensor | None) -> Tensor:
         left = len(row.notes) - row.window.length

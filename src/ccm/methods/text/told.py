@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from ...core.memory import KV, Memory, Row
-from ...core.reader import Ids
-from ..base import Method, texts
+from ..base import Method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,18 +42,8 @@ class Told(Method):
         """
         raise NotImplementedError
 
-    def fold(
-        self,
-        memory: Memory,
-        ids: Ids,
-        mask: Tensor | None = None,
-        *,
-        answered: bool = False,
-        read: Sequence[KV | None] = (),
-    ) -> Memory:
-        said = texts(ids, mask)
-        rows = (replace(row, notes=(*row.notes, *new)) for row, new in zip(memory.rows, said, strict=True))
-        return super().fold(replace(memory, rows=tuple(rows)), ids, mask, answered=answered, read=read)
+    def heard(self, row: Row, ids: Sequence[int]) -> Row:
+        return replace(row, notes=(*row.notes, *ids))
 
     def settled(
         self, rows: Sequence[Row], queries: Sequence[Tensor | None], room: int = 0
