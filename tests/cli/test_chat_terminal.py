@@ -6,11 +6,19 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import nullcontext
+from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from rich.console import Console
 from terminal import Terminal
 from tiny import tiny_model, tiny_tokenizer
+
+from ccm.cli.repl import Repl
 
 PASTED = [f"Line {number} of a paste." for number in range(1, 7)]
 
@@ -82,10 +90,32 @@ def test_a_conversation_on_a_terminal(chat: Callable[..., Terminal], tmp_path: P
     screen.until("loaded")
     screen.type("/compare Who?\r")
     screen.until("keeps the beginning of each turn only")
+    screen.until(lambda text: screen.line.startswith("main>"))
     screen.type("\x03")
-    screen.until("Ctrl-D leaves")
+    screen.until(lambda text: text.count("Ctrl-D leaves") == 2)  # once in the banner
     screen.type("\x04")
     assert screen.end() == 0
+
+
+def test_control_c_between_two_messages_ends_nothing() -> None:
+    """It was seen: pressed just behind an answer, it ended the program with code 130."""
+    ready: Future[Any] = Future()
+    ready.set_result(SimpleNamespace())
+    said = StringIO()
+    repl = Repl(ready, Console(file=said))
+    presses = iter([None, KeyboardInterrupt, None])
+
+    def open_it() -> None:
+        if press := next(presses):
+            raise press
+
+    repl._open = open_it  # type: ignore[method-assign]
+    repl.input = SimpleNamespace(  # type: ignore[assignment]
+        open=nullcontext, ask=lambda name, keys=iter(["/help", "/exit"]): next(keys)
+    )
+    repl.run()
+    assert "Ctrl-D leaves" in said.getvalue()
+    assert next(presses, "all came") == "all came"
 
 
 def test_a_long_paste_during_an_answer_is_whole(chat: Callable[..., Terminal]) -> None:

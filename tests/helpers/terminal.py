@@ -55,6 +55,11 @@ class Terminal:
         ]
         return "\n".join(line.rstrip() for line in [*above, *self.screen.display])
 
+    @property
+    def line(self) -> str:
+        """The line that the cursor stands on."""
+        return str(self.screen.display[self.screen.cursor.y])
+
     def read(self, seconds: float = 0.05) -> bool:
         """Take in what the program writes meanwhile; False once it has ended."""
         ready, _, _ = select.select([self.file], [], [], seconds)

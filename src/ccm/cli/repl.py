@@ -148,25 +148,32 @@ class Repl:
             self._open()
         with self.input.open():
             while True:
-                try:
-                    text = self.input.ask(self.current).strip()
-                except EOFError:
+                try:  # around the loop: Ctrl-C may come between two messages as well
+                    while self._next():
+                        pass
                     return
                 except KeyboardInterrupt:
                     self._say("Ctrl-D leaves")
-                    continue
-                self._open()
-                if text in ("/exit", "/quit"):
-                    return
-                try:
-                    if text.startswith("/") and "\n" not in text:
-                        self._command(text)
-                    elif text:
-                        self._answer(text)
-                except KeyboardInterrupt:
-                    self._say("\nstopped: this turn is forgotten; /exit leaves")
-                except CCMError as error:
-                    self._say(f"error: {' '.join(str(error).split())}", style="red")
+
+    def _next(self) -> bool:
+        """One message or command; False at the end."""
+        try:
+            text = self.input.ask(self.current).strip()
+        except EOFError:
+            return False
+        self._open()
+        if text in ("/exit", "/quit"):
+            return False
+        try:
+            if text.startswith("/") and "\n" not in text:
+                self._command(text)
+            elif text:
+                self._answer(text)
+        except KeyboardInterrupt:
+            self._say("\nstopped: this turn is forgotten; /exit leaves")
+        except CCMError as error:
+            self._say(f"error: {' '.join(str(error).split())}", style="red")
+        return True
 
     def _open(self) -> None:
         """Wait for the model."""
