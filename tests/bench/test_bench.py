@@ -27,10 +27,8 @@ def folder(tmp_path_factory) -> str:
 
 @pytest.fixture
 def small(monkeypatch) -> None:
-    """Token ids of the tiny model, and a memory that needs no training."""
-    monkeypatch.setattr("ccm.bench.worker._TOKENS", [3 + i % 200 for i in range(500)])
-    monkeypatch.setattr("ccm.bench.worker._QUESTION", list(range(10, 30)))
-    monkeypatch.setattr("ccm.bench.worker._HEAD", [5, 6, 7])
+    """A memory that needs no training, and texts that a tiny model can hold."""
+    monkeypatch.setattr("ccm.bench.worker.PREFILL", 200)
     monkeypatch.setattr(InMemory, "memory", "streaming-llm:window=32,sink=4")
     monkeypatch.setattr(contenders.Streaming, "memory", "streaming-llm:window=28,sink=4")
 
@@ -64,7 +62,8 @@ def test_what_a_full_cache_holds_is_the_history(folder, small):
 def test_times_of_a_turn():
     turn = Turn.of(10.0, [11.0, 11.5, 12.0, 14.0], 15.0)
     assert (turn.first, turn.between, turn.total) == (1.0, 0.5, 5.0)
-    assert history(50)[:20] == history(20)  # all have the same
+    assert history(50, 50_000)[:20] == history(20, 50_000)  # all have the same
+    assert max(history(500, 256)) < 256 and min(history(500, 256)) >= 100
 
 
 class Said:

@@ -101,6 +101,11 @@ class Contender(ABC):
     def parameters(self) -> int:
         """Of the model, without a table of embeddings that is only looked up."""
 
+    @property
+    @abstractmethod
+    def vocabulary(self) -> int:
+        """Token ids that the model has."""
+
 
 # ---------------------------------------------------------------------- transformers alone
 
@@ -117,6 +122,10 @@ class _Transformers(Contender):
     @property
     def parameters(self) -> int:
         return _parameters(self.model)
+
+    @property
+    def vocabulary(self) -> int:
+        return _vocabulary(self.model)
 
     def prefill(self, ids: list[int]) -> float:
         began = self.clock()
@@ -241,7 +250,7 @@ class InMemory(Contender):
         loaded, self.tokenizer = load_model(model)
         self.method = self._method(open_method(self.memory, loaded, self.tokenizer), llama)
         self.held: Memory = self.method.empty()
-        self._parameters = _parameters(loaded)
+        self._parameters, self._vocabulary = _parameters(loaded), _vocabulary(loaded)
 
     def _method(self, method: Method, llama: str) -> Method:
         return method
@@ -346,6 +355,10 @@ class InMemory(Contender):
     @property
     def parameters(self) -> int:
         return self._parameters
+
+    @property
+    def vocabulary(self) -> int:
+        return self._vocabulary
 
 
 class Streaming(InMemory):
@@ -474,16 +487,25 @@ class Llama(Contender):
     def parameters(self) -> int:
         return int(self.model.lib.llama_model_n_params(self.model.pointer))
 
+    @property
+    def vocabulary(self) -> int:
+        return self.model.words
+
 
 CONTENDERS: dict[str, type[Contender]] = {
     kind.name: kind for kind in (InMemory, InLlama, Llama, Full, Streaming, Window, Resend)
 }
 
 
-def history(length: int) -> list[int]:
+def history(length: int, vocabulary: int) -> list[int]:
     """Token ids of the one history that all have; what they say makes no difference to the time."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(100, 10_000, (length,), generator=generator).tolist()
+    most = min(10_000, vocabulary)
+    return torch.randint(min(100, most // 2), most, (length,), generator=generator).tolist()
+
+
+def _vocabulary(model: Any) -> int:
+    return int(model.get_input_embeddings().num_embeddings)
 
 
 def _parameters(model: Any) -> int:

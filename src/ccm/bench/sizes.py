@@ -4,6 +4,8 @@ from __future__ import annotations
 
 #: A question, what stands before an answer, and an answer.
 QUESTION, HEAD, ANSWER = 21, 3, 32
+#: The longest history.
+LONGEST = 100_000
 #: What is prefilled, and folded, at once to see how fast that is.
 PREFILL, FOLD = 1024, 200
 #: Contenders, ours first.

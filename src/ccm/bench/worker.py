@@ -12,10 +12,7 @@ import torch
 
 from . import machine
 from .contenders import CONTENDERS, Contender, InMemory, history
-from .sizes import ANSWER, FOLD, HEAD, PREFILL, QUESTION
-
-_TOKENS = history(100_000 + QUESTION + HEAD)
-_QUESTION, _HEAD = _TOKENS[-QUESTION - HEAD : -HEAD], _TOKENS[-HEAD:]
+from .sizes import ANSWER, FOLD, HEAD, LONGEST, PREFILL, QUESTION
 
 
 class Commands:
@@ -23,6 +20,9 @@ class Commands:
 
     def __init__(self, contender: Contender):
         self.contender = contender
+        ids = history(LONGEST + QUESTION + HEAD, contender.vocabulary)
+        self.history = ids[:LONGEST]
+        self.question, self.head = ids[LONGEST : LONGEST + QUESTION], ids[LONGEST + QUESTION :]
 
     def about(self) -> dict[str, Any]:
         """Weights, and how far it is measured."""
@@ -37,32 +37,32 @@ class Commands:
 
     def take(self, tokens: int) -> dict[str, Any]:
         """Be as behind a history of so many tokens."""
-        self.contender.take(_TOKENS[:tokens])
+        self.contender.take(self.history[:tokens])
         return {"kv_bytes": self.contender.kv_bytes}
 
     def turn(self) -> dict[str, Any]:
         """One turn: seconds, tokens and bytes."""
-        return asdict(self.contender.turn(_QUESTION, _HEAD))
+        return asdict(self.contender.turn(self.question, self.head))
 
     def prefill(self) -> dict[str, Any]:
         """Seconds in which a long text is read behind nothing."""
-        return {"prefill": self.contender.prefill(_TOKENS[:PREFILL])}
+        return {"prefill": self.contender.prefill(self.history[:PREFILL])}
 
     def fold(self) -> dict[str, Any]:
         """Beside a plain prefill of the same tokens."""
         own = self.contender
         assert isinstance(own, InMemory)
-        return {"fold": own.fold(_TOKENS[:FOLD]), "prefill_of_it": own.prefill(_TOKENS[:FOLD])}
+        return {"fold": own.fold(self.history[:FOLD]), "prefill_of_it": own.prefill(self.history[:FOLD])}
 
     def restore(self) -> dict[str, Any]:
         """Seconds from the bytes of a memory to the first token behind it."""
         own = self.contender
         assert isinstance(own, InMemory)
-        return {"restore": own.restore(_HEAD)}
+        return {"restore": own.restore(self.head)}
 
     def answer(self, count: int) -> dict[str, Any]:
         """New tokens per second of so many conversations at once."""
-        return {"tokens_per_second": count * ANSWER / self.contender.answer(count, _QUESTION, _HEAD)}
+        return {"tokens_per_second": count * ANSWER / self.contender.answer(count, self.question, self.head)}
 
     def peak(self) -> dict[str, Any]:
         """Most bytes that the process has held."""
