@@ -106,7 +106,7 @@ class OwnItems(EvalTask):
     path: Path
     strict: bool = False
     steps: tuple[int, ...] = (0, 1, 2, 4, 8, 16)
-    name: ClassVar[str] = "own-items"
+    name = "own-items"
     title: ClassVar[str] = "Your own labelled items"
     metrics: ClassVar[tuple[str, ...]] = ("accuracy", "em", "f1", "rouge_l")
     licence: ClassVar[str] = "yours"

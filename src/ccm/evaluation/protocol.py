@@ -75,7 +75,8 @@ def run_item(
         "tokens" taken in, "kv_bytes", "kv_entries", "fold_seconds" of the last append and "ttft_seconds" of the
         first query's first forward pass (for a choice, of reading its prompt); "entries", those held after each
         append; "peak_kv_bytes", the largest cache of keys and values while segments were taken in; "seconds";
-        "changed": whether tokens of a query get other logits than with nothing taken in (None: nothing was asked).
+        "changed": whether tokens of a query get other logits than with nothing taken in (None: nothing was asked);
+        "cut", of an item that was cut: tokens left out.
 
     Raises:
         ConfigError: a query comes after more segments than there are, a run that cannot be resized, a segment that
@@ -93,7 +94,7 @@ def run_item(
         run, begin, measured = resume.run.fork(), resume.step + 1, dict(resume.measured)
     for t in range(begin, last + 1):
         started = _now(run)
-        step: dict[str, Any] = {"step": t, "fold_seconds": 0.0}
+        step: dict[str, Any] = {"step": item.at(t), "fold_seconds": 0.0}
         if t:
             if entries:
                 run.resize(entries[t - 1])
@@ -106,7 +107,8 @@ def run_item(
             measured["peak_kv_bytes"] = max(measured["peak_kv_bytes"], watch.peak, held)
         if queries := item.queries.get(t):
             asked = run.fork()
-            found, step["ttft_seconds"] = _ask(asked, t, queries, tokenizer)
+            earlier = len(measured["queries"]) if item.once else 0
+            found, step["ttft_seconds"] = _ask(asked, item.at(t), queries, tokenizer, earlier)
             step |= {"kv_bytes": asked.kv_bytes, "kv_entries": asked.memory.length}
             if t and not measured["changed"]:
                 measured["changed"] = _differs(asked, bare.fork(), queries[0])
@@ -133,6 +135,7 @@ def _nothing(item: Item) -> dict[str, Any]:
         "peak_kv_bytes": 0,
         "seconds": 0.0,
         "changed": None,
+        **({"cut": item.cut} if item.cut else {}),
     }
 
 
@@ -188,11 +191,13 @@ class _CacheWatch:
 # ---------------------------------------------------------------------- queries
 
 
-def _ask(run: Run, t: int, queries: Sequence[Query], tokenizer: Any) -> tuple[list[dict[str, Any]], float]:
+def _ask(
+    run: Run, t: int, queries: Sequence[Query], tokenizer: Any, earlier: int = 0
+) -> tuple[list[dict[str, Any]], float]:
     """Scores of all queries of a step, and the seconds of the first one's first forward pass."""
     worth: dict[tuple[Ids, tuple[Ids, ...]], Tensor] = {}  # of options without content; queries share them
     found, first = [], 0.0
-    for index, query in enumerate(queries):
+    for index, query in enumerate(queries, earlier):
         about = {"step": t, "index": index, "kind": type(query).__name__.lower(), "tag": query.tag}
         if isinstance(query, Likelihood):
             scores, seconds = _likelihood(run, query)
@@ -201,7 +206,7 @@ def _ask(run: Run, t: int, queries: Sequence[Query], tokenizer: Any) -> tuple[li
         else:
             scores, seconds = _generation(run, query, tokenizer)
         found.append(about | scores)
-        first = first if index else seconds
+        first = first if index > earlier else seconds
     return found, first
 
 
@@ -284,7 +289,7 @@ def _generation(run: Run, query: Generation, tokenizer: Any) -> tuple[dict[str, 
     if tokenizer is None:
         raise ConfigError("a generation is decoded: give run_item the tokenizer of the model")
     ends = set(answer_ends(tokenizer)[0])
-    stop = _EndOfAnswer(tokenizer, len(query.prompt), ends)
+    stop = _EndOfAnswer(tokenizer, len(query.prompt), ends, query.lines)
     ids = run.reader.generate(
         [list(query.prompt)],
         run.recall([list(query.prompt)]),
@@ -294,6 +299,8 @@ def _generation(run: Run, query: Generation, tokenizer: Any) -> tuple[dict[str, 
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
     )
     text = stop.answer(ids[0])
+    if query.rule:
+        return {"text": text, "score": query.rule(text)}, stop.first - stop.started
     scores = {
         "text": text,
         "em": exact_match(text, query.answers),
@@ -304,21 +311,23 @@ def _generation(run: Run, query: Generation, tokenizer: Any) -> tuple[dict[str, 
 
 
 class _EndOfAnswer(StoppingCriteria):
-    """Stops at the end of the turn, or of the first line that says something; knows when the first token came."""
+    """Stops at the end of the turn, or of the first line that says something, unless answers may have several lines;
+    knows when the first token came."""
 
-    def __init__(self, tokenizer: Any, prompt: int, ends: set[int]):
-        self.tokenizer, self.prompt, self.ends = tokenizer, prompt, ends
+    def __init__(self, tokenizer: Any, prompt: int, ends: set[int], lines: bool = False):
+        self.tokenizer, self.prompt, self.ends, self.lines = tokenizer, prompt, ends, lines
         self.started = time.perf_counter()
         self.first = 0.0
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         last = int(input_ids[0, -1])  # waits for the device
         self.first = self.first or time.perf_counter()
-        over = last in self.ends or "\n" in self._text(input_ids[0]).lstrip()
+        over = last in self.ends or (not self.lines and "\n" in self._text(input_ids[0]).lstrip())
         return torch.full((len(input_ids),), over, device=input_ids.device)
 
     def answer(self, ids: Tensor) -> str:
-        return (self._text(ids).strip().splitlines() or [""])[0].strip()
+        text = self._text(ids).strip()
+        return text if self.lines else (text.splitlines() or [""])[0].strip()
 
     def _text(self, ids: Tensor) -> str:
         new = ids[self.prompt :].tolist()

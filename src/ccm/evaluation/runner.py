@@ -23,7 +23,7 @@ from ..files.atomic import write_atomically
 from ..files.fingerprint import base_name, model_fingerprint
 from ..methods import Method
 from . import summary
-from .items import Generation, Item, Likelihood
+from .items import Generation, Item, Likelihood, newest
 from .protocol import State, run_item
 from .records import TAKEN, Key, Records
 from .suites import MethodSpec, Plan, in_order, meant
@@ -118,6 +118,7 @@ class Evaluation:
         self.skipped: dict[str, str] = {}
         self.methods: dict[str, Method] = {}
         self.prints: dict[str, str] = {}
+        self.room = 0
         plans = [replace(plan, methods=tuple(meant(text, model) for text in plan.methods)) for plan in plans]
         needed = {spec.text for spec in in_order(meant(text, model) for text in required)}
         for spec in in_order(text for plan in plans for text in plan.methods):
@@ -148,6 +149,7 @@ class Evaluation:
             run.method.of_entries(0)  # says so if it has no size that could be set
         self.methods[spec.text] = method
         self.prints[spec.text] = run.reader.fingerprint()
+        self.room = run.reader.context
 
     # ------------------------------------------------------------------ running
 
@@ -222,12 +224,15 @@ class Evaluation:
         return Before(taken, len(found) - taken, len(keys))
 
     def _jobs(self) -> list[Job]:
-        return [
-            Job(plan.task.name, spec, item, _cost(item))
-            for plan, specs, items in self.work
-            for item in items  # all methods of an item: what is stopped early still compares them
-            for spec in specs
-        ]
+        jobs = []
+        for plan, specs, items in self.work:
+            for item in items:  # all methods of an item: what is stopped early still compares them
+                cut = newest(item, self.room) if plan.task.cited else item
+                read = [cut if spec.name == "full" else item for spec in specs]
+                jobs += [
+                    Job(plan.task.name, spec, own, _cost(own)) for spec, own in zip(specs, read, strict=True)
+                ]
+        return jobs
 
     def measure(
         self,
@@ -328,6 +333,10 @@ class Evaluation:
                 of_method = {spec.text: records.get((plan.task.name, spec.text, item.name)) for spec in specs}
                 yield plan.task.name, item, {name: found for name, found in of_method.items() if found}
 
+    def scored(self) -> dict[str, str]:
+        """task -> how its answers are scored, where that is to be said."""
+        return {plan.task.name: how for plan, _, _ in self.work if (how := plan.task.scored)}
+
     def summary(self, records: Records, processes: int = 1) -> dict[str, Any]:
         """The results of all records of a folder, in the schema of ``results/eval``."""
         tasks, methods = list(records.settings["tasks"]), list(records.settings["methods"])
@@ -342,6 +351,7 @@ class Evaluation:
             "rows": summary.rows(found),
             "skipped": self.skipped,
             "warnings": summary.warnings(found),
+            **({"scored": how} if (how := self.scored()) else {}),
             "read": {plan.task.name: plan.task.tally.counts() for plan, _, _ in self.work if plan.task.tally},
             "model": settings["model"],
             "adapters": {k: v for k, v in settings["methods"].items() if not v.endswith("-none")},

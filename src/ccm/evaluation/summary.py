@@ -21,11 +21,13 @@ Sums = dict[str, tuple[float, float]]
 _OF_KIND: dict[str, dict[str, tuple[str, str]]] = {
     "likelihood": {"perplexity": ("nll", "tokens")},
     "choice": {"accuracy": ("correct", ""), "group_accuracy": ("group_correct", "")},
-    "generation": {name: (name, "") for name in ("em", "f1", "rouge_l")},
+    "generation": {name: (name, "") for name in ("score", "em", "f1", "rouge_l")},
 }
 
 #: What two methods are compared by, item by item.
-_COMPARED = {"perplexity": "recovered_share", "accuracy": "accuracy", "f1": "f1"}
+_COMPARED = {"perplexity": "recovered_share", "score": "score", "accuracy": "accuracy", "f1": "f1"}
+#: What a recovered share is of: the part that a method keeps of what full context gains over none.
+_SHARED = ("perplexity", "score")
 #: After the name of a metric: what full context is better by than none, in nats per token for perplexities. Where its
 #: interval holds 0, a memory has nothing to keep.
 WORTH = " gain over none"
@@ -54,6 +56,16 @@ def warnings(records: Iterable[Record]) -> list[str]:
         for row in rows(records)
         if row["metric"] == "no_effect"
     ]
+    cut: dict[tuple[str, str], list[Record]] = defaultdict(list)
+    for record in records:
+        if "cut" in record:
+            cut[record["task"], record["method"]].append(record)
+    for (task, method), some in cut.items():
+        read = sum(max(step["tokens"] for step in record["steps"]) for record in some)
+        found.append(
+            f"{task}: {method} reads the newest {read:,} of {read + sum(r['cut'] for r in some):,} tokens of "
+            f"{len(some)} items: the model reads no more at once"
+        )
     failed: dict[tuple[str, str], list[str]] = defaultdict(list)
     for record in records:
         if "error" in record:
@@ -145,7 +157,7 @@ def _measures(
 ) -> Iterator[tuple[str, int, float, tuple[float, float]]]:
     """A metric and those that compare it with no and with full context: name, items, value, interval."""
     yield metric, len(own), *_measure(_ratio(metric), own)
-    if metric == "perplexity" and (items := own.keys() & none.keys() & full.keys()):
+    if metric in _SHARED and (items := own.keys() & none.keys() & full.keys()):
         value, interval = _measure(_share, *(_only(sums, items) for sums in (none, full, own)))
         if math.isfinite(value):
             yield "recovered_share", len(items), value, interval

@@ -21,6 +21,7 @@ FEW = 5
 STREAM_STEP = 1024
 #: Metrics and their titles, in the order in which a task's main one is chosen.
 TITLES = {
+    "score": "score",
     "accuracy": "accuracy",
     "f1": "F1",
     "em": "exact match",

@@ -30,16 +30,18 @@ class EvalTask(ABC):
     Attributes:
         name: on the command line and in results.
         title: what it is, in a few words.
-        metrics: what its queries give: "nll", "accuracy", "group_accuracy", "em", "f1", "rouge_l".
+        metrics: what its queries give: "nll", "accuracy", "group_accuracy", "em", "f1", "rouge_l", "score".
         licence: of the data; ``upstream, …`` where the package that carries them prints none.
         origin: package and version, hub name, or how the items are made.
+        cited: a benchmark of others: full context is cut to what the model reads instead of being left out.
     """
 
-    name: ClassVar[str] = ""
+    name: str = ""
     title: ClassVar[str] = ""
     metrics: ClassVar[tuple[str, ...]] = ()
     licence: ClassVar[str] = ""
     origin: ClassVar[str] = ""
+    cited: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -50,6 +52,11 @@ class EvalTask(ABC):
     def tally(self) -> Tally | None:
         """What was read of a user's own file; None for all other data."""
         return None
+
+    @property
+    def scored(self) -> str:
+        """How answers are scored, where that is not said by the name of the metric."""
+        return ""
 
     @abstractmethod
     def items(self, tokenizer: Any, limit: int) -> Iterator[Item]:
