@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any, ClassVar
+
+from huggingface_hub import snapshot_download
 
 from .. import hub
 from ..errors import DataError, MissingPackageError
@@ -41,6 +44,27 @@ def load_hub(name: str, split: Split, streaming: bool = False) -> Iterable[dict[
         raise DataError(
             f"cannot load {name} from the hub ({said[0] if said else type(error).__name__}): check the network, "
             "or choose a source that comes in a package (ccm data list)"
+        ) from error
+
+
+def hub_files(name: str, patterns: Sequence[str]) -> Path:
+    """The folder that files of a data set on the hub are downloaded to; what is there already is not fetched again.
+
+    Args:
+        name: of the data set.
+        patterns: of the files that are wanted.
+
+    Raises:
+        DataError: the hub cannot be reached, or has no such data set.
+    """
+    if reason := hub.silent():
+        raise DataError(f"cannot load {name}: {reason}; give a folder that holds its files")
+    try:
+        return Path(snapshot_download(name, repo_type="dataset", allow_patterns=list(patterns)))
+    except (OSError, ValueError) as error:
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"cannot load {name} from the hub ({said}): check the network, or give a folder that holds its files"
         ) from error
 
 

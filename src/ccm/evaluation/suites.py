@@ -14,9 +14,13 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..data.hub import hub_files
 from ..errors import ConfigError, UnknownNameError
-from ..methods.default import UNTRAINED, named
+from ..methods.default import DEFAULT, UNTRAINED, named
 from ..methods.spec import Spec, parse
+from .benchmarks import BENCHMARKS
+from .benchmarks.judge import Judge
+from .benchmarks.layout import digest
 from .own_data import own_task
 from .tasks import EvalTask, get_task
 
@@ -141,6 +145,8 @@ USED = (
 )
 #: For a user's own data, on a model of their own: and the best that needs no training.
 OWN = (*USED, UNTRAINED, f"streaming-llm@{UNTRAINED}")
+#: For benchmarks of others: the best memory for the model, between both ends.
+CITED = ("none", "full", DEFAULT, f"streaming-llm@{DEFAULT}")
 #: And the trained baselines beside CCM of the same short training (recipes/baselines).
 MAIN = (*USED, "ccm-concat-short", "ccm-merge-short", "gisting-online", "compressive")
 #: The same and variants: another rule, the chat setting, a window without sink, one more trained baseline.
@@ -233,6 +239,54 @@ def own_suite(path: Path, strict: bool = False) -> Suite:
     sha = hashlib.sha256(content).hexdigest()[:16]  # a changed file is another task
     options = {"file": path.name, "sha256": sha}
     return Suite(path.stem, ((task.name, options, task.tally.read, OWN),), lambda name, options: task)
+
+
+#: Stands for the model hub where a folder is expected.
+HUB = "hub"
+#: Items of a generated task; of files all are taken.
+_GENERATED, _EVERY = 20, 1_000_000
+
+
+def benchmark_suite(
+    name: str, data: str | None = None, judge: Judge | None = None, lengths: Sequence[int] = ()
+) -> Suite:
+    """A benchmark of others as a suite, a task for every part that its files have.
+
+    Args:
+        name: of the benchmark.
+        data: the folder or file that holds its official files, or "hub".
+        judge: model that judges answers.
+        lengths: tokens of a context, where the texts are made here.
+
+    Raises:
+        ConfigError: data, a judge or lengths that it needs or has no use for.
+        DataError: its files are not there.
+    """
+    cls = BENCHMARKS[name]
+    if judge and not cls.judged:
+        raise ConfigError(f"{name} is scored without a judge: leave --judge out")
+    if lengths and not cls.generated:
+        raise ConfigError(f"{name} has texts of its own: leave --lengths out")
+    if cls.generated:
+        if data is not None:
+            raise ConfigError(f"{name} is made here, there is nothing to be read: leave --data out")
+        made: dict[str, Any] = {"lengths": tuple(lengths)} if lengths else {}
+        generated = tuple((part, made, _GENERATED, CITED) for part in cls.files(Path()))
+        return Suite(name, generated, lambda part, options: cls(name=part, **options))
+    if data is None:
+        raise ConfigError(
+            f"{name} is read from its official files: give --data FOLDER with {cls.file} ({cls.source})"
+        )
+    if data == HUB and not cls.hub:
+        raise ConfigError(
+            f"{name} is not on the model hub: give --data FOLDER with {cls.file} ({cls.source})"
+        )
+    folder = hub_files(cls.hub, cls.downloaded) if data == HUB else Path(data).expanduser()
+    asked = {"judge": judge.model, "judge_url": judge.url} if judge else {}
+    parts = tuple(
+        (part, {"sha256": digest(paths), **asked}, _EVERY, CITED) for part, paths in cls.files(folder).items()
+    )
+    return Suite(name, parts, lambda part, options: cls(name=part, data=folder, judge=judge))
 
 
 def get_suite(name: str) -> Suite:
