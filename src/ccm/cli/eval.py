@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import DataError, UnknownNameError
+from ..errors import ConfigError, DataError, UnknownNameError
 from ..models.known import check, check_all, split_methods
 from ..models.loading import Device, DeviceMap, Dtype, LoadIn, Loading, ModelName
 from ..models.memory_option import Adapter, memory_name
@@ -25,15 +25,17 @@ EPILOG = "Example: ccm eval quick --methods none,full,ccm-concat,streaming-llm@c
 #: Where a user's runs go; a checkout does not track it.
 FOLDER = Path("ccm-eval")
 SUITES = ("quick", "paper", "tuned", "streams", "hub")
+#: Of others, read from their own files (docs/benchmarks.md).
+BENCHMARKS = ("locomo", "longmemeval", "msc", "ruler")
 
 
 def _suite(name: str) -> str:
-    """A suite's name, or an own file that is there."""
+    """A suite's name, a benchmark's, or an own file that is there."""
     if name.endswith(".jsonl"):
         if not Path(name).is_file():
             raise DataError(f"{name} is not there: give a .jsonl file of conversations or labelled items")
-    elif name not in SUITES:
-        raise UnknownNameError("suite", name, [*SUITES, "a .jsonl file of your own"])
+    elif name not in (*SUITES, *BENCHMARKS):
+        raise UnknownNameError("suite", name, [*SUITES, *BENCHMARKS, "a .jsonl file of your own"])
     return name
 
 
@@ -50,18 +52,27 @@ class Options:
     first_stage: str | None
     threads: int | None
     strict: bool = False
+    data: str | None = None
+    judge: tuple[str, str] | None = None
+    lengths: tuple[int, ...] = ()
 
     def chosen(self) -> tuple[Suite, list[Plan]]:
         """The suite, and its tasks with their methods."""
-        from ..errors import ConfigError
-        from ..evaluation.suites import get_suite, own_suite
+        from ..evaluation.benchmarks.judge import Judge
+        from ..evaluation.suites import benchmark_suite, get_suite, own_suite
 
         own = Path(self.suite)
-        suite = own_suite(own, self.strict) if own.suffix == ".jsonl" else get_suite(self.suite)
         if self.strict and own.suffix != ".jsonl":
             raise ConfigError(
                 f"--strict is for a .jsonl file of your own, got suite {self.suite}: leave it out"
             )
+        if own.suffix == ".jsonl":
+            suite = own_suite(own, self.strict)
+        elif self.suite in BENCHMARKS:
+            judge = Judge(*self.judge) if self.judge else None
+            suite = benchmark_suite(self.suite, self.data, judge, self.lengths)
+        else:
+            suite = get_suite(self.suite)
         return suite, suite.plans(self.tasks, self.methods, self.limit, self.added())
 
     def added(self) -> tuple[str, ...]:
@@ -91,7 +102,7 @@ def evaluate(
         str,
         typer.Argument(
             metavar="SUITE",
-            help=f"{', '.join(SUITES)}, or a .jsonl file of your own.",
+            help=f"{', '.join(SUITES)}, a .jsonl file of your own; of others: {', '.join(BENCHMARKS)}.",
             callback=_suite,
         ),
     ],
@@ -165,6 +176,26 @@ def evaluate(
     strict: Annotated[
         bool, typer.Option("--strict", help="Your own file: end with an error if something is left out.")
     ] = False,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER", help="A benchmark's official files; hub downloads them (docs/benchmarks.md)."
+        ),
+    ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="A benchmark whose paper has a judge: OpenAI-compatible server of it; key in OPENAI_API_KEY.",
+        ),
+    ] = None,
+    judge_model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The judge's name on that server.")
+    ] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(metavar="TOKENS,…", help="RULER: tokens of its texts.", show_default="1024,2048,4096"),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object on stdout, everything else on stderr.")
     ] = False,
@@ -179,7 +210,12 @@ def evaluate(
 
     named = tuple(split_methods(methods or ""))
     added = memory_name(memory, adapter)
-    options = Options(suite, named, _names(tasks), limit, loading, added, first_stage, threads, strict)
+    _check_benchmark(suite, data, judge, judge_model, lengths)
+    judged = (judge, judge_model) if judge and judge_model else None
+    options = Options(
+        suite, named, _names(tasks), limit, loading, added, first_stage, threads, strict, data, judged,
+        _numbers(lengths),
+    )  # fmt: skip
     chosen, plans = options.chosen()
     for text in {text for plan in plans for text in plan.methods}:
         checked(parse_method(text))  # a wrong name shows before anything is loaded
@@ -189,6 +225,9 @@ def evaluate(
     for tally in (entry.task.tally for entry in plans):
         if tally:
             console.print(str(tally), highlight=False, soft_wrap=True, markup=False)
+    for how in dict.fromkeys(entry.task.scored for entry in plans):
+        if how:
+            console.print(f"scored: {how}", highlight=False, soft_wrap=True, markup=False)
     with console.status("Reading the tasks"):
         evaluation = prepare(options)
     result = _run(evaluation, options, folder, processes, console, fresh)
@@ -210,6 +249,26 @@ def evaluate(
 
 def _names(text: str | None) -> tuple[str, ...]:
     return tuple(name.strip() for name in (text or "").split(",") if name.strip())
+
+
+def _check_benchmark(
+    suite: str, data: str | None, judge: str | None, judge_model: str | None, lengths: str | None
+) -> None:
+    given = {"--data": data, "--judge": judge, "--judge-model": judge_model, "--lengths": lengths}
+    if suite not in BENCHMARKS and (some := [name for name, value in given.items() if value is not None]):
+        raise ConfigError(
+            f"{some[0]} is for a benchmark of others, got suite {suite}: leave it out, or name one of "
+            f"{', '.join(BENCHMARKS)}"
+        )
+    if (judge is None) != (judge_model is None):
+        raise ConfigError("a judge needs both --judge URL and --judge-model NAME")
+
+
+def _numbers(text: str | None) -> tuple[int, ...]:
+    names = _names(text)
+    if not all(name.isdigit() for name in names):
+        raise ConfigError(f"--lengths is {text!r}, expected numbers of tokens by commas, such as 1024,2048")
+    return tuple(map(int, names))
 
 
 def _run(
@@ -239,7 +298,7 @@ def _run(
         options = replace(options, threads=options.threads or max(1, torch.get_num_threads() // count))
         torch.set_num_threads(options.threads)
 
-    with View(console) as view:
+    with View(console, {plan.task.name for plan, _, _ in evaluation.work if plan.task.cited}) as view:
         try:
             with Workers(count - 1, prepare, options, folder):
                 return evaluation.run(folder, view.on_progress, count, view.on_record)

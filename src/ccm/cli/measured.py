@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -22,16 +23,21 @@ from ..evaluation.metrics import frontier
 #: Seconds between two looks at figures that are not whole yet.
 _PACE = 3.0
 #: What a task is told by, the first that it has; of perplexities less is better.
-_MAIN = ("accuracy", "f1", "perplexity")
+_MAIN = ("score", "accuracy", "f1", "perplexity")
 #: Most letters of a text that was asked or answered.
 _LETTERS = 300
 
 
 class View:
-    """Progress, what is left of the time, and the figures of the task in hand; whole tasks stay on the screen."""
+    """Progress, what is left of the time, and the figures of the task in hand; whole tasks stay on the screen.
 
-    def __init__(self, console: Console):
-        self.console = console
+    Args:
+        console: to write to.
+        by_kind: tasks whose figures are shown by kind of question.
+    """
+
+    def __init__(self, console: Console, by_kind: Collection[str] = ()):
+        self.console, self.by_kind = console, by_kind
         columns = (BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
         self._bar = Progress(*columns, console=console)
         self._task = self._bar.add_task("", total=None)
@@ -65,7 +71,8 @@ class View:
         """See :meth:`ccm.evaluation.runner.Evaluation.run`."""
         if task in self._shown or not (complete or time.monotonic() - self._looked > _PACE):
             return
-        table = figures(task, summary.rows(records), short=not complete)
+        shown = kinds if task in self.by_kind else figures
+        table = shown(task, summary.rows(records), short=not complete)
         if complete:
             self._shown.add(task)
             self.console.print(table)
@@ -115,6 +122,59 @@ def figures(task: str, rows: Sequence[Mapping[str, Any]], short: bool = False) -
     return Group(title, table)
 
 
+def kinds(task: str, rows: Sequence[Mapping[str, Any]], short: bool = False) -> Group:
+    """A benchmark's figures, over all questions and for every kind of them: each method between no and full context.
+
+    Args:
+        task: its name.
+        rows: see :func:`ccm.evaluation.summary.rows`.
+        short: over all questions alone.
+    """
+    main = next((name for name in _MAIN if any(row["metric"] == name for row in rows)), "")
+    of = {(row["tag"], row["method"], row["metric"]): row for row in rows}
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("questions, method", overflow="fold")
+    for name in (main, "95 % CI", "share kept", "n", "KV bytes"):
+        table.add_column(name, justify="right", no_wrap=True)
+    tags = dict.fromkeys(row["tag"] for row in rows if row["metric"] == main)
+    for tag in sorted(tags, key=_natural)[: 1 if short else None]:
+        table.add_row(Text(tag or "all", style="bold"))
+        worth = of.get((tag, "full", main + summary.WORTH))
+        for row in (row for row in rows if (row["tag"], row["metric"]) == (tag, main)):
+            share = of.get((tag, row["method"], "recovered_share"))
+            table.add_row(
+                f"  {row['method']}",
+                f"{row['value']:.3f}",
+                _interval(row),
+                _share(row["method"], share, worth),
+                str(row["n"]),
+                decimal(round(row["kv_bytes"])),
+            )
+        table.add_section()
+    whole = of.get(("", "full", main + summary.WORTH))
+    return Group(Text(f"{task}{_worth(whole)}", style="bold cyan"), table)
+
+
+def _share(method: str, row: Mapping[str, Any] | None, worth: Mapping[str, Any] | None) -> str:
+    """What a method keeps of what full context gains over none, with its interval."""
+    if method in ("none", "full") or worth is None:
+        return ""
+    if not kept(worth) or row is None:
+        return "nothing to keep"
+    interval = _interval(row)
+    return f"{row['value']:.2f} ({interval})" if interval else f"{row['value']:.2f}"
+
+
+def _interval(row: Mapping[str, Any]) -> str:
+    known = row["ci_low"] is not None and row["ci_high"] is not None
+    return f"{row['ci_low']:.2f}, {row['ci_high']:.2f}" if known else ""
+
+
+def _natural(tag: str) -> str:
+    """Sorts numbers in kinds of questions by their size."""
+    return re.sub(r"\d+", lambda digits: digits[0].zfill(9), tag)
+
+
 def kept(worth: Mapping[str, Any]) -> bool:
     """Whether full context is better than none: the whole interval of the gain is above 0; of one item, the gain."""
     return bool((worth["value"] if worth["ci_low"] is None else worth["ci_low"]) > 0)
@@ -149,9 +209,11 @@ def questions(
         records: method -> its record of the item.
         tokenizer: of the model.
     """
-    step = max(item.queries, default=0)
-    for index, query in enumerate(item.queries.get(step, ())):
-        yield Text(f"{task} · {item.name} · after {step} segments", style="bold cyan")
+    last = max(item.queries, default=0)
+    step, asked_last = item.at(last), item.queries.get(last, ())
+    earlier = sum(map(len, item.queries.values())) - len(asked_last) if item.once else 0
+    for index, query in enumerate(asked_last, earlier):
+        yield Text(f"{task} · {item.name} · after {last} segments", style="bold cyan")
         asked, right = _asked(query, tokenizer)
         yield Text(f"  asked: {asked}")
         yield Text(f"  right: {right}")
@@ -178,7 +240,8 @@ def _answered(query: Query, found: Mapping[str, Any], tokenizer: Any) -> str:
     if isinstance(query, Likelihood):
         return f"{found['nll'] / max(1, found['tokens']):.2f} nats per token"
     if isinstance(query, Generation):
-        return f"{found['text']!r} (F1 {found['f1']:.2f})"
+        score = f"score {found['score']:.2f}" if "score" in found else f"F1 {found['f1']:.2f}"
+        return f"{found['text']!r} ({score})"
     mark = "right" if found["correct"] else "wrong"
     return f"{_text(query.options[found['chosen']], tokenizer)} ({mark})"
 
