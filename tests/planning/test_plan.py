@@ -179,6 +179,7 @@ CONFIG = {
 }
 
 
+@pytest.mark.slow  # the embedded model
 def test_the_page_shows_what_is_printed(tmp_path, monkeypatch, capsys):
     page = (Path(__file__).parents[2] / "docs" / "planning.md").read_text()
     shown = re.findall(r"```console\n\$ ccm (.*)\n((?:.|\n)*?)```", page)
