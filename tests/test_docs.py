@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
-from documented import BLOCKS, DOCS, NOT_RUN, PAGES, README, ROOT, blocks, commands, of_ccm
+from documented import BLOCKS, DOCS, NOT_RUN, PAGES, ROOT, blocks, commands, of_ccm
 from services import Running, serving, tiny_service
 from tiny import tiny_model, tiny_tokenizer
 from typer.main import get_command
