@@ -223,7 +223,7 @@ class EngineContract:
         tickets.put(engine.submit(long, listener))
         cut = heard.result()
         assert whole.text.startswith(cut.text) and 0 < cut.tokens < whole.tokens
-        assert cut.finish_reason == "stop" and "".join(heard.pieces) == cut.text
+        assert cut.finish_reason == "stopped" and "".join(heard.pieces) == cut.text
         session = Session(compressor, tokenizer, slots=2, sink=2, window=16, segment=8)
         session.generate("go on", max_new_tokens=cut.tokens, do_sample=False)
         assert close(cut.memory, session.memory) and cut.memory.tokens == session.memory.tokens

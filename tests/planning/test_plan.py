@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +132,7 @@ def test_prefill_of_full_context_is_the_history_before_every_answer(folders):
     assert made["prefill_saved_all"] == 5 * made["prefill_saved"]
 
 
-def test_a_config_is_enough_and_every_figure_says_where_it_comes_from(folders, capsys):
+def test_a_config_is_enough_and_every_figure_says_where_it_comes_from(folders, capsys, caplog):
     where = ["--model", folders[0], "--adapter", folders[1]]
     assert cli.main(["plan", *where, "--users", "10", "--turns", "6", "--gpu-memory", "0.01", "--json"]) == 0
     out, _ = capsys.readouterr()
@@ -140,6 +142,7 @@ def test_a_config_is_enough_and_every_figure_says_where_it_comes_from(folders, c
     measured = {name for name, origin in origins.items() if origin == "measured"}
     assert measured == {"prefill_seconds", "fold_seconds", "commit_seconds", "bandwidth"}
     assert all(figures[name]["value"] > 0 for name in measured)
+    assert "noise" not in caplog.text  # the weights are random, as they may be here
     assert (origins["tokens_per_turn"], origins["pace"], origins["gpu_bytes"]) == (
         "assumed",
         "assumed",
@@ -160,6 +163,34 @@ def test_the_store_that_is_measured_is_left_as_it_was(folders, tmp_path):
     assert isinstance(made, Plan) and made["bandwidth"] > 0
     with open_store(url) as store:
         assert store.usage("ccm-plan") == Usage(0, 0)
+
+
+#: What `8b` on the page is: the shape of Llama 3.1 8B.
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "dtype": "bfloat16",
+}
+
+
+@pytest.mark.slow  # the embedded model
+def test_the_page_shows_what_is_printed(tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parents[2] / "docs" / "planning.md").read_text()
+    shown = re.findall(r"```console\n\$ ccm (.*)\n((?:.|\n)*?)```", page)
+    assert len(shown) == 2
+    (tmp_path / "8b").mkdir()
+    (tmp_path / "8b" / "config.json").write_text(json.dumps(CONFIG))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+    for command, output in shown:
+        assert cli.main(shlex.split(command)) == 0
+        assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == output.splitlines()
 
 
 def test_help_has_an_example(capsys):

@@ -504,8 +504,42 @@ def test_an_answer_that_the_limit_cut_says_so(page, server, monkeypatch):
     monkeypatch.setattr(server.service.engine, "_ends", set())
     page.set("tokens", 4)
     page.say("hello")
-    assert "cut here" in page.all(".message.assistant .mark")[0].text
-    assert not page.all(".message.user .mark")
+    name, cut = page.id(), "cut here, at 4 tokens (Settings: longest answer)"
+
+    def marks():
+        return [
+            [mark.text for mark in m.find_elements(By.CSS_SELECTOR, ".mark")] for m in page.all(".message")
+        ]
+
+    assert marks() == [[], [cut]]
+    body = {
+        "model": "ccm",
+        "messages": [{"role": "user", "content": "go on"}],
+        "max_tokens": 300,
+        "stream": True,
+    }
+    headers = {"X-Session-Id": name, "X-CCM-On-Disconnect": "keep"}
+    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, headers=headers) as stream:
+        next(stream.iter_lines())  # a client that goes away in the middle
+    page.until(lambda: len(known(server, name)) == 4)
+    said = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Hello."}]
+    httpx.post(f"{server.url}/v1/conversations/{name}/items", json={"items": said}, timeout=60)
+    page.driver.refresh()
+    page.go_to(name)
+    page.until(lambda: len(page.all(".message")) == 6)
+    turns = httpx.get(f"{server.url}/v1/memories/{name}").json()["turns"]
+    assert [turn["cut"] and turn["cut"]["by"] for turn in turns] == [
+        None,
+        "length",
+        None,
+        "stopped",
+        None,
+        None,
+    ]
+    count = turns[3]["cut"]["tokens"]
+    assert 0 <= count < 300
+    stopped = f"stopped here, after {count} token{'s' * (count != 1)}"
+    assert marks() == [[], [cut], [], [stopped], [], []]  # as they were before the page was loaded again
 
 
 def test_comparison_with_full_context_and_nothing(page, server):

@@ -136,7 +136,7 @@ def _files() -> Iterator[Check]:
         yield _check(
             name, present or pip, "ready" if present else later, fix, required=name == "embedded model"
         )
-    shipped = sorted({path.parent.name for path in _ADAPTERS.rglob("*.safetensors")})
+    shipped = sorted(path.parent.name for path in _ADAPTERS.glob("*/ccm_config.json"))
     found = ", ".join(shipped) or "none"
     yield _check("shipped adapters", bool(shipped), found, f"install {DISTRIBUTION} again: files are missing")
 

