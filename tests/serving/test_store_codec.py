@@ -133,7 +133,7 @@ def test_float16_gives_way_where_a_value_is_too_large_for_it():
 def test_running_means_keep_all_bits(dtype):
     kv = KV(*torch.randn(2, 3, 2, 6, 8))
     memory = Memory((Row(kv.slice(0, 1), kv, kv, (6,)), Row(kv.slice(0, 0), kv, kv, (6,))), "print")
-    back, metadata = decode(encode(memory, dtype, means=[2, 0])[0])
+    back, _ = decode(encode(memory, dtype, means=[2, 0])[0])
     (first, second), plain = (
         (row.slots for row in back.rows),
         decode(encode(memory, dtype)[0])[0].rows[0].slots,

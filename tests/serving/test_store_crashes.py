@@ -76,7 +76,8 @@ n = store.info("alice", "busy").version
 while True:
     n += 1
     payload = hashlib.sha256(str(n).encode()).digest() * (1000 + 700 * (n % 7)) + b"shared" * 9000 * (n % 2)
-    store.commit("alice", "busy", n - 1, Snapshot(payload, {"n": n}, cuts=tuple(range(32000, len(payload), 9600))), [n])
+    cuts = tuple(range(32000, len(payload), 9600))
+    store.commit("alice", "busy", n - 1, Snapshot(payload, {"n": n}, cuts=cuts), [n])
     print(n, flush=True)
 """
 

@@ -119,7 +119,7 @@ def test_newer_layouts_are_refused(kind, tmp_path, request):
 
         with redis.Redis.from_url(url) as client:
             client.set("ccm:schema", 9)
-    with pytest.raises(ConfigError, match="has schema 9, this release knows up to [12]: upgrade"):
+    with pytest.raises(ConfigError, match=r"has schema 9, this release knows up to [12]: upgrade"):
         open_store(url)
 
 

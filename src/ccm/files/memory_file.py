@@ -7,8 +7,8 @@ A form is written in the lowest version that can say what there is, and read in 
 
     1    sink, slots and window of each row, and its counters
     2    and its notes
-    3    a snapshot that holds entry behind entry, so that two versions of a memory have long parts in common; slots that
-         are running means, which keep all bits, are apart
+    3    a snapshot that holds entry behind entry, so that two versions of a memory have long parts in common; slots
+         that are running means, which keep all bits, are apart
 
 A row is plain here: the fields of :class:`ccm.core.memory.Row` by name, a part of it as a pair of keys and values.
 """
@@ -31,8 +31,8 @@ from ..errors import ConfigError, MemoryFileError, UnknownNameError
 
 FILE, SNAPSHOT = "ccm-memory", "ccm-snapshot"
 NEWEST = {FILE: 2, SNAPSHOT: 3}
-#: Precisions of a snapshot: all bits; half of fp32's, float16 unless a value is too large for it; a quarter with one fp32
-#: scale per layer, head and channel.
+#: Precisions of a snapshot: all bits; half of fp32's, float16 unless a value is too large for it; a quarter with one
+#: fp32 scale per layer, head and channel.
 PRECISIONS = ("float32", "float16", "bfloat16", "int8")
 PARTS = ("sink", "slots", "window")
 COUNTS = ("steps", "tokens", "dropped", "merged", "merged_segments")

@@ -10,9 +10,8 @@ from typing import Any
 from ...core.memory import Memory
 from ...errors import MemoryFileError
 from ...files import memory_file
-from ...files.memory_file import MOST
+from ...files.memory_file import MOST, cuts
 from ...files.memory_file import PRECISIONS as DTYPES
-from ...files.memory_file import cuts
 
 __all__ = ["DTYPES", "cuts", "decode", "encode"]
 

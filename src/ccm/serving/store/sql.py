@@ -380,7 +380,8 @@ class SqlStore(Store):
     @staticmethod
     def _share(run: Run, tenant: str, session: str, parts: dict[str, bytes]) -> int:
         """Add the parts that are not there, remove those that no version has any more; bytes that this adds."""
-        there: dict[str, int] = dict(run(f"SELECT name, nbytes FROM ccm_parts WHERE {_OF}", tenant, session))
+        rows = run(f"SELECT name, nbytes FROM ccm_parts WHERE {_OF}", tenant, session)
+        there: dict[str, int] = {name: size for name, size in rows}
         if not there and not parts:
             return 0
         recipes = run(f"SELECT recipe FROM ccm_versions WHERE {_OF}", tenant, session)
