@@ -123,6 +123,7 @@ class Batch:
         """Let the cache have what lies between the first and the last column of the rows that are taken."""
         count, width = len(self), self._width
         for layer, room in zip(self.live.cache.layers, self._room, strict=True):
-            behind = tuple(states[:count, :, self._first :] for states in room)
-            cast(Roomy, layer)._room = behind
-            layer.keys, layer.values = (states[:, :, :width] for states in behind)
+            keys, values = (states[:count, :, self._first :] for states in room)
+            cast(Roomy, layer)._room = keys, values
+            layer.keys, layer.values = keys[:, :, :width], values[:, :, :width]
+            cast(Roomy, layer)._shown = layer.keys

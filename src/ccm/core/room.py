@@ -17,10 +17,13 @@ class Roomy(DynamicLayer):
     """Keys and values (B, H, K, D) of a layer, as the beginnings of larger tensors."""
 
     _layer_type = None  # transformers must not take it for its own
+    keys: Tensor
+    values: Tensor
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
         self._room: tuple[Tensor, Tensor] | None = None
+        self._shown: Tensor | None = None  # the keys that lie there
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -28,32 +31,28 @@ class Roomy(DynamicLayer):
         """Put keys and values (B, H, T, D) behind those that are held; returns all of them."""
         if torch.is_grad_enabled() or not self.get_seq_length():
             return super().update(key_states, value_states, *args, **kwargs)
-        held = self.keys.shape[2]
-        length = held + key_states.shape[2]
-        if not self._fits(length):
-            self._room = tuple(self._larger(states, length + ROOM) for states in (self.keys, self.values))
+        held, new = self.keys.shape[2], key_states.shape[2]
+        if self._room is None or not self._fits(held + new):
+            self._room = tuple(self._larger(states, held + new + ROOM) for states in (self.keys, self.values))
         keys, values = self._room
-        keys[:, :, held:length] = key_states
-        values[:, :, held:length] = value_states
-        self.keys, self.values = keys[:, :, :length], values[:, :, :length]
+        keys.narrow(2, held, new).copy_(key_states)
+        values.narrow(2, held, new).copy_(value_states)
+        self.keys = self._shown = keys.narrow(2, 0, held + new)
+        self.values = values.narrow(2, 0, held + new)
         return self.keys, self.values
 
     def back(self, tokens: int) -> None:
         """Let go of the newest tokens."""
         length = self.keys.shape[2] - tokens
-        self.keys, self.values = self.keys[:, :, :length], self.values[:, :, :length]
+        fits = self._shown is self.keys
+        self.keys, self.values = self.keys.narrow(2, 0, length), self.values.narrow(2, 0, length)
+        self._shown = self.keys if fits else None
 
     def _fits(self, length: int) -> bool:
         """Whether what is held lies where it was put, with room; beams and the like put other tensors in place."""
-        if self._room is None:
-            return False
-        return all(
-            room.data_ptr() == held.data_ptr()
-            and len(room) == len(held)
-            and room.shape[2] >= length
-            and (not room.is_inference() or torch.is_inference_mode_enabled())
-            for room, held in zip(self._room, (self.keys, self.values), strict=True)
-        )
+        room: Any = self._room
+        writable = not room[0].is_inference() or torch.is_inference_mode_enabled()
+        return self._shown is self.keys and room[0].shape[2] >= length and writable
 
     @staticmethod
     def _larger(states: Tensor, length: int) -> Tensor:
