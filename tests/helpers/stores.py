@@ -83,8 +83,13 @@ def open_at(tmp_path: Path, clock: Clock) -> Iterator[Callable[[str], Opener]]:
 
 
 @pytest.fixture(params=KINDS)
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return empty_place(request.param, tmp_path, request)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def url(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return empty_place(kind, tmp_path, request)
 
 
 @pytest.fixture
@@ -153,6 +158,10 @@ def filled(url: str) -> list[Any]:
         for tenant in ("alice", "bob"):
             store.create(tenant, "one")
             for n in (1, 2):
-                payload = random.Random(f"{tenant}{n}").randbytes(3000)
-                store.commit(tenant, "one", n - 1, Snapshot(payload, {"n": n}), [f"turn {n} of {tenant}"])
+                payload = random.Random(tenant).randbytes(2000) + random.Random(f"{tenant}{n}").randbytes(
+                    1000
+                )
+                cuts = () if n == 1 else (700, 2000)
+                given = Snapshot(payload, {"n": n}, cuts=cuts)
+                store.commit(tenant, "one", n - 1, given, [f"turn {n} of {tenant}"])
         return everything(store)

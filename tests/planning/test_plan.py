@@ -21,6 +21,7 @@ from ccm.core.live import Live
 from ccm.errors import ConfigError, StorageError, UnsupportedModelError
 from ccm.planning import measure
 from ccm.planning.plan import Load, Plan, plan
+from ccm.serving.settings import Settings
 from ccm.serving.store import Usage, codec, open_store
 from ccm.session import Session
 
@@ -84,7 +85,7 @@ def test_figures_are_what_a_real_conversation_has(
         session.memory = session._folded(session.memory, ids)
 
     stats = session.stats()
-    assert made["memory_kv_bytes"] == made["snapshot_bytes"] == stats["nbytes"] == session.memory.nbytes
+    assert made["memory_kv_bytes"] == stats["nbytes"] == session.memory.nbytes
     assert made["full_kv_bytes"] == stats["full_context_nbytes"]
     assert made["prefill_memory"] == sum(read)
     held = next(f for f in made.sections["A conversation"] if f.name == "memory_kv_bytes").note
@@ -97,7 +98,9 @@ def test_figures_are_what_a_real_conversation_has(
     assert made["users_per_gpu_memory"] == (int(0.9 * 10**7) - weights) // nbytes
     assert made["users_per_gpu_full"] == (int(0.9 * 10**7) - weights) // stats["full_context_nbytes"]
 
-    payload, _ = codec.encode(session.memory)
+    means = [session.method.means(row.steps) for row in session.memory.rows]
+    payload, kept = codec.encode(session.memory, Settings("any").precision, means)
+    assert kept["dtype"] == "float16"
     assert 0 < len(payload) - made["snapshot_bytes"] < 8192  # the header, which does not grow
 
 
@@ -140,7 +143,7 @@ def test_a_config_is_enough_and_every_figure_says_where_it_comes_from(folders, c
     origins = {name: figure["origin"] for name, figure in figures.items()}
     assert set(origins.values()) == {"given", "assumed", "calculated", "measured"}
     measured = {name for name, origin in origins.items() if origin == "measured"}
-    assert measured == {"prefill_seconds", "fold_seconds", "commit_seconds", "bandwidth"}
+    assert measured == {"prefill_seconds", "fold_seconds", "fold_share", "commit_seconds", "bandwidth"}
     assert all(figures[name]["value"] > 0 for name in measured)
     assert "noise" not in caplog.text  # the weights are random, as they may be here
     assert (origins["tokens_per_turn"], origins["pace"], origins["gpu_bytes"]) == (
@@ -221,6 +224,30 @@ def test_bad_input_is_one_line(folders, options, says, capsys):
     assert cli.main(["plan", *given, *options]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and err.startswith("error: ") and says in err
+
+
+@pytest.mark.parametrize(("tokens", "passes"), [(20, 1), (90, 1), (400, 1)])
+def test_a_turn_is_timed_with_the_passes_that_a_server_makes(folders, monkeypatch, tokens, passes):
+    """All of its segments in one pass, not one pass or two for each of them."""
+    counts: list[int] = []
+    times = measure._times
+
+    def counted(device: Any, *calls: Any) -> Any:
+        for call in calls:
+            read: list[Any] = []
+            hook = torch.nn.modules.module.register_module_forward_pre_hook(
+                lambda module, args, read=read: (
+                    read.append(module) if type(module).__name__ == "LlamaModel" else None
+                )
+            )
+            call()
+            hook.remove()
+            counts.append(len(read))
+        return times(device, *calls)
+
+    monkeypatch.setattr(measure, "_times", counted)
+    made = plan(Load(1, 6, tokens), model=folders[0], memory=f"{folders[1]}:window=16")
+    assert counts == [1, passes, 1] and made["fold_share"] > 0
 
 
 def test_a_store_that_is_not_there_is_said_before_the_model_is_measured(folders, monkeypatch):

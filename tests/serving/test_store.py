@@ -6,12 +6,14 @@ import json
 import math
 import random
 import threading
+from itertools import accumulate
 
 import pytest
 from stores import OPERATIONS, snap
 
 from ccm.errors import ConfigError
-from ccm.serving.store import ConflictError, NotFoundError, Snapshot, Usage
+from ccm.serving.store import ConflictError, NotFoundError, QuotaError, Snapshot, Usage
+from ccm.serving.store.base import PART
 
 
 def test_versions_are_immutable_and_follow_each_other(opener, clock):
@@ -87,6 +89,59 @@ def test_versions_that_are_dropped_make_room(opener):
     with pytest.raises(ConflictError):
         store.commit("alice", session, 40, snap(41), drop=[40])
     assert list(store.versions("alice", session)) == [39, 40, 41]
+
+
+def cut(*pieces: bytes) -> Snapshot:
+    """A payload of these pieces, which other versions may have as well."""
+    return Snapshot(b"".join(pieces), {}, cuts=tuple(accumulate(map(len, pieces[:-1]))))
+
+
+def test_equal_parts_of_versions_are_kept_once(opener, kind):
+    store = opener(keep=3)
+    session = store.create("alice")
+    pieces = [bytes([n]) * 1000 for n in range(9)]
+    for n in range(1, 7):  # one piece goes, one comes
+        given = cut(*pieces[n - 1 : n + 3], pieces[n])  # and one is there twice
+        kept = store.commit("alice", session, n - 1, given)
+        assert kept == store.latest("alice", session) == store.get("alice", session, n)
+        if kind != "dir":
+            assert store.latest("alice", session).cuts == given.cuts
+        versions = min(n, 3)
+        shared = versions * (2 + 5 * PART) + 1000 * (3 + versions)
+        assert store.info("alice", session).nbytes == (versions * 5002 if kind == "dir" else shared)
+    assert store.usage("alice").nbytes == store.info("alice", session).nbytes
+    for n in (4, 5, 6):
+        assert store.get("alice", session, n).payload == cut(*pieces[n - 1 : n + 3], pieces[n]).payload
+    twin = store.fork("alice", session, version=5)  # has parts of its own
+    store.create("bob", session)
+    store.commit("bob", session, 0, cut(pieces[5], pieces[6]))
+    store.commit("alice", session, 6, Snapshot(b"whole", {}))
+    for n in range(7, 10):
+        store.commit("alice", session, n, Snapshot(b"whole", {}), drop=[4, 5, 6])
+    assert store.info("alice", session).nbytes == 3 * len("{}whole")
+    assert store.latest("alice", twin).payload == cut(*pieces[4:8], pieces[5]).payload
+    assert store.latest("bob", session).payload == pieces[5] + pieces[6]
+    store.delete("alice", twin)
+    assert store.usage("alice").nbytes == 3 * len("{}whole")
+    store.create("alice", twin)
+    store.commit("alice", twin, 0, cut(b"", pieces[1], b""))
+    assert store.latest("alice", twin).payload == pieces[1]
+
+
+def test_a_commit_that_shares_its_parts_is_within_the_quota(opener, kind):
+    store = opener(nbytes=3000, keep=2)
+    session = store.create("alice")
+    store.commit("alice", session, 0, cut(b"a" * 1800, b"b"))
+    again = cut(b"a" * 1800, b"c")
+    if kind == "dir":  # whole files
+        with pytest.raises(QuotaError):
+            store.commit("alice", session, 1, again)
+        return
+    assert store.commit("alice", session, 1, again).version == 2
+    with pytest.raises(QuotaError):
+        store.commit("alice", session, 2, cut(b"d" * 1800, b"c"))
+    assert store.latest("alice", session).payload == again.payload
+    assert store.get("alice", session, 1).payload == cut(b"a" * 1800, b"b").payload
 
 
 def test_what_is_committed_is_there_after_opening_again(opener):

@@ -8,6 +8,7 @@ import pickle
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from safetensors import torch as safetensors
 from stores import EMBEDDED, damage, empty_place
 
 from ccm.core.memory import KV, Memory, Row
+from ccm.core.rules import RULES
 from ccm.errors import MemoryFileError, UnknownNameError
 from ccm.files import memory_file
 from ccm.serving.store import Snapshot, open_store
-from ccm.serving.store.codec import DTYPES, decode, encode
+from ccm.serving.store.codec import DTYPES, cuts, decode, encode
 
 
 def memory_of(seed: int = 0, window: torch.dtype = torch.bfloat16) -> Memory:
@@ -70,7 +72,7 @@ def test_a_memory_comes_back_with_the_error_that_is_stated(dtype, window):
     back, read = decode(data)
     assert read == metadata == json.loads(json.dumps(metadata))
     assert metadata["nbytes"] == len(data)
-    assert same(memory, back) == (dtype == "float32")
+    assert same(memory, back) == (metadata["dtype"] == "float32")
     assert [t.dtype for t in tensors_of(back)] == [t.dtype for t in tensors_of(memory)]
     for place, part in enumerate(("keys", "values")):
         pairs = list(zip(tensors_of(memory)[place::2], tensors_of(back)[place::2], strict=True))
@@ -79,7 +81,9 @@ def test_a_memory_comes_back_with_the_error_that_is_stated(dtype, window):
             for f in (lambda x, y: x - y, lambda x, y: x)
         )
         assert metadata["error"][part] == pytest.approx((off / whole).item(), rel=1e-6)
-    bounds = {"float32": (0, 0), "bfloat16": (1e-5, 3e-3), "int8": (1e-4, 5e-3)}[dtype]
+    bounds = {"float32": (0, 0), "float16": (1e-6, 4e-4), "bfloat16": (1e-5, 3e-3), "int8": (1e-4, 5e-3)}[
+        metadata["dtype"]
+    ]
     assert all(bounds[0] <= error <= bounds[1] for error in metadata["error"].values())
 
 
@@ -98,9 +102,9 @@ def test_smaller_dtypes_are_smaller():
     memory = memory_of(window=torch.float32)
     wide = KV(*torch.randn(2, 3, 2, 400, 8))
     memory = Memory((Row(wide, wide, wide, (400,)),), "print")
-    whole, half, quarter = (len(encode(memory, dtype)[0]) / memory.nbytes for dtype in DTYPES)
+    whole, half, other, quarter = (len(encode(memory, dtype)[0]) / memory.nbytes for dtype in DTYPES)
     assert 1 <= whole < 1.05
-    assert 0.5 <= half < 0.53
+    assert 0.5 <= half < 0.53 and 0.5 <= other < 0.53
     assert 0.25 <= quarter < 0.29
 
 
@@ -117,11 +121,76 @@ def test_constant_tiny_and_huge_values():
         encode(Memory((Row(top, top, top, (3,)),), "p"), "bfloat16")
 
 
+def test_float16_gives_way_where_a_value_is_too_large_for_it():
+    for value, stored in ((65504.0, "float16"), (65505.0, "float32")):
+        kv = KV(*torch.full((2, 1, 1, 3, 2), -value))
+        memory = Memory((Row(kv, kv, kv, (3,)),), "p")
+        data, metadata = encode(memory, "float16")
+        assert metadata["dtype"] == decode(data)[1]["dtype"] == stored and same(decode(data)[0], memory)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])
+def test_running_means_keep_all_bits(dtype):
+    kv = KV(*torch.randn(2, 3, 2, 6, 8))
+    memory = Memory((Row(kv.slice(0, 1), kv, kv, (6,)), Row(kv.slice(0, 0), kv, kv, (6,))), "print")
+    back, _ = decode(encode(memory, dtype, means=[2, 0])[0])
+    (first, second), plain = (
+        (row.slots for row in back.rows),
+        decode(encode(memory, dtype)[0])[0].rows[0].slots,
+    )
+    assert torch.equal(first.keys[:, :, :2], kv.keys[:, :, :2])
+    assert torch.equal(first.values[:, :, :2], kv.values[:, :, :2])
+    if dtype != "int8":  # scales there are of what is scaled
+        assert torch.equal(first.keys[:, :, 2:], plain.keys[:, :, 2:])
+    assert not torch.equal(second.keys[:, :, :2], kv.keys[:, :, :2])  # negative control
+    assert decode(encode(memory, "float32", means=[2, 0])[0])[0].rows[0].slots.length == 6
+
+
+def test_a_mean_over_many_folds_does_not_stand_still():
+    """Stored after every fold: in fp32 the mean of a thousand blocks is right, in 16 bits it is off by far more."""
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.randn(1000, 1, 1, 1, 64, generator=generator) + 3
+    off = {}
+    for means in (1, 0):
+        row = Row(*(KV(*torch.zeros(2, 1, 1, n, 64)) for n in (0, 1, 0)))
+        for step, block in enumerate(blocks, 1):
+            slots = KV(*(RULES["mean"]().update(old, block, step) for old in row.slots))
+            row = decode(encode(Memory((replace(row, slots=slots),), "p"), "bfloat16", [means])[0])[0].rows[0]
+        off[means] = (row.slots.keys - blocks.mean(0)).abs().max().item()
+    assert off[1] < 1e-4 < 1e-2 < off[0]
+
+
+def test_what_is_read_from_a_bytearray_is_not_copied():
+    memory = memory_of(window=torch.float32)
+    data = bytearray(encode(memory)[0])
+    (row, _) = decode(data)[0].rows
+    ends = [torch.frombuffer(data, dtype=torch.uint8).data_ptr() + at for at in (0, len(data))]
+    assert all(ends[0] <= t.data_ptr() < ends[1] for t in (*row.slots, *row.window))
+    assert not any(ends[0] <= t.data_ptr() < ends[1] for t in row.sink)  # it would hold the rest for ever
+
+
+def test_versions_of_a_memory_have_their_parts_in_common():
+    """Slots that have moved, and the window, are cut out as the same bytes again; what is new is not."""
+    memory = memory_of(3, torch.float32)
+    kv = KV(*torch.randn(2, 3, 2, 60, 8))
+    before = replace(memory.rows[0], slots=kv)
+    after = replace(before, slots=KV.cat([KV(*(x[:, :, :2] * 2 for x in kv)), kv.slice(6), kv.slice(0, 4)]))
+    payloads = [encode(Memory((row,), "p"))[0] for row in (before, after)]
+    parts = []
+    for payload in payloads:
+        ends = [0, *cuts(payload), len(payload)]
+        assert ends == sorted(set(ends)) and len(ends) > 20
+        parts.append({payload[a:b] for a, b in pairwise(ends)})
+    new = sum(map(len, parts[1] - parts[0]))
+    entry = 2 * 3 * 2 * 8 * 4  # keys and values
+    assert 6 * entry <= new < 30 * entry + len(payloads[1]) - Memory((after,), "p").nbytes
+
+
 def test_what_cannot_be_encoded():
     memory = memory_of()
     with pytest.raises(
         UnknownNameError,
-        match=r"unknown dtype 'int4' \(did you mean int8\?\): expected one of bfloat16, float32, int8",
+        match=r"unknown dtype 'int4' \(did you mean int8\?\): expected one of bfloat16, float16, float32, int8",
     ):
         encode(memory, "int4")
     memory.rows[0].slots.keys[0, 0, 0, 0] = math.nan
@@ -175,20 +244,20 @@ FORGERIES: dict[str, tuple[Callable[..., None], str]] = {
     "infinite product": (lambda t, m, r: t["0.slots.keys.scale"].fill_(3e38), "NaN or infinite"),
     "missing tensor": (lambda t, m, r: t.pop("0.slots.keys"), "0.slots.keys"),
     "extra tensor": (lambda t, m, r: put(t, "x", torch.zeros(1)), "tensors, expected"),
-    "other dtype": (lambda t, m, r: put(t, "0.slots.keys", torch.zeros(3, 2, 6, 8)), "has dtype 'F32'"),
-    "int64": (lambda t, m, r: put(t, "0.sink.keys", torch.zeros(3, 2, 1, 8).long()), "has dtype 'I64'"),
+    "other dtype": (lambda t, m, r: put(t, "0.slots.keys", torch.zeros(6, 3, 2, 8)), "has dtype 'F32'"),
+    "int64": (lambda t, m, r: put(t, "0.sink.keys", torch.zeros(1, 3, 2, 8).long()), "has dtype 'I64'"),
     "flat": (lambda t, m, r: put(t, "0.slots.keys", t["0.slots.keys"].flatten()), "impossible shape|zip"),
     "keys longer": (
-        lambda t, m, r: put(t, "0.slots.keys", torch.zeros(3, 2, 7, 8).char()),
+        lambda t, m, r: put(t, "0.slots.keys", torch.zeros(7, 3, 2, 8).char()),
         "differ in shape",
     ),
     "wide scale": (
-        lambda t, m, r: put(t, "0.slots.keys.scale", torch.ones(3, 2, 6, 8)),
+        lambda t, m, r: put(t, "0.slots.keys.scale", torch.ones(6, 3, 2, 8)),
         "scale .* another shape",
     ),
     "heads": (
         lambda t, m, r: [
-            put(t, f"1.sink.{p}{s}", torch.zeros(3, 9, 0, 8).to(d))
+            put(t, f"1.sink.{p}{s}", torch.zeros(0, 3, 9, 8).to(d))
             for p in ("keys", "values")
             for s, d in (("", torch.int8), (".scale", torch.float32))
         ],
@@ -242,9 +311,7 @@ def test_a_snapshot_from_before_merged_tokens_were_counted_is_read():
 def test_nothing_is_allocated_for_what_a_header_claims(monkeypatch):
     data = encode(memory_of(), "float32")[0]
     header, body = parts_of(data)
-    monkeypatch.setattr(
-        memory_file.safetensors, "load", lambda data: pytest.fail("allocated before it was checked")
-    )
+    monkeypatch.setattr(memory_file, "_views", lambda *args: pytest.fail("allocated before it was checked"))
     claims: list[bytes] = [
         b"",
         b"\x05",
@@ -257,10 +324,10 @@ def test_nothing_is_allocated_for_what_a_header_claims(monkeypatch):
         b"PK\x03\x04" + data,
     ]
     for shape in (
-        [1 << 40, 2, 6, 8],
-        [3, 2, 1 << 62, 8],
-        [3, 2, -6, 8],
-        [3, 2, 6.0, 8],
+        [6, 1 << 40, 2, 8],
+        [1 << 62, 3, 2, 8],
+        [-6, 3, 2, 8],
+        [6.0, 3, 2, 8],
         [3, 2, 6],
         "3268",
         None,

@@ -75,8 +75,9 @@ store = open_store(sys.argv[1], Limits(keep=3))
 n = store.info("alice", "busy").version
 while True:
     n += 1
-    payload = hashlib.sha256(str(n).encode()).digest() * (1000 + 700 * (n % 7))
-    store.commit("alice", "busy", n - 1, Snapshot(payload, {"n": n}), [n])
+    payload = hashlib.sha256(str(n).encode()).digest() * (1000 + 700 * (n % 7)) + b"shared" * 9000 * (n % 2)
+    cuts = tuple(range(32000, len(payload), 9600))
+    store.commit("alice", "busy", n - 1, Snapshot(payload, {"n": n}, cuts=cuts), [n])
     print(n, flush=True)
 """
 
@@ -89,7 +90,8 @@ def check_survivor(store: Store, acknowledged: int) -> int:
     assert acknowledged <= newest <= acknowledged + 1  # one more may have been cut off before its answer
     for n in range(max(1, newest - 2), newest + 1):
         found = store.get("alice", "busy", n)
-        assert found.payload == hashlib.sha256(str(n).encode()).digest() * (1000 + 700 * (n % 7))
+        own = hashlib.sha256(str(n).encode()).digest() * (1000 + 700 * (n % 7))
+        assert found.payload == own + b"shared" * 9000 * (n % 2)
         assert found.metadata == {"n": n}
     assert store.transcript("alice", "busy") == list(range(1, newest + 1))
     return newest

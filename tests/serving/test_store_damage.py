@@ -92,11 +92,13 @@ def test_damaged_values_in_a_server(tmp_path, request):
     import redis
 
     client = redis.Redis.from_url(url)
-    key = f"ccm:{name_of('alice')}:s:one"
+    keys = [f"ccm:{name_of('alice')}:{what}:one" for what in "sp"]
     rng = random.Random(3)
-    original = client.hgetall(key)
-    for _ in range(60):
-        field = rng.choice(sorted(original))
+    originals = {key: client.hgetall(key) for key in keys}
+    for n in range(80):
+        key = keys[n % 4 == 0]
+        original = originals[key]
+        field = rng.choice([name for name, value in sorted(original.items()) if value])
         client.hset(key, field, damage(original[field], rng))
         with open_store(url) as store:
             for seen, right in zip(everything(store)[:5], whole[:5], strict=True):

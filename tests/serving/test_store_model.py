@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from hypothesis.stateful import (
 from stores import KINDS, Clock, empty_place
 
 from ccm.serving.store import ConflictError, Limits, NotFoundError, QuotaError, Snapshot, Usage, open_store
+from ccm.serving.store.base import PART
 
 
 class Machine(RuleBasedStateMachine):
@@ -26,6 +28,7 @@ class Machine(RuleBasedStateMachine):
 
     place: Callable[[], str]
     KEEP, SESSIONS, NBYTES, TTL = 2, 3, 900, 20.0
+    shares = True
     tenants = st.sampled_from(["alice", "bob"])
     names = st.sampled_from(["s", "t", "alice", "../s"])
 
@@ -42,10 +45,13 @@ class Machine(RuleBasedStateMachine):
             name: s for (t, name), s in self.model.items() if t == tenant and s["expires"] > self.clock.now
         }
 
-    @staticmethod
-    def size(session: dict[str, Any]) -> int:
-        held = sum(len(p) + len(json.dumps(m)) for p, m in session["versions"].values())
-        return held + sum(len(json.dumps(entry)) for _, entry in session["transcript"])
+    def size(self, session: dict[str, Any]) -> int:
+        held, parts = 0, set[bytes]()
+        for payload, metadata, pieces in session["versions"].values():
+            shared = self.shares and len(pieces) > 1
+            held += len(json.dumps(metadata)) + (PART * len(pieces) if shared else len(payload))
+            parts |= set(pieces) if shared else set()
+        return held + sum(map(len, parts)) + sum(len(json.dumps(entry)) for _, entry in session["transcript"])
 
     def fits(self, tenant: str, changed: dict[str, dict[str, Any]]) -> bool:
         after = {**self.alive(tenant), **changed}
@@ -77,23 +83,29 @@ class Machine(RuleBasedStateMachine):
         else:
             self.put(tenant, name, self.session({}, []), act)
 
-    @rule(tenant=tenants, name=names, off=st.sampled_from([0, 0, 0, 1, -1]), size=st.integers(0, 200))
-    def commit(self, tenant: str, name: str, off: int, size: int) -> None:
+    @rule(
+        tenant=tenants,
+        name=names,
+        off=st.sampled_from([0, 0, 0, 1, -1]),
+        pieces=st.lists(st.sampled_from([b"a" * 60, b"b" * 60, b"c" * 5, b""]), min_size=1, max_size=4),
+    )
+    def commit(self, tenant: str, name: str, off: int, pieces: list[bytes]) -> None:
         self.n += 1
         old = self.alive(tenant).get(name)
         newest = max(old["versions"], default=0) if old else 0
         expected = max(newest + off, 0)
-        payload, metadata, entry = bytes([self.n % 256]) * size, {"n": self.n}, {"turn": self.n}
+        payload, metadata, entry = b"".join(pieces), {"n": self.n}, {"turn": self.n}
+        cuts = tuple(accumulate(map(len, pieces[:-1])))
 
         def act() -> Any:
-            return self.store.commit(tenant, name, expected, Snapshot(payload, metadata), [entry])
+            return self.store.commit(tenant, name, expected, Snapshot(payload, metadata, cuts=cuts), [entry])
 
         if old is None:
             self.expect(NotFoundError, act)
         elif expected != newest:
             self.expect(ConflictError, act)
         else:
-            versions = {**old["versions"], newest + 1: (payload, metadata)}
+            versions = {**old["versions"], newest + 1: (payload, metadata, pieces)}
             new = self.session(versions, [*old["transcript"], (newest + 1, entry)])
             self.put(tenant, name, new, act)
 
@@ -139,7 +151,7 @@ class Machine(RuleBasedStateMachine):
             for name, session in alive.items():
                 newest = max(session["versions"], default=0)
                 assert list(self.store.versions(tenant, name)) == sorted(session["versions"])
-                for version, (payload, metadata) in session["versions"].items():
+                for version, (payload, metadata, _) in session["versions"].items():
                     found = self.store.get(tenant, name, version)
                     assert (found.payload, found.metadata) == (payload, metadata)
                 latest = self.store.latest(tenant, name)
@@ -158,6 +170,8 @@ def test_random_operations_against_a_dictionary(kind, request, tmp_path):
     runs = iter(range(10**6))
 
     class Machine_(Machine):
+        shares = kind != "dir"
+
         def place(self) -> str:
             folder = tmp_path / str(next(runs))
             return empty_place(kind, folder, request)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import sqlite3
 import sys
 
 import pytest
 from stores import KINDS, empty_place, everything, filled, snap
 
 from ccm.errors import ConfigError, MissingPackageError, StorageError, UnknownNameError
-from ccm.serving.store import list_stores, open_store, register, sql
-from ccm.serving.store.base import STORES
+from ccm.serving.store import Limits, Snapshot, list_stores, open_store, register, sql
+from ccm.serving.store.base import PART, STORES, digest_of, name_of
 
 
 def test_every_kind_is_registered_and_one_class_adds_another(tmp_path):
@@ -112,14 +113,60 @@ def test_newer_layouts_are_refused(kind, tmp_path, request):
     url = empty_place(kind, tmp_path, request)
     open_store(url).close()
     if kind == "dir":
-        (tmp_path / "store" / "ccm-store.json").write_text('{"schema": 2}')
+        (tmp_path / "store" / "ccm-store.json").write_text('{"schema": 9}')
     else:
         import redis
 
         with redis.Redis.from_url(url) as client:
-            client.set("ccm:schema", 2)
-    with pytest.raises(ConfigError, match="has schema 2, this release knows up to 1: upgrade"):
+            client.set("ccm:schema", 9)
+    with pytest.raises(ConfigError, match=r"has schema 9, this release knows up to [12]: upgrade"):
         open_store(url)
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_a_database_from_before_parts_were_shared_is_read_and_goes_on(kind, tmp_path, request, monkeypatch):
+    url = empty_place(kind, tmp_path, request)
+    with monkeypatch.context() as older:
+        older.setattr(sql, "MIGRATIONS", sql.MIGRATIONS[:1])
+        open_store(url).close()
+    metadata, payload = '{"n": 1}', b"from before"
+    digest = digest_of("alice", "old", 1, 5.0, metadata, payload)
+    rows = {
+        "ccm_sessions": ("alice", "old", 1, 5.0, 5.0, None, len(metadata) + len(payload), 0),
+        "ccm_versions": ("alice", "old", 1, 5.0, metadata, payload, digest, len(metadata) + len(payload)),
+    }
+    if kind == "sqlite":
+        connection = sqlite3.connect(url.removeprefix("sqlite://"))
+    else:
+        import psycopg
+
+        connection = psycopg.connect(url)
+    for table, row in rows.items():
+        marks = ", ".join(["?" if kind == "sqlite" else "%s"] * len(row))
+        connection.execute(f"INSERT INTO {table} VALUES ({marks})", row)
+    connection.commit()
+    connection.close()
+    with open_store(url, Limits(keep=1)) as store:
+        assert store.latest("alice", "old").payload == payload
+        store.commit("alice", "old", 1, Snapshot(b"and after", {}, cuts=(4,)))
+        assert store.latest("alice", "old").payload == b"and after"
+        assert store.info("alice", "old").nbytes == len("{}") + 2 * PART + len("and after")
+
+
+def test_a_server_from_before_parts_were_shared_is_read_and_goes_on(tmp_path, request):
+    url = empty_place("redis", tmp_path, request)
+    import redis
+
+    with open_store(url) as store, redis.Redis.from_url(url) as client:
+        store.create("alice", "old")
+        store.commit("alice", "old", 0, snap(1))
+        client.hdel(f"ccm:{name_of('alice')}:s:old", "1:recipe")  # as it was
+        client.set("ccm:schema", 1)
+        with open_store(url, Limits(keep=1)) as again:
+            assert client.get("ccm:schema") == b"2"
+            assert again.latest("alice", "old").payload == snap(1).payload
+            again.commit("alice", "old", 1, Snapshot(b"and after", {}, cuts=(4,)))
+            assert again.info("alice", "old").nbytes == len("{}") + 2 * PART + len("and after")
 
 
 def test_ids_do_not_become_file_names(tmp_path, request):

@@ -17,6 +17,7 @@ from transformers import DynamicCache
 
 from .attention import PLAN, RecurrentPlan
 from .memory import KV, Memory
+from .room import roomy_cache
 from .rotary import Rotary, unrotate
 
 
@@ -61,7 +62,7 @@ class Live:
             is_memory[r, empty : width - row.window.length] = True
             keys.append(pad(kv.keys, (0, 0, empty, 0)))
             values.append(pad(kv.values, (0, 0, empty, 0)))
-        cache = DynamicCache()
+        cache = roomy_cache()
         if width:
             for layer, (k, v) in enumerate(zip(torch.stack(keys, 1), torch.stack(values, 1), strict=True)):
                 place = devices[layer] if devices else device
@@ -120,7 +121,7 @@ class Live:
         chosen = torch.tensor(rows, device=self.valid.device)
         valid = self.valid[chosen]
         columns = valid.any(0).nonzero().squeeze(1)
-        cache = DynamicCache()
+        cache = roomy_cache()
         for index, layer in enumerate(self.cache.layers):
             keys, values = (
                 states.index_select(0, chosen.to(states.device)).index_select(2, columns.to(states.device))
@@ -129,24 +130,3 @@ class Live:
             cache.update(keys, values, index)
         position, is_memory = self.position[chosen][:, columns], self.is_memory[chosen][:, columns]
         return Live(cache, position, is_memory, valid[:, columns])
-
-    @staticmethod
-    def cat(parts: Sequence[Live]) -> Live:
-        """Rows of several that have all read something."""
-        if len(parts) == 1:
-            return parts[0]
-        width = max(live.valid.shape[1] for live in parts)
-        short = [width - live.valid.shape[1] for live in parts]
-        cache = DynamicCache()
-        for index in range(len(parts[0].cache.layers)):
-            layers = [live.cache.layers[index] for live in parts]
-            keys, values = (
-                torch.cat([pad(states, (0, 0, n, 0)) for states, n in zip(own, short, strict=True)])
-                for own in zip(*((layer.keys, layer.values) for layer in layers), strict=True)
-            )
-            cache.update(keys, values, index)
-        position, is_memory, valid = (
-            torch.cat([pad(getattr(live, name), (n, 0)) for live, n in zip(parts, short, strict=True)])
-            for name in ("position", "is_memory", "valid")
-        )
-        return Live(cache, position, is_memory, valid)

@@ -50,6 +50,10 @@ class Rule(ABC):
         """Number of slots after ``steps`` folds of n slots each."""
         return n if steps else 0
 
+    def means(self, steps: int, n: int) -> int:
+        """How many of the first slots are running means after ``steps`` folds: rounding them would add up."""
+        return 0
+
     def apart(self, steps: int) -> int:
         """How many of the newest segments have slots that they share with no other, after ``steps`` folds."""
         if self.blocks is None or steps <= self.blocks:
@@ -115,6 +119,9 @@ class Mean(Rule):
     def update(self, slots: Tensor, block: Tensor, step: int) -> Tensor:
         return block if step == 1 else slots + (block - slots) / step
 
+    def means(self, steps: int, n: int) -> int:
+        return n if steps else 0
+
     def columns(self, blocks: Tensor) -> Tensor:
         """All at once: an accelerator would wait for its host between one update and the next."""
         return _means(blocks).flatten(2, 3)
@@ -133,6 +140,9 @@ class EMA(Rule):
 
     def update(self, slots: Tensor, block: Tensor, step: int) -> Tensor:
         return block if step == 1 else slots + self.weight * (block - slots)
+
+    def means(self, steps: int, n: int) -> int:
+        return n if steps else 0
 
 
 class Replace(Rule):
@@ -175,6 +185,9 @@ class Bounded(Rule):
 
     def size(self, steps: int, n: int) -> int:
         return min(steps, self.blocks) * n
+
+    def means(self, steps: int, n: int) -> int:
+        return n if self.overflow == "merge" and steps > self.blocks else 0
 
     def kept(self, step: int, slots: int, n: int) -> tuple[int, int]:
         if step <= self.blocks:

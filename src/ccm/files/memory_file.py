@@ -7,6 +7,8 @@ A form is written in the lowest version that can say what there is, and read in 
 
     1    sink, slots and window of each row, and its counters
     2    and its notes
+    3    a snapshot that holds entry behind entry, so that two versions of a memory have long parts in common; slots
+         that are running means, which keep all bits, are apart
 
 A row is plain here: the fields of :class:`ccm.core.memory.Row` by name, a part of it as a pair of keys and values.
 """
@@ -16,23 +18,22 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import mmap
 import os
 import re
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors import torch as safetensors
 from torch import Tensor
 
 from ..errors import ConfigError, MemoryFileError, UnknownNameError
 
 FILE, SNAPSHOT = "ccm-memory", "ccm-snapshot"
-NEWEST = 2
-#: Precisions of a snapshot: all bits, half of fp32's, or a quarter with one fp32 scale per layer, head and channel.
-PRECISIONS = ("float32", "bfloat16", "int8")
+NEWEST = {FILE: 2, SNAPSHOT: 3}
+#: Precisions of a snapshot: all bits; half of fp32's, float16 unless a value is too large for it; a quarter with one
+#: fp32 scale per layer, head and channel.
+PRECISIONS = ("float32", "float16", "bfloat16", "int8")
 PARTS = ("sink", "slots", "window")
 COUNTS = ("steps", "tokens", "dropped", "merged", "merged_segments")
 LISTS = ("segments", "recent", "notes")
@@ -42,8 +43,14 @@ LATER = {"merged", "merged_segments", "notes"}
 MOST = 1 << 28
 
 _HALVES = ("keys", "values")
+_LARGEST = torch.finfo(torch.float16).max
+#: Slots of a snapshot that keep all bits, in front of the others.
+_MEANS = "means"
+#: Entries of a part of a snapshot, on average.
+_PART = 4
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_CODES = {dtype: code for code, dtype in _FLOATS.items()} | {torch.int8: "I8"}
+_DTYPES = _FLOATS | {"I8": torch.int8}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _LONGEST_HEADER = 1 << 22
 # Layers, heads, tokens, channels: far above any model, far below what makes an empty tensor expensive.
 _MOST = (4096, 4096, 1 << 24, 1 << 16)
@@ -65,9 +72,16 @@ def file_bytes(rows: Sequence[PlainRow], fingerprint: str, extra: Mapping[str, s
 
 
 def snapshot_bytes(
-    rows: Sequence[PlainRow], fingerprint: str, precision: str
-) -> tuple[bytes, dict[str, float]]:
-    """A snapshot, and the relative error of keys and of values, ||x - stored x|| / ||x|| over all of them.
+    rows: Sequence[PlainRow], fingerprint: str, precision: str, means: Sequence[int] = ()
+) -> tuple[bytes, dict[str, Any]]:
+    """A snapshot, and what became of it: ``dtype``, and the relative ``error`` of keys and of values.
+
+    The error is ||x - stored x|| / ||x|| over all keys, and over all values.
+
+    Args:
+        rows, fingerprint: of the memory.
+        precision: of its keys and values; float16 becomes float32 if a value is too large for it.
+        means: of each row, how many of the first slots are running means, which keep all bits at any precision.
 
     Raises:
         UnknownNameError: no such precision.
@@ -76,14 +90,20 @@ def snapshot_bytes(
     """
     if precision not in PRECISIONS:
         raise UnknownNameError("dtype", precision, list(PRECISIONS))
+    if precision == "float16" and any(x.abs().max() > _LARGEST for _, x in _tensors(rows) if x.numel()):
+        precision = "float32"
     tensors: dict[str, Tensor] = {}
     squares = {half: [0.0, 0.0] for half in _HALVES}
     for name, x in _tensors(rows):
-        stored = _packed(x, precision)
-        back = _unpacked(stored, x.dtype)
+        r, part, _ = name.split(".")
+        exact = means[int(r)] if means and part == "slots" and precision != "float32" else 0
+        if exact:
+            tensors[name.replace(part, _MEANS)] = _by_entry(x[:, :, :exact])
+        stored = _packed(x[:, :, exact:], precision)
+        back = torch.cat([x[:, :, :exact], _unpacked(stored, x.dtype)], dim=2)
         if not torch.isfinite(back).all():
             raise MemoryFileError(f"memory {name}: values too large for {precision}; store it as float32")
-        tensors |= {name + suffix: t for suffix, t in stored.items()}
+        tensors |= {name + suffix: _by_entry(t) for suffix, t in stored.items()}
         off_and_whole = squares[name.rpartition(".")[2]]
         off_and_whole[0] += (back.double() - x.double()).square().sum().item()
         off_and_whole[1] += x.double().square().sum().item()
@@ -98,7 +118,7 @@ def snapshot_bytes(
         "error": json.dumps(error),
         "rows": json.dumps(counters),
     }
-    return _written(SNAPSHOT, rows, tensors, metadata), error
+    return _written(SNAPSHOT, rows, tensors, metadata), {"dtype": precision, "error": error}
 
 
 def _counters(row: PlainRow) -> dict[str, Any]:
@@ -121,7 +141,7 @@ def _written(
     form: str, rows: Sequence[PlainRow], tensors: dict[str, Tensor], metadata: dict[str, str]
 ) -> bytes:
     """As safetensors writes them, but for the order of the metadata, which is another one there every time."""
-    version = 2 if any(row.get("notes") for row in rows) else 1
+    version = NEWEST[form] if form == SNAPSHOT else 2 if any(row.get("notes") for row in rows) else 1
     metadata = {"format": f"{form}/{version}", **metadata}
     header: dict[str, Any] = {"__metadata__": {**metadata, "digest": content_digest(tensors, metadata)}}
     body, end = [], 0
@@ -149,8 +169,31 @@ def content_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -
     return sha.hexdigest()
 
 
-def _raw(tensor: Tensor) -> bytes:
-    return bytes(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+def _raw(tensor: Tensor) -> Any:
+    """The bytes of a tensor, as something that can be read like bytes and is no copy."""
+    return tensor.contiguous().view(torch.uint8).numpy().reshape(-1).data
+
+
+def _by_entry(x: Tensor) -> Tensor:
+    """From (L, H, N, D) to (N, L, H, D)."""
+    return x.permute(2, 0, 1, 3).contiguous()
+
+
+def cuts(data: bytes) -> tuple[int, ...]:
+    """Where a snapshot may be cut into parts of about :data:`_PART` entries that other versions have as well.
+
+    Entries decide by what is in them, so an entry more or less moves no other cut.
+    """
+    start = 8 + int.from_bytes(data[:8], "little")
+    view, found = memoryview(data), {start}
+    for name, spec in json.loads(data[8:start]).items():
+        if name == "__metadata__" or not (entries := spec["shape"][0]):
+            continue
+        begin, end = (start + offset for offset in spec["data_offsets"])
+        size = (end - begin) // entries
+        ends = range(begin + size, end, size)
+        found |= {begin, *(at for at in ends if zlib.crc32(view[at - size : at]) % _PART == 0)}
+    return tuple(sorted(found - {len(data)}))
 
 
 # ------------------------------------------------------------------ precision
@@ -162,7 +205,7 @@ def _packed(x: Tensor, precision: str) -> dict[str, Tensor]:
         top = x.float().abs().amax(2, keepdim=True) if x.shape[2] else x.float()
         scale = (top / 127).clamp_min(torch.finfo(torch.float32).tiny)
         return {"": (x.float() / scale).round().to(torch.int8), ".scale": scale}
-    return {"": x.to(torch.bfloat16) if precision == "bfloat16" else x}
+    return {"": x if precision == "float32" else x.to(getattr(torch, precision))}
 
 
 def _unpacked(stored: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
@@ -180,24 +223,26 @@ def load(path: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], dict[str, 
         MemoryFileError: no such file, or as :func:`read`.
     """
     try:
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return read(data, FILE, len(data))
+        with open(path, "rb") as file:
+            data = bytearray(os.fstat(file.fileno()).st_size)
+            del data[file.readinto(data) :]
+        return read(data, FILE, len(data))
     except FileNotFoundError as error:
         raise MemoryFileError(f"no memory file at {path}") from error
-    except (OSError, ValueError) as error:  # an empty file has no map
+    except OSError as error:
         raise MemoryFileError(f"{path}: {_bad(str(error))}") from error
     except MemoryFileError as error:
         raise MemoryFileError(f"{path}: {error}") from error
 
 
-def read(data: bytes | mmap.mmap, form: str, most: int = MOST) -> tuple[list[dict[str, Any]], dict[str, str]]:
+def read(data: bytes | bytearray, form: str, most: int = MOST) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """The rows in ``data``, on the CPU, in the dtypes that they had, and the metadata; trusted in nothing.
 
     Sizes, names, dtypes and shapes are compared before a tensor is made, so that what is allocated is a small
     multiple of ``len(data)``, whatever a header claims. Values may be NaN, and the fingerprint that of another model.
 
     Args:
-        data: what was written.
+        data: what was written. A bytearray is not copied: it belongs to the rows from then on.
         form: :data:`FILE` or :data:`SNAPSHOT`.
         most: largest number of bytes.
 
@@ -206,19 +251,24 @@ def read(data: bytes | mmap.mmap, form: str, most: int = MOST) -> tuple[list[dic
     """
     if len(data) > most:
         raise MemoryFileError(f"a stored memory of {len(data)} bytes, the limit is {most}")
-    metadata, specs = _header(data, form)
+    metadata, specs, version = _header(data, form)
     try:
         rows = json.loads(metadata["rows"])
         if form == FILE:  # as it is in memory: dtypes are those of the tensors
             for r, row in enumerate(rows):
                 row["dtypes"] = {part: _name(specs[f"{r}.{part}.keys"]["dtype"]) for part in PARTS}
         digest = metadata.pop("digest")
-        _check(rows, metadata["dtype"] if form == SNAPSHOT else "float32", specs)
-        tensors = safetensors.load(bytes(data))
+        by_entry = form == SNAPSHOT and version > 2
+        if by_entry:
+            specs = {name: _as_row(spec) for name, spec in specs.items()}
+        _check(rows, metadata["dtype"] if form == SNAPSHOT else "float32", specs, by_entry)
+        tensors = _views(data, specs, by_entry)
         if digest != content_digest(tensors, metadata) or not isinstance(metadata["fingerprint"], str):
             raise _bad("it was changed after it was written (its digest differs)")
+        if by_entry:
+            tensors = {name: tensor.permute(1, 2, 0, 3) for name, tensor in tensors.items()}
         return [_row(r, row, tensors) for r, row in enumerate(rows)], metadata
-    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise _bad(f"{type(error).__name__}: {str(error)[:200]}") from error
 
 
@@ -227,15 +277,47 @@ def _row(r: int, row: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, A
         return _unpacked({s: tensors[name + s] for s in ("", ".scale") if name + s in tensors}, dtype)
 
     dtypes = {part: getattr(torch, name) for part, name in row.pop("dtypes").items()}
-    parts = {part: tuple(unpacked(f"{r}.{part}.{half}", dtypes[part]) for half in _HALVES) for part in PARTS}
-    return parts | {name: tuple(value) if name in LISTS else value for name, value in row.items()}
+    parts = {part: [unpacked(f"{r}.{part}.{half}", dtypes[part]) for half in _HALVES] for part in PARTS}
+    if f"{r}.{_MEANS}.keys" in tensors:
+        exact = [tensors[f"{r}.{_MEANS}.{half}"] for half in _HALVES]
+        parts["slots"] = [torch.cat(both, dim=2) for both in zip(exact, parts["slots"], strict=True)]
+    parts["sink"] = [x.clone() for x in parts["sink"]]  # it stays for ever, what was read with it need not
+    return {part: tuple(both) for part, both in parts.items()} | {
+        name: tuple(value) if name in LISTS else value for name, value in row.items()
+    }
+
+
+def _views(data: bytes | bytearray, specs: Mapping[str, Any], by_entry: bool) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, as they are stored, without a copy of a bytearray.
+
+    Args:
+        data: the file.
+        specs: of its tensors, shapes as (L, H, N, D).
+        by_entry: whether they lie there as (N, L, H, D).
+    """
+    owned = data if isinstance(data, bytearray) else bytearray(data)
+    body = done = 8 + int.from_bytes(data[:8], "little")
+    found = {}
+    for name, spec in sorted(specs.items(), key=lambda item: item[1]["data_offsets"]):
+        layers, heads, tokens, channels = spec["shape"]
+        shape = (tokens, layers, heads, channels) if by_entry else (layers, heads, tokens, channels)
+        dtype, count = _DTYPES[spec["dtype"]], math.prod(shape)
+        begin, done = done, done + count * dtype.itemsize
+        if spec["data_offsets"] != [begin - body, done - body] or done > len(data):
+            raise _bad(f"{name} is not where it should be")
+        whole = {"dtype": dtype, "count": count, "offset": begin}
+        flat = torch.frombuffer(owned, **whole) if count else torch.empty(0, dtype=dtype)
+        found[name] = flat.view(shape)
+    if done != len(data):
+        raise _bad(f"there are {len(data) - done} bytes behind its tensors")
+    return found
 
 
 # ------------------------------------------------------------------ checks before anything is allocated
 
 
-def _header(data: bytes | mmap.mmap, form: str) -> tuple[dict[str, str], dict[str, Any]]:
-    """Metadata and tensor descriptions, from the JSON that a safetensors file begins with."""
+def _header(data: bytes | bytearray, form: str) -> tuple[dict[str, str], dict[str, Any], int]:
+    """Metadata, tensor descriptions and version, from the JSON that a safetensors file begins with."""
     size = int.from_bytes(data[:8], "little")
     if len(data) < 8 or size > min(_LONGEST_HEADER, len(data) - 8):
         raise _bad("it is cut off, or no safetensors")
@@ -248,12 +330,12 @@ def _header(data: bytes | mmap.mmap, form: str) -> tuple[dict[str, str], dict[st
     version = re.fullmatch(rf"{form}/([1-9]\d{{0,3}})", found)
     if version is None:
         raise _bad(f"its format is {found[:40]!r}, expected {form!r}")
-    if int(version[1]) > NEWEST:
-        raise _newer(f"its format is {found!r}, this one reads up to '{form}/{NEWEST}'")
-    return metadata, header
+    if int(version[1]) > NEWEST[form]:
+        raise _newer(f"its format is {found!r}, this one reads up to '{form}/{NEWEST[form]}'")
+    return metadata, header, int(version[1])
 
 
-def _check(rows: Any, precision: Any, specs: dict[str, Any]) -> None:
+def _check(rows: Any, precision: Any, specs: dict[str, Any], apart: bool) -> None:
     """Raises if counters and tensors are not what is written here (KeyError and the like included)."""
     if precision not in PRECISIONS or not isinstance(rows, list) or not rows:
         raise _bad("dtype or rows are not as expected")
@@ -292,8 +374,22 @@ def _check(rows: Any, precision: Any, specs: dict[str, Any]) -> None:
                 raise _bad("layers, heads or channels differ between its parts")
             if part == "window" and sum(row["segments"]) != tokens:
                 raise _bad(f"row {r}: its segments are not its window")
+        if apart and (exact := [f"{r}.{_MEANS}.{half}" for half in _HALVES])[0] in specs:
+            expected |= set(exact)
+            keys, values = (
+                _shape(name, specs[name], _stored(row["dtypes"]["slots"], "float32")) for name in exact
+            )
+            if keys != values or (*keys[:2], keys[3]) != frame:
+                raise _bad(f"the means of row {r} have another shape")
     if set(specs) != expected:
         raise _bad(f"it holds {len(specs)} tensors, expected {len(expected)}")
+
+
+def _as_row(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """A tensor of a snapshot with its shape in the order of a row, (L, H, N, D)."""
+    shape = spec["shape"]
+    known = isinstance(shape, list) and len(shape) == 4
+    return {**spec, "shape": [*shape[1:3], shape[0], shape[3]] if known else shape}
 
 
 def _is_count(value: Any) -> bool:
@@ -308,7 +404,7 @@ def _name(code: str) -> str:
 def _stored(original: str, precision: str) -> str:
     """The dtype, in safetensors' words, in which a tensor lies there."""
     names = {_name(code): code for code in _FLOATS}
-    return {"float32": names[original], "bfloat16": "BF16", "int8": "I8"}[precision]
+    return {"float32": names[original], "float16": "F16", "bfloat16": "BF16", "int8": "I8"}[precision]
 
 
 def _shape(tensor: str, spec: Any, dtype: str) -> tuple[int, int, int, int]:

@@ -429,6 +429,10 @@ class Method:
             f"method {self.name} does not say how many slots it keeps: give it a method 'grown'"
         )
 
+    def means(self, steps: int) -> int:
+        """How many of the first slots are running means after so many folds, and rest in all bits (fp32)."""
+        return 0
+
     @property
     def limit(self) -> int | None:
         """Most entries that one conversation holds, however long it is; None: they grow with it."""

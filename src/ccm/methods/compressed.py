@@ -110,6 +110,9 @@ class Trained(Method):
         sink = min(self.sink, lengths[0]) if folds else 0
         return sink, self.reader.rule.size(folds, self.slots or 0), sum(lengths[folds:])
 
+    def means(self, steps: int) -> int:
+        return self.reader.rule.means(steps, self.slots or 0)
+
     @property
     def limit(self) -> int | None:
         rule = self.reader.rule

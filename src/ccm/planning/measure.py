@@ -1,4 +1,4 @@
-"""Short measurements on this machine: reading and folding a token, and committing a memory to a store."""
+"""Short measurements on this machine: reading text and taking it in, and committing a memory to a store."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from transformers import DynamicCache
 from ..core.memory import KV, Memory, Row
 from ..errors import ConfigError
 from ..methods import Method
+from ..methods.base import segments_of
 from ..methods.spec import Spec
 from ..models.load import random_model
 from ..serving.store import Snapshot, open_store
@@ -36,12 +37,14 @@ class Speed:
 
     Attributes:
         prefill: the plain model reads :data:`PREFILL` tokens (or as many as its context has) at once.
-        fold: segments are taken in by a memory and folded.
+        fold: a turn is taken in by a memory, read and folded, with the passes that a server makes.
+        share: of that, in seconds of a prefill of the same turn over the same entries (median of pairs).
         where: device and threads.
     """
 
     prefill: float
     fold: float
+    share: float
     where: str
 
 
@@ -51,6 +54,7 @@ def speed(
     shape: Shape,
     spec: Spec,
     held: Held,
+    tokens: int,
     device: torch.device,
 ) -> Speed:
     """Time a model of this shape with random weights, which is as fast as one with trained ones.
@@ -58,8 +62,9 @@ def speed(
     Args:
         model_config: of transformers.
         shape: of the same model.
-        spec: the memory; segments are as long as its longest.
-        held: what they are folded into.
+        spec: the memory.
+        held: what a turn is folded into.
+        tokens: of the turn; at most :data:`PREFILL` are timed.
         device: where.
 
     Raises:
@@ -79,29 +84,32 @@ def speed(
     def prefill() -> None:
         model.base_model(input_ids=ids, past_key_values=DynamicCache(), use_cache=True)
 
-    seconds = _median(prefill, device) / longest
+    (reading,) = _times(device, prefill)
     method = planned(spec, model)
     memory = _memory(method, shape, held)
-    segment = torch.randint(words, (1, method.longest), device=device)
-
-    def fold() -> None:
-        nonlocal memory
-        memory = method.fold(memory, segment)
-
+    segment = tuple(ids[0, : method.longest].tolist())
     room = max(0, min(method.window, shape.context // 2) - held.window)
     for _ in range(room // method.longest):  # from here on every segment pushes one out
-        fold()
-    start = memory
+        memory = method.fold(memory, [segment])
+    turn = ids[:, : min(tokens, longest)]
+    segments = segments_of(turn[0].tolist(), method.longest)
 
-    def two() -> None:
-        nonlocal memory
-        memory = start
-        fold()
-        fold()
+    def take_in() -> None:
+        after, left = memory, segments
+        while left:
+            count = method.portion(after.length, left)
+            after, left = method.take_in(after, [left[:count]]), left[count:]
 
-    folding = _median(two, device) / (2 * method.longest)
+    def plainly() -> None:
+        _, call = method.reader.live(method.recall(memory)).ahead(torch.ones_like(turn, dtype=torch.bool))
+        method.reader.body(input_ids=turn, **call)
+
+    folding, plain = _times(device, take_in, plainly)
+    share = statistics.median(a / b for a, b in zip(folding, plain, strict=True))
     name = f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else str(device)
-    return Speed(seconds, folding, torch.cuda.get_device_name(device) if on_cuda else name)
+    where = torch.cuda.get_device_name(device) if on_cuda else name
+    each = statistics.median(reading) / longest, statistics.median(folding) / turn.shape[1]
+    return Speed(*each, share, where)
 
 
 @dataclass(frozen=True)
@@ -138,15 +146,17 @@ def writing(url: str | None, nbytes: int) -> Writing:
     return Writing(statistics.median(times[1:]), where)
 
 
-def _median(call: Callable[[], None], device: torch.device) -> float:
-    times = []
+def _times(device: torch.device, *calls: Callable[[], None]) -> list[list[float]]:
+    """Seconds of each call, which are run in turns."""
+    times: list[list[float]] = [[] for _ in calls]
     for _ in range(1 + _REPEATS):
-        began = time.perf_counter()
-        call()
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[1:])
+        for call, own in zip(calls, times, strict=True):
+            began = time.perf_counter()
+            call()
+            if device.type != "cpu":
+                torch.accelerator.synchronize(device)
+            own.append(time.perf_counter() - began)
+    return [own[1:] for own in times]
 
 
 def _memory(method: Method, shape: Shape, held: Held) -> Memory:

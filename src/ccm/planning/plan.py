@@ -137,19 +137,19 @@ def plan(
     method = planned(spec, random_model(model_config, "meta"))
     held = after(load.turns, load.tokens, method)
     check_fits(held, method, shape)
+    nbytes = shape.kv_bytes(held.length + method.means(held.folds), torch.float16)
     sections = {
         "A conversation": list(_conversation(load, shape, held)),
         "GPUs": list(_gpus(load, shape, held, gpu_memory, where)),
         "Prefill": list(_prefill(load, method, held)),
-        "Store": list(_store(load, shape, held)),
+        "Store": list(_store(load, held, nbytes)),
     }
     if measured:
-        nbytes = held.nbytes(shape)
         sections["Store"] += _bandwidth(load, nbytes, measure.writing(store, nbytes))
     if measured and not load_in:
         # halfway through, where a memory that grows has its mean size
         half = after(load.turns // 2, load.tokens, method)
-        speed = measure.speed(model_config, shape, spec, half, where.device)
+        speed = measure.speed(model_config, shape, spec, half, load.tokens, where.device)
         sections["Prefill"] += _seconds(load, speed)
     return Plan(
         model or "the embedded model", f"{method.text}, segments of {method.longest} tokens at most", sections
@@ -238,6 +238,8 @@ def _seconds(load: Load, speed: measure.Speed) -> Iterator[Figure]:
     where = f"on {speed.where}, random weights"
     yield Figure("prefill_seconds", "prefill of a token", speed.prefill, "s", "measured", where)
     yield Figure("fold_seconds", "reading and folding a token", speed.fold, "s", "measured", where)
+    same = "a turn, read and folded, over a prefill of it behind the same memory"
+    yield Figure("fold_share", "folding included, times a prefill", speed.share, "x", "measured", same)
     mean = "mean of a conversation, from the measured seconds"
     yield Figure("answer_seconds_full", "reading before an answer, full", full, "s", "calculated", mean)
     yield Figure("answer_seconds_memory", "reading for an answer, memory", memory, "s", "calculated", mean)
@@ -249,8 +251,8 @@ def _seconds(load: Load, speed: measure.Speed) -> Iterator[Figure]:
         )
 
 
-def _store(load: Load, shape: Shape, held: Held) -> Iterator[Figure]:
-    keep, snapshot = 2 * Limits().keep, held.nbytes(shape)
+def _store(load: Load, held: Held, snapshot: int) -> Iterator[Figure]:
+    keep = 2 * Limits().keep
     message = Message("assistant", "x" * CHARACTERS * load.tokens)
     entry = len(json.dumps(transcript.note(message, load.tokens, texts=True)))
     rate = load.users / load.seconds
@@ -258,12 +260,13 @@ def _store(load: Load, shape: Shape, held: Held) -> Iterator[Figure]:
     size = load.users * (versions * snapshot + load.turns * entry)
     yield Figure("versions", "versions kept", keep, "", "assumed", "ccm serve: newest, and far back")
     yield Figure(
-        "snapshot_bytes", "a version", snapshot, "bytes", "calculated", "in fp32 as ccm serve stores it"
+        "snapshot_bytes", "a version", snapshot, "bytes", "calculated", "in fp16, running means in fp32"
     )
     yield Figure(
         "entry_bytes", "a turn's text", entry, "bytes", "assumed", f"{CHARACTERS} characters a token"
     )
-    yield Figure("store_bytes", "store, all users", size, "bytes", "calculated", "at the end, at most")
+    shared = "at the end, at most; equal parts of two versions are kept once"
+    yield Figure("store_bytes", "store, all users", size, "bytes", "calculated", shared)
     origin = "given" if load.pace else "assumed"
     yield Figure("pace", "between two answers of a user", load.seconds, "s", origin)
     yield Figure("commits", "commits", rate, "1/s", "calculated")

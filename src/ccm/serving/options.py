@@ -78,9 +78,10 @@ class Options:
     precision: Annotated[
         str,
         typer.Option(
-            callback=_one_of("precision", PRECISIONS), help="Of stored memories: float32, bfloat16, int8."
+            callback=_one_of("precision", PRECISIONS),
+            help="Of stored memories: float32, float16, bfloat16, int8.",
         ),
-    ] = "float32"
+    ] = "float16"
     ttl: Annotated[
         float | None,
         typer.Option(min=0, metavar="DAYS", help="Forget conversations so long after their end."),

@@ -211,8 +211,9 @@ class Records:
         return stored.version
 
     def _snapshot(self, state: State) -> Snapshot:
-        payload, encoded = codec.encode(state.memory, self.settings.precision)
+        means = [self.method.means(row.steps) for row in state.memory.rows]
+        payload, encoded = codec.encode(state.memory, self.settings.precision, means)
         stats = self.stats(state.memory, state.turns)
         kept = {**encoded, "adapter": self.settings.adapter, "user": state.metadata, "stats": stats}
         kept["dialogue"] = state.dialogue.as_dict()
-        return Snapshot(payload, kept)
+        return Snapshot(payload, kept, cuts=codec.cuts(payload))

@@ -11,7 +11,7 @@ DISCONNECT = ("drop", "keep", "finish")
 #: What may be done with a history that differs from the known one.
 RESENDS = ("match", "refuse", "rebuild")
 #: Types of stored memories; as those of ``files.memory_file``, which needs torch.
-PRECISIONS = ("float32", "bfloat16", "int8")
+PRECISIONS = ("float32", "float16", "bfloat16", "int8")
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Settings:
         resend: what to do with a history that differs from the known one. "match" keeps what both share and gives up
             what the client has visibly taken back; a history that shares nothing is refused. "refuse" refuses as soon
             as anything would be given up. "rebuild" matches too, but makes the memory anew where nothing is shared.
-        precision: type of stored memories: float32, bfloat16 or int8.
+        precision: type of stored memories: float32, float16, bfloat16 or int8.
         input_tokens: most tokens that one request may bring.
         disconnect: what becomes of a turn whose client disconnects. "drop" commits nothing. "keep" ends the answer
             and commits what was written by then. "finish" writes the answer to its end and commits it.
@@ -34,7 +34,7 @@ class Settings:
     adapter: str
     texts: bool = True
     resend: str = "match"
-    precision: str = "float32"
+    precision: str = "float16"
     input_tokens: int = 1 << 16
     disconnect: str = "drop"
 

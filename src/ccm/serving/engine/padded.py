@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...core.batch import Batch
 from ...core.live import Live
 from ...core.memory import Memory
 from ...core.reader import Known, Reader
@@ -50,7 +51,7 @@ class PaddedEngine(DrawingEngine[_Row]):
         waiting: int = 64,
         metrics: Metrics | None = None,
     ):
-        self._batch: Live | None = None  # its rows are those of ``_writing``, in that order
+        self._batch: Batch | None = None  # its rows are those of ``_writing``, in that order
         context = method.reader.context
         super().__init__(method, tokenizer, rows=rows, waiting=waiting, context=context, metrics=metrics)
 
@@ -62,15 +63,17 @@ class PaddedEngine(DrawingEngine[_Row]):
         self._do(self._write, list(self._writing))
 
     def _stop(self, gone: Sequence[_Row]) -> None:
-        kept = [i for i, running in enumerate(self._writing) if running not in gone]
-        self._batch = self._batch.select(kept) if self._batch and kept else None
-        self._writing = [self._writing[i] for i in kept]
+        leaving = [i for i, running in enumerate(self._writing) if running in gone]
+        if self._batch is None or len(leaving) == len(self._writing):
+            self._batch, self._writing = None, []
+        elif leaving:
+            self._writing = [self._writing[i] for i in self._batch.leave(leaving)]
 
     def _known(self, running: _Row) -> Known | None:
         if self._batch is None or running not in self._writing:
             return None
         held, reader = self.method.recall(running.memory).length, self.method.reader
-        kv = self._batch.read(self._writing.index(running), held, reader.rotary)
+        kv = self._batch.live.read(self._writing.index(running), held, reader.rotary)
         return Known(running.memory, (*running.job.prompt, *running.writer.ids)[: kv.length], kv)
 
     def _lost(self, rows: list[_Row]) -> list[_Row]:
@@ -102,7 +105,10 @@ class PaddedEngine(DrawingEngine[_Row]):
         if rows[0].prompt:  # more chunks to come, of a single long prompt
             rows[0].reading = batch
             return
-        self._batch = Live.cat([self._batch, batch] if self._batch else [batch])
+        if self._batch is None:
+            self._batch = Batch(batch)
+        else:
+            self._batch.join(batch)
         self._writing += rows
         self._draw(rows, logits)
 
@@ -111,7 +117,8 @@ class PaddedEngine(DrawingEngine[_Row]):
         if self._batch is None:
             return
         tokens = torch.tensor([[running.token] for running in rows], device=self.method.reader.model.device)
-        self._batch, logits = run(self.method.reader, self._batch, tokens)
+        self._batch.reserve(1)
+        self._batch.live, logits = run(self.method.reader, self._batch.live, tokens)
         self.metrics.occupancy.observe(len(rows))
         self._draw(rows, logits)
 

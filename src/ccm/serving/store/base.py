@@ -11,6 +11,9 @@ compare-and-swap on the newest one::
 To add a store, put one file into this folder: a subclass of :class:`Store` with :func:`register` that implements
 the methods with an underscore. :class:`Store` has checked names and sizes before they are called, gives them
 :class:`Record` and :class:`Line` to keep as they are, and compares digests on the way back.
+
+Two versions of a memory have most of their entries in common. A store may keep equal parts of a session's payloads
+once (:attr:`Record.parts`); payloads come back as they were given.
 """
 
 from __future__ import annotations
@@ -22,7 +25,8 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -32,6 +36,8 @@ from .errors import ConflictError, NotFoundError, QuotaError
 STORES: dict[str, type[Store]] = {}
 #: Longest tenant or session id, in characters.
 LONGEST_ID = 200
+#: Length of a part's name.
+PART = 32
 _S = TypeVar("_S", bound="type[Store]")
 
 
@@ -44,12 +50,15 @@ class Snapshot:
         metadata: JSON: fingerprint of model and adapter, counters, hash of the transcript so far, ...
         version: 1 for the first; set by the store.
         created: seconds since the epoch; set by the store.
+        cuts: offsets into the payload, ascending; what lies between two of them is likely to be in other versions
+            as well (``codec.cuts``).
     """
 
     payload: bytes
     metadata: Mapping[str, Any]
     version: int = 0
     created: float = 0.0
+    cuts: tuple[int, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,8 @@ class Info:
         version: the newest version; 0 if there is none yet.
         created, updated: seconds since the epoch.
         expires: when it ends unless somebody commits before, None for never.
-        nbytes: payloads and metadata of the versions kept, and transcript.
+        nbytes: payloads and metadata of the versions kept, and transcript; equal parts count once where they are
+            kept once.
     """
 
     session: str
@@ -148,11 +158,19 @@ class Record:
     metadata: str
     payload: bytes
     digest: str
+    cuts: tuple[int, ...] = ()
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it takes in a store."""
+        """Bytes that it takes in a store that keeps payloads whole."""
         return len(self.metadata) + len(self.payload)
+
+    @property
+    def parts(self) -> list[tuple[str, bytes]]:
+        """The payload cut into parts, each with its name; equal parts have one name. Empty without cuts."""
+        ends = [*self.cuts, len(self.payload)] if self.cuts else []
+        parts = (self.payload[start:end] for start, end in zip([0, *ends], ends, strict=False))
+        return [(hashlib.blake2b(part, digest_size=PART // 2).hexdigest(), part) for part in parts]
 
 
 @dataclass(frozen=True)
@@ -446,7 +464,7 @@ class Store(ABC):
         texts = [_to_json("a transcript entry", entry) for entry in entries]
         now = float(self.clock())
         digest = digest_of(tenant, session, version, now, metadata, snapshot.payload)
-        record = Record(version, now, metadata, snapshot.payload, digest)
+        record = Record(version, now, metadata, snapshot.payload, digest, snapshot.cuts)
         return record, [
             Line(version, place, text, digest_of(tenant, session, version, place, text))
             for place, text in enumerate(texts)
@@ -496,11 +514,21 @@ def name_of(*ids: str) -> str:
     return digest_of(*ids)[:40]
 
 
+def split(recipe: str) -> list[str]:
+    """The names in a recipe: those of a payload's parts, one behind the other."""
+    return [recipe[start : start + PART] for start in range(0, len(recipe), PART)]
+
+
+def joined(parts: Sequence[bytes]) -> tuple[bytes, tuple[int, ...]]:
+    """The payload of these parts, and its cuts."""
+    return b"".join(parts), tuple(accumulate(map(len, parts[:-1])))
+
+
 def _open(tenant: str, session: str, record: Record) -> Snapshot:
     expected = digest_of(tenant, session, record.version, record.created, record.metadata, record.payload)
     if record.digest != expected:
         raise damaged(session, f"version {record.version}")
-    return Snapshot(record.payload, json.loads(record.metadata), record.version, record.created)
+    return Snapshot(record.payload, json.loads(record.metadata), record.version, record.created, record.cuts)
 
 
 def digest_of(*parts: str | bytes | float) -> str:

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from ...core.memory import Memory
 from ...errors import MemoryFileError
 from ...files import memory_file
-from ...files.memory_file import MOST
+from ...files.memory_file import MOST, cuts
 from ...files.memory_file import PRECISIONS as DTYPES
 
-__all__ = ["DTYPES", "decode", "encode"]
+__all__ = ["DTYPES", "cuts", "decode", "encode"]
 
 
-def encode(memory: Memory, dtype: str = "float32") -> tuple[bytes, dict[str, Any]]:
+def encode(memory: Memory, dtype: str = "float32", means: Sequence[int] = ()) -> tuple[bytes, dict[str, Any]]:
     """A memory of any number of rows as bytes.
+
+    Args:
+        memory: of any number of conversations.
+        dtype: of what is stored.
+        means: of each row, how many of the first slots keep all bits at any dtype (``Method.means``).
 
     Returns:
         the bytes and their metadata: ``fingerprint``, ``dtype``, ``nbytes`` and the relative ``error`` of keys and
@@ -26,8 +32,9 @@ def encode(memory: Memory, dtype: str = "float32") -> tuple[bytes, dict[str, Any
         MemoryFileError: NaN or infinite values; or as :func:`ccm.files.memory_file.snapshot_bytes`.
     """
     memory.check_finite()
-    data, error = memory_file.snapshot_bytes(list(map(vars, memory.rows)), memory.fingerprint, dtype)
-    return data, {"fingerprint": memory.fingerprint, "dtype": dtype, "error": error, "nbytes": len(data)}
+    rows = list(map(vars, memory.rows))
+    data, found = memory_file.snapshot_bytes(rows, memory.fingerprint, dtype, means)
+    return data, {"fingerprint": memory.fingerprint, **found, "nbytes": len(data)}
 
 
 def decode(data: bytes, most: int = MOST) -> tuple[Memory, dict[str, Any]]:

@@ -266,7 +266,7 @@ class DirectoryStore(Store):
         self, before: Manifest, record: Record, lines: list[Line], drop: list[int], now: float
     ) -> Manifest:
         fields = {**asdict(record), "size": len(record.payload)}
-        del fields["payload"]
+        del fields["payload"], fields["cuts"]  # files are whole, to be read by other tools
         records = [*before.records, fields]
         old = self.limits.old((each["version"] for each in records), drop)
         return replace(

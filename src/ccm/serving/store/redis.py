@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 from urllib.parse import urlsplit
 
 from ...errors import ConfigError, MemoryFileError, MissingPackageError, StorageError
 from .base import (
+    PART,
     Info,
     Limits,
     Line,
@@ -19,6 +21,7 @@ from .base import (
     conflict,
     damaged,
     exists,
+    joined,
     name_of,
     not_found,
     register,
@@ -26,19 +29,21 @@ from .base import (
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 1
+SCHEMA = 2
 _TENANTS = "ccm:tenants"
 
 # Every operation on a tenant is one script, so that it happens as a whole. KEYS[1] is the tenant's prefix P:
 #   P:ids (sorted by id)  P:due (by end)  P:nbytes (in all)
-#   P:s:ID  hash: fields of Info, lines (how many), and of each version n:created, n:metadata, n:payload, n:digest
+#   P:s:ID  hash: fields of Info, lines (how many), and of each version n:created, n:metadata, n:payload, n:digest;
+#           n:recipe in place of n:payload where that is cut
+#   P:p:ID  hash: parts of payloads by name
 #   P:t:ID  list: version, place, text and digest of each line
 _HEAD = """
 local P, now = KEYS[1], ARGV[1]
 local function path(kind, id) return P .. ':' .. kind .. ':' .. id end
 local function remove(id)
     redis.call('DECRBY', P .. ':nbytes', redis.call('HGET', path('s', id), 'nbytes') or 0)
-    redis.call('DEL', path('s', id), path('t', id))
+    redis.call('DEL', path('s', id), path('p', id), path('t', id))
     redis.call('ZREM', P .. ':ids', id)
     redis.call('ZREM', P .. ':due', id)
 end
@@ -51,6 +56,9 @@ local function alive(id)
     local due = redis.call('ZSCORE', P .. ':due', id)
     return due and tonumber(due) > tonumber(now)
 end
+local function each(recipe, act)
+    for i = 1, #recipe, PART do act(string.sub(recipe, i, i + PART - 1)) end
+end
 local function info(id)
     return redis.call('HMGET', path('s', id), 'version', 'created', 'updated', 'expires', 'nbytes')
 end
@@ -58,12 +66,12 @@ end
 
 _SCRIPTS = {
     # id, expected version (-1: create), expires, keep, marked and dropped versions (",8,16,"), most sessions, most
-    # bytes, record (5), lines (4 each)
+    # bytes, record (6), how many parts, names and parts, lines (4 each)
     "write": """
 local id, expected, expires, keep = ARGV[2], tonumber(ARGV[3]), ARGV[4], tonumber(ARGV[5])
 local function listed(n, list) return string.find(list, ',' .. n .. ',', 1, true) end
 local most_sessions, most_bytes = tonumber(ARGV[8]), tonumber(ARGV[9])
-local s, t = path('s', id), path('t', id)
+local s, p, t = path('s', id), path('p', id), path('t', id)
 purge()
 local there = redis.call('HGET', s, 'version')
 if expected < 0 then
@@ -72,10 +80,20 @@ else
     if not there then return {'missing'} end
     if tonumber(there) ~= expected then return {'conflict', there} end
 end
-local version, more, there, old = ARGV[10], 0, {}, {}
+local version, more, there, old, new, gone = ARGV[10], 0, {}, {}, {}, {}
+local lines = version ~= '' and 17 + 2 * tonumber(ARGV[16]) or 0
 if version ~= '' then
-    more = #ARGV[12] + #ARGV[13]
-    for i = 15, #ARGV, 4 do more = more + #ARGV[i + 2] end
+    more = #ARGV[12] + #ARGV[13] + #ARGV[15]
+    for i = lines, #ARGV, 4 do more = more + #ARGV[i + 2] end
+    local used = {}
+    local function use(name) used[name] = true end
+    each(ARGV[15], use)
+    for i = 17, lines - 1, 2 do
+        if redis.call('HEXISTS', p, ARGV[i]) == 0 then
+            table.insert(new, i)
+            more = more + #ARGV[i + 1]
+        end
+    end
     for _, field in ipairs(redis.call('HKEYS', s)) do
         local n = string.match(field, '^(%d+):digest$')
         if n then table.insert(there, tonumber(n)) end
@@ -88,7 +106,17 @@ if version ~= '' then
         if not dropped then alive = alive + 1 end
         if dropped or (alive > keep and not listed(n, ARGV[6])) then
             table.insert(old, n)
-            more = more - redis.call('HSTRLEN', s, n .. ':metadata') - redis.call('HSTRLEN', s, n .. ':payload')
+            for _, name in ipairs({'metadata', 'payload', 'recipe'}) do
+                more = more - redis.call('HSTRLEN', s, n .. ':' .. name)
+            end
+        else
+            each(redis.call('HGET', s, n .. ':recipe') or '', use)
+        end
+    end
+    for _, name in ipairs(redis.call('HKEYS', p)) do
+        if not used[name] then
+            table.insert(gone, name)
+            more = more - redis.call('HSTRLEN', p, name)
         end
     end
 end
@@ -105,13 +133,15 @@ redis.call('ZADD', P .. ':due', expires == '' and '+inf' or expires, id)
 redis.call('HSET', s, 'updated', now, 'expires', expires)
 if version ~= '' then
     redis.call('HSET', s, 'version', version, version .. ':created', ARGV[11], version .. ':metadata', ARGV[12],
-        version .. ':payload', ARGV[13], version .. ':digest', ARGV[14])
-    for i = 15, #ARGV do redis.call('RPUSH', t, ARGV[i]) end
+        version .. ':payload', ARGV[13], version .. ':digest', ARGV[14], version .. ':recipe', ARGV[15])
+    for _, i in ipairs(new) do redis.call('HSET', p, ARGV[i], ARGV[i + 1]) end
+    for _, name in ipairs(gone) do redis.call('HDEL', p, name) end
+    for i = lines, #ARGV do redis.call('RPUSH', t, ARGV[i]) end
     for _, n in ipairs(old) do
-        redis.call('HDEL', s, n .. ':created', n .. ':metadata', n .. ':payload', n .. ':digest')
+        redis.call('HDEL', s, n .. ':created', n .. ':metadata', n .. ':payload', n .. ':digest', n .. ':recipe')
     end
     redis.call('HINCRBY', s, 'nbytes', more)
-    redis.call('HINCRBY', s, 'lines', (#ARGV - 14) / 4)
+    redis.call('HINCRBY', s, 'lines', (#ARGV - lines + 1) / 4)
     redis.call('INCRBY', P .. ':nbytes', more)
 end
 return {'done'}
@@ -124,8 +154,12 @@ for _, field in ipairs(redis.call('HKEYS', path('s', id))) do
     top = math.max(top, tonumber(string.match(field, '^(%d+):digest$') or 0))
 end
 if version == '' then version = newest end
+local parts = {}
+each(redis.call('HGET', path('s', id), version .. ':recipe') or '', function(name)
+    table.insert(parts, redis.call('HGET', path('p', id), name))
+end)
 return {newest, top, version, redis.call('HMGET', path('s', id), version .. ':created', version .. ':metadata',
-    version .. ':payload', version .. ':digest')}
+    version .. ':payload', version .. ':digest'), parts}
 """,
     "label": """
 return redis.call('HGET', path('s', ARGV[2]), ARGV[3] .. ':metadata')
@@ -185,7 +219,8 @@ class RedisStore(Store):
     ):
         super().__init__(limits, clock)
         self.client, self.error = client, error
-        self._scripts = {name: client.register_script(_HEAD + body) for name, body in _SCRIPTS.items()}
+        head = _HEAD.replace("PART", str(PART))
+        self._scripts = {name: client.register_script(head + body) for name, body in _SCRIPTS.items()}
 
     @classmethod
     def open(cls, url: str, limits: Limits | None, clock: Callable[[], float]) -> Store:
@@ -224,6 +259,9 @@ class RedisStore(Store):
                 f"store redis has schema {int(number)}, this release knows up to {SCHEMA}: "
                 "upgrade compressed-context-memory"
             )
+        if int(number) < SCHEMA:  # what it holds is read as it is
+            with self._errors():
+                self.client.set("ccm:schema", SCHEMA)
         wanted = {"appendonly": "yes", "appendfsync": "always", "maxmemory-policy": "noeviction"}
         try:
             found = {name: self.client.config_get(name).get(name) for name in wanted}
@@ -263,14 +301,15 @@ class RedisStore(Store):
 
     def _get(self, tenant: str, session: str, version: int | None, now: float) -> Record | None:
         wanted = "" if version is None else version
-        newest, top, number, fields = self._read("get", tenant, session, now, wanted)
+        newest, top, number, fields, parts = self._read("get", tenant, session, now, wanted)
         with _decoding(session):
             if int(newest) != top:
                 raise damaged(session, f"version {top}")
             if not top or (fields[0] is None and int(number) != top):
                 return None
             created, metadata, payload, digest = fields
-            return Record(int(number), float(created), metadata.decode(), payload, digest.decode())
+            payload, cuts = joined(parts) if parts else (payload, ())
+            return Record(int(number), float(created), metadata.decode(), payload, digest.decode(), cuts)
 
     def _label(self, tenant: str, session: str, version: int, now: float) -> str | None:
         found = self._run("label", tenant, now, session, version)
@@ -332,7 +371,11 @@ class RedisStore(Store):
         if record is None:
             args.append("")
         else:
-            args += [record.version, repr(record.created), record.metadata, record.payload, record.digest]
+            parts = record.parts
+            payload, recipe = b"" if parts else record.payload, "".join(name for name, _ in parts)
+            args += [record.version, repr(record.created), record.metadata, payload, record.digest, recipe]
+            different = dict(parts)
+            args += [len(different), *chain.from_iterable(different.items())]
         for line in lines:
             args += [line.version, line.place, line.text, line.digest]
         verdict, *found = self._run("write", tenant, now, *args)

@@ -6,10 +6,24 @@ import threading
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from ...errors import ConfigError, MemoryFileError, StorageError
-from .base import Info, Limits, Line, Record, Store, Usage, conflict, damaged, exists, not_found
+from .base import (
+    Info,
+    Limits,
+    Line,
+    Record,
+    Store,
+    Usage,
+    conflict,
+    damaged,
+    exists,
+    joined,
+    not_found,
+    split,
+)
 
 #: Schema n is what the first n of these make. Only ever append; each is a list of statements.
 MIGRATIONS: list[list[str]] = [
@@ -27,16 +41,25 @@ MIGRATIONS: list[list[str]] = [
             tenant {text} NOT NULL, session {text} NOT NULL, version BIGINT NOT NULL, place BIGINT NOT NULL,
             entry {text} NOT NULL, digest {text} NOT NULL, PRIMARY KEY (tenant, session, version, place))""",
     ],
+    [
+        # of a version that has a recipe the payload is empty, and its parts are these, kept once for all versions
+        "ALTER TABLE ccm_versions ADD COLUMN recipe {text} NOT NULL DEFAULT ''",
+        """CREATE TABLE ccm_parts (
+            tenant {text} NOT NULL, session {text} NOT NULL, name {text} NOT NULL, part {blob} NOT NULL,
+            nbytes BIGINT NOT NULL, PRIMARY KEY (tenant, session, name))""",
+    ],
 ]
 
-_TABLES = ("ccm_sessions", "ccm_versions", "ccm_transcripts")
+_TABLES = ("ccm_sessions", "ccm_versions", "ccm_transcripts", "ccm_parts")
 _OF = "tenant = ? AND session = ?"
 _ALIVE = "(expires IS NULL OR expires > ?)"
 _SUM = "CAST(COALESCE(SUM(nbytes), 0) AS BIGINT)"
-_RECORD = (int, float, str, bytes, str)
+_RECORD = (int, float, str, bytes, str, str)
 _LINE = (int, int, str, str)
 _INFO_COLUMNS = "session, version, created, updated, expires, nbytes"
 _INFO = (str, int, float, float, (float, type(None)), int)
+#: Parts that one statement asks for.
+_AT_ONCE = 500
 
 
 class SqlStore(Store):
@@ -174,15 +197,37 @@ class SqlStore(Store):
         with self._transaction(write=False) as run:
             newest = self._row(run, tenant, session, now).version
             rows = run(
-                "SELECT version, created, metadata, payload, digest FROM ccm_versions "
+                "SELECT version, created, metadata, payload, digest, recipe FROM ccm_versions "
                 f"WHERE {_OF} {which} ORDER BY version DESC LIMIT 1",
                 tenant,
                 session,
                 *values,
             )
-        if version in (None, newest) and newest != (rows[0][0] if rows else 0):
-            raise damaged(session, f"version {newest}")
-        return Record(*_typed(session, rows[0], _RECORD)) if rows else None
+            if version in (None, newest) and newest != (rows[0][0] if rows else 0):
+                raise damaged(session, f"version {newest}")
+            if not rows:
+                return None
+            *fields, recipe = _typed(session, rows[0], _RECORD)
+            record = Record(*fields)
+            if not recipe:
+                return record
+            parts = self._parts(run, tenant, session, split(recipe))
+        if parts is None:
+            raise damaged(session, f"version {record.version}")
+        payload, cuts = joined(parts)
+        return replace(record, payload=payload, cuts=cuts)
+
+    @staticmethod
+    def _parts(run: Run, tenant: str, session: str, names: list[str]) -> list[bytes] | None:
+        """Parts by name; None if one is missing, or is no bytes."""
+        found: dict[str, bytes] = {}
+        for start in range(0, len(names), _AT_ONCE):
+            some = names[start : start + _AT_ONCE]
+            marks = ", ".join("?" * len(some))
+            query = f"SELECT name, part FROM ccm_parts WHERE {_OF} AND name IN ({marks})"
+            found.update((name, part) for name, part in run(query, tenant, session, *some))
+        whole = all(isinstance(found.get(name), bytes) for name in names)
+        return [found[name] for name in names] if whole else None
 
     def _label(self, tenant: str, session: str, version: int, now: float) -> str | None:
         with self._transaction(write=False) as run:
@@ -285,17 +330,23 @@ class SqlStore(Store):
     ) -> None:
         """Put what is new into a session, count, and check the limits; an error undoes the transaction."""
         if record is not None:
+            pieces = record.parts
+            parts, recipe = dict(pieces), "".join(name for name, _ in pieces)
+            payload = b"" if parts else record.payload
+            size = len(record.metadata) + len(recipe) + len(payload)
             run(
-                "INSERT INTO ccm_versions (tenant, session, version, created, metadata, payload, digest, nbytes) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO ccm_versions "
+                "(tenant, session, version, created, metadata, payload, recipe, digest, nbytes) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 tenant,
                 session,
                 record.version,
                 record.created,
                 record.metadata,
-                record.payload,
+                payload,
+                recipe,
                 record.digest,
-                record.nbytes,
+                size,
             )
             for line in lines:
                 run(
@@ -313,7 +364,8 @@ class SqlStore(Store):
             old = self.limits.old(there, drop)
             for version in old:
                 run(f"DELETE FROM ccm_versions WHERE {_OF} AND version = ?", tenant, session, version)
-            more = record.nbytes + sum(line.nbytes for line in lines) - sum(there[version] for version in old)
+            more = size + sum(line.nbytes for line in lines) - sum(there[version] for version in old)
+            more += self._share(run, tenant, session, parts)
             run(
                 f"UPDATE ccm_sessions SET version = ?, nbytes = nbytes + ?, lines = lines + ? WHERE {_OF}",
                 record.version,
@@ -324,6 +376,25 @@ class SqlStore(Store):
             )
         if self.limits.per_tenant:
             self.limits.check(self._held(run, tenant, now))
+
+    @staticmethod
+    def _share(run: Run, tenant: str, session: str, parts: dict[str, bytes]) -> int:
+        """Add the parts that are not there, remove those that no version has any more; bytes that this adds."""
+        rows = run(f"SELECT name, nbytes FROM ccm_parts WHERE {_OF}", tenant, session)
+        there: dict[str, int] = {name: size for name, size in rows}
+        if not there and not parts:
+            return 0
+        recipes = run(f"SELECT recipe FROM ccm_versions WHERE {_OF}", tenant, session)
+        used = {name for (recipe,) in recipes for name in split(str(recipe))}
+        new, gone = sorted(set(parts) - set(there)), sorted(set(there) - used)
+        run.many(
+            "INSERT INTO ccm_parts (tenant, session, name, part, nbytes) VALUES (?, ?, ?, ?, ?)",
+            [(tenant, session, name, parts[name], len(parts[name])) for name in new],
+        )
+        run.many(
+            f"DELETE FROM ccm_parts WHERE {_OF} AND name = ?", [(tenant, session, name) for name in gone]
+        )
+        return sum(len(parts[name]) for name in new) - sum(there[name] for name in gone)
 
     def _delete(self, tenant: str, session: str, now: float) -> None:
         with self._transaction() as run:
@@ -360,6 +431,11 @@ class Run:
         """Rows that the statement has changed."""
         count: int = self.connection.execute(statement.replace("?", self.mark), values).rowcount
         return count
+
+    def many(self, statement: str, rows: list[tuple[Any, ...]]) -> None:
+        """Run a statement for each of these values."""
+        if rows:
+            self.connection.cursor().executemany(statement.replace("?", self.mark), rows)
 
     def __call__(self, statement: str, *values: Any) -> list[Sequence[Any]]:
         """Rows that the statement returns, if it does."""
