@@ -25,7 +25,7 @@ from .scores import scoring
 @register("retrieve")
 @dataclass(frozen=True, kw_only=True)
 class Retrieve(FullContext):
-    """Sink, window, and of the text between them the blocks that are asked for.
+    """Everything; the blocks asked for are read.
 
     A row's slots are all the text between, its notes the numbers of the blocks that the newest text asked for: what a
     prompt reads that is known by its memory alone.
@@ -36,6 +36,7 @@ class Retrieve(FullContext):
     """
 
     queries: ClassVar[int] = 32
+    most: ClassVar[str] = "tokens"
     sink: int = 4
     window: int = 64
     tokens: int = 64

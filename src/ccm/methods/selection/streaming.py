@@ -16,7 +16,7 @@ from ..references import NoContext
 @register("streaming-llm", "window")
 @dataclass(frozen=True, kw_only=True)
 class StreamingLLM(NoContext):
-    """Sink and recent tokens (Xiao et al., ICLR 2024).
+    """Sink and recent tokens (Xiao et al., ICLR 2024, arXiv 2309.17453).
 
     Attributes:
         sink: first tokens that stay.
@@ -32,6 +32,10 @@ class StreamingLLM(NoContext):
             return memory
         rows = [replace(row, sink=row.sink.slice(0, self.read_sink)) for row in memory.rows]
         return replace(memory, rows=tuple(rows))
+
+    def sized(self, entries: int) -> dict[str, int]:
+        sink = min(self.sink, entries)
+        return {"sink": sink, "window": entries - sink}
 
     def of_entries(self, entries: int) -> StreamingLLM:
         """The same method with at most so many tokens, sink included; with fewer than 8 it reads one sink token.
