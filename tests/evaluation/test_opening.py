@@ -26,28 +26,37 @@ def test_the_stored_answers_are_what_they_are_counted_as(
 
     assert [(row["told"], row["asked"], row["expected"]) for row in stored["facts"]] == list(opening.FACTS)
     for row in stored["facts"]:
-        assert row["right"] == {
-            way: opening.right(text, row["expected"]) for way, text in row["answers"].items()
-        }
-    for way, count in stored["right"].items():
-        assert count == sum(row["right"][way] for row in stored["facts"])
+        for time, answers in row["answers"].items():
+            assert answers["none"] == row["none"]
+            assert row["right"][time] == {
+                way: opening.right(text, row["expected"]) for way, text in answers.items()
+            }
+    assert tuple(stored["right"]) == opening.TIMES
+    for time, counted in stored["right"].items():
+        for way, count in counted.items():
+            assert count == sum(row["right"][time][way] for row in stored["facts"])
     assert not opening.right("My dog is called Bella.", "Biscuit") and opening.right("To peanut.", "peanuts")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_opening_comes_out_as_stored(stored: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same answers on the machine that stored them; elsewhere rounding may move a word, and so two facts."""
+    """The same answers on the machine that stored them; elsewhere rounding may move a word, and so two facts.
+
+    Chats of their own do not depend on one another, so some of them stand for all.
+    """
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import opening
 
     before = torch.get_num_threads()
     torch.set_num_threads(stored["environment"]["threads"])
     try:
-        again = opening.opening()
+        again = opening.opening(alone=4)
     finally:
         torch.set_num_threads(before)
-    assert again["kv_bytes"]["memory"] <= stored["kv_bytes"]["memory"] * 1.2
-    for way in ("memory", "full", "none"):
-        assert abs(again["right"][way] - stored["right"][way]) <= 2, way
+    for time, counted in again["right"].items():
+        assert again["kv_bytes"][time]["memory"] <= stored["kv_bytes"][time]["memory"] * 1.2
+        for way, count in counted.items():
+            rows = stored["facts"][: 4 if time != opening.TIMES[2] else None]
+            assert abs(count - sum(row["right"][time][way] for row in rows)) <= 2, (time, way)
     assert again["settings"] == stored["settings"] and again["memory"] == stored["memory"]
