@@ -296,6 +296,20 @@ def test_the_figures_of_the_readme_are_those_that_are_stored() -> None:
         assert f"{seconds[name]['median']:.2f} s" in text
     opening = json.loads((ROOT / "results" / "opening.json").read_text())
     assert len(opening["facts"]) == 10
-    for way, said in (("memory", "the memory names"), ("full", "the full context names")):
-        assert f"{said} {opening['right'][way]} in {opening['kv_bytes'][way] / 1e6:.1f} MB" in text
-    assert f"without any context {opening['right']['none']} is guessed" in text
+    lines = [f"| facts named, of ten | {' | '.join(opening['right'])} |", "|---|---|---|---|"]
+    for way, said in (("none", "nothing"), ("memory", "**the memory**"), ("full", "the full context")):
+        cells = [str(counted[way]) for counted in opening["right"].values()]
+        if way != "none":
+            bytes_held = [held[way] for held in opening["kv_bytes"].values()]
+            cells = [f"{n} in {size / 1e6:.1f} MB" for n, size in zip(cells, bytes_held, strict=True)]
+        lines.append(f"| {said} | {' | '.join(cells)} |")
+    assert "\n".join(lines) in PAGES["README.md"]
+    chat = (DOCS / "chat.md").read_text()
+    alone, later, together = opening["right"].values()
+    for words in (
+        f"names {alone['memory']} of them at once and {later['memory']} after four exchanges",
+        f"full context {alone['full']} and {later['full']}.",
+        f"{together['memory']} from its memory and {together['full']} from full context",
+        f"has {opening['tokens']:,} tokens",
+    ):
+        assert words in " ".join(chat.split())
