@@ -28,6 +28,9 @@ from ccm.serving.store import codec
 REFUSED: list[tuple[str, str]] = [
     ("nonsense", "nonsense"),
     ("bench --only nobody", "unknown contender 'nobody'"),
+    ("methods snapvk", "unknown method or adapter 'snapvk' (did you mean snapkv?)"),
+    ("leaderboard --methods snapvk", "unknown method or adapter 'snapvk' (did you mean snapkv?)"),
+    ("leaderboard --model ./modle", "no model './modle': there is no such folder"),
     ("--nonsense", "--nonsense"),
     # where a model goes, in every command that loads one
     *(
@@ -112,6 +115,8 @@ REFUSED: list[tuple[str, str]] = [
 ]  # fmt: skip
 #: Those that need what is heavy: torch knows the devices, and reads memories.
 LATER = [
+    ("methods --family nope", "unknown family 'nope': expected one of"),
+    ("leaderboard --tasks nope", "unknown task of the leaderboard 'nope'"),
     ("chat --device cuda:99", "cuda:99"),
     ("memory inspect run.yaml", "run.yaml: "),
     ("chat --load absent.ccm", "no memory file"),

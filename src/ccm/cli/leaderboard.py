@@ -109,7 +109,7 @@ def leaderboard(
 ) -> None:
     """Compare memories at equal bytes, a table a task; Ctrl-C saves, the same command goes on."""
     loading = Loading(model, device, dtype, load_in, device_map)
-    loading.check_names()
+    loading.check()
     chosen = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
     named = tuple(split_methods(methods or ""))
     if wrong := [name for name in named if "@" in name]:
@@ -125,7 +125,6 @@ def leaderboard(
             raise UnknownNameError("task of the leaderboard", name, list(TASKS))
     for name in named:
         checked(name)  # a wrong name shows before anything is loaded
-    loading.check()
     options = Options(loading, named, chosen, entries, limit, threads)
     console = new_console(as_json)
     with console.status("Loading memories and tasks"):
