@@ -166,10 +166,11 @@ def hurt(database: sqlite3.Connection, rng: random.Random) -> None:
     rows = database.execute(f"SELECT rowid, {column} FROM {table} WHERE session = ?", [VICTIM]).fetchall()
     row, value = rows[-1] if rng.random() < 0.6 else rng.choice(rows)  # most often the newest
     new: Any
+    damage = rng.choice(DAMAGES) if value else extend
     if isinstance(value, bytes):
-        new = rng.choice(DAMAGES)(value, rng)
+        new = damage(value, rng)
     elif isinstance(value, str):
-        new = rng.choice(DAMAGES)(value.encode(), rng)
+        new = damage(value.encode(), rng)
         if rng.random() < 0.7:  # otherwise it becomes a blob
             new = new.decode("utf-8", "replace")
     else:

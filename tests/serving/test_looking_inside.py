@@ -118,7 +118,7 @@ def test_the_newest_answer_is_read_from_the_memory_before_it(client, http, alone
     version = http.get("/v1/memories/reading").json()["version"]
     found = http.post("/v1/memories/reading/reading").json()
     assert found["answer"] == answer == expected["answer"] and found["layers"] == [[0, 1], [1, 2], [2, 3]]
-    assert torch.allclose(torch.tensor(found["read"]), torch.tensor(expected["read"]), atol=1e-4)
+    assert torch.allclose(torch.tensor(found["read"]), torch.tensor(expected["read"]), atol=2e-3)
     assert [line["entries"] for line in found["lines"]] == [
         list(line["entries"]) for line in expected["lines"]
     ]
