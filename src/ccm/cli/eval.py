@@ -26,7 +26,7 @@ EPILOG = "Example: ccm eval quick --methods none,full,ccm-concat,streaming-llm@c
 FOLDER = Path("ccm-eval")
 SUITES = ("quick", "paper", "tuned", "streams", "hub")
 #: Of others, read from their own files (docs/benchmarks.md).
-BENCHMARKS = ("locomo", "longmemeval", "msc", "ruler")
+BENCHMARKS = ("beam", "locomo", "longmemeval", "memory-agent-bench", "msc", "ruler", "scbench")
 
 
 def _suite(name: str) -> str:

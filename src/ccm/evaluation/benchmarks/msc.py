@@ -10,8 +10,8 @@ with ``train.txt`` (to session 4), ``valid.txt`` and ``test.txt``. A line is::
      "previous_dialogs": [{"dialog": [{"text": "…"}, …], "time_num": 7, "time_unit": "days", …}, …],
      "init_personas": […]}
 
-The paper's automatic measure is the perplexity of the turns of a session, behind all sessions before it. The words of
-every model are its own, so perplexities compare methods on one model, not models.
+The paper's automatic measure is the perplexity of the turns of a session, behind all sessions before it. The words
+of every model are its own, so perplexities compare methods on one model, not models.
 """
 
 from __future__ import annotations
