@@ -423,6 +423,229 @@ def test_a_wrong_msc_file_names_line_and_field(
         items_of_msc(tmp_path)
 
 
+# ---------------------------------------------------------------------- MemoryAgentBench
+
+
+def parts_of(name: str, folder: Path, judge: Judge | None = None) -> dict[str, list[Item]]:
+    """The items of every part of a benchmark."""
+    plans = benchmark_suite(name, str(folder), judge).plans(limit=9)
+    return {plan.task.name: list(plan.task.items(TOKENIZER, 9)) for plan in plans}
+
+
+@pytest.mark.parametrize("ending", ["json", "jsonl", "parquet"])
+def test_memory_agent_bench_is_scored_by_its_sources(ending: str, tmp_path: Path) -> None:
+    for ability, rows in cited.memory_agent_bench().items():
+        path = tmp_path / "data" / f"{ability}-00000-of-00001.{ending}"
+        if ending == "parquet":
+            parquet = pytest.importorskip("pyarrow.parquet")
+            table = pytest.importorskip("pyarrow").Table
+            path.parent.mkdir(exist_ok=True)
+            answers = [
+                [part if isinstance(part, list) else [part] for part in row["answers"]] for row in rows
+            ]
+            rows = [{**row, "answers": own} for row, own in zip(rows, answers, strict=True)]
+            parquet.write_table(table.from_pylist(rows), path)
+        else:
+            cited.store(path, rows)
+    parts = parts_of("memory-agent-bench", tmp_path)
+    assert list(parts) == [
+        "accurate-retrieval", "test-time-learning", "long-range-understanding", "conflict-resolution",
+    ]  # fmt: skip
+    found = {item.name: asked(item) for some in parts.values() for item in some}
+    assert not any("recsys" in name for name in found) and len(found) == 7
+    right = [
+        ("eventqa_full 1", "HE RAN home", 1.0), ("eventqa_full 1", "he ran", 0.0),
+        ("ruler_qa1_197K 1", "In oslo!", 1.0), ("ruler_qa1_197K 1", "Rome", 0.0),
+        ("longmemeval_s* 1", "Ana", 1.0), ("icl_banking77_5900shot_balance 1", "label: 42", 1.0),
+        ("icl_banking77_5900shot_balance 1", "it is 42", 0.0), ("detective_qa 1", "B. ben", 1.0),
+        ("infbench_sum_eng_shots2 1", "Ana moved to Oslo", 1.0),
+        ("factconsolidation_sh_6k 1", "It is Oslo.", 1.0), ("factconsolidation_sh_6k 1", "Rome", 0.0),
+    ]  # fmt: skip
+    for name, text, score in right:
+        assert found[name][0].rule(text) == score, (name, text)
+        assert found[name][0].tag == name[:-2]
+    (conflict,) = parts["conflict-resolution"]
+    assert said(conflict).count("1. Ana lives in Oslo.") == 20 and len(conflict.segments) > 4
+    assert "larger number holds" in TOKENIZER.decode(asked(conflict)[0].prompt)
+
+
+def test_memory_agent_bench_asks_the_judge_of_chats(judging: Server, tmp_path: Path) -> None:
+    cited.store(tmp_path / "Accurate_Retrieval.json", cited.memory_agent_bench()["Accurate_Retrieval"])
+    judging.verdict = lambda question: "yes"
+    judge = Judge(f"http://127.0.0.1:{judging.server_port}/v1", "j")
+    (items_,) = parts_of("memory-agent-bench", tmp_path, judge).values()
+    first, second = asked(items_[-1])
+    assert first.rule("x") == second.rule("x") == 1
+    said_ = [body["messages"][0]["content"] for body in judging.asked]
+    assert RIGHT["multi-session"] in said_[0] and RIGHT["abstention"] in said_[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda r: r["metadata"].pop("source"), "record 1: metadata: source is missing"),
+        (
+            lambda r: r["metadata"].update(source="riddles"),
+            "source is 'riddles', expected one that begins with",
+        ),
+        (lambda r: r["answers"].append("x"), "answers is .*expected one for each of 1 questions"),
+        (
+            lambda r: r.update(answers=[[]]),
+            r"answers\[0\]: answers is \[\], expected a text or a list of texts",
+        ),
+        (lambda r: r.pop("context"), "record 1: context is missing, expected a text"),
+    ],
+)
+def test_a_wrong_memory_agent_bench_file(change: Callable[[Any], Any], words: str, tmp_path: Path) -> None:
+    (record,) = cited.memory_agent_bench()["Conflict_Resolution"]
+    change(record)
+    cited.store(tmp_path / "Conflict_Resolution.json", [record])
+    with pytest.raises(DataError, match=words):
+        parts_of("memory-agent-bench", tmp_path)
+
+
+def test_a_file_that_is_no_parquet(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    (tmp_path / "Conflict_Resolution-0.parquet").write_text("version https://git-lfs")
+    with pytest.raises(
+        DataError, match=r"Conflict_Resolution-0.parquet is no parquet file .*: download it again"
+    ):
+        parts_of("memory-agent-bench", tmp_path)
+
+
+# ---------------------------------------------------------------------- SCBench
+
+
+@pytest.mark.parametrize(
+    ("task", "right", "wrong"),
+    [
+        ("scbench_kv", "It is b-1.", "B-1"),
+        ("scbench_qa_eng", "ANA, I think", "Eva"),
+        ("scbench_qa_chn", "安娜。", "彼得"),
+        ("scbench_vt", "abc and def", "nothing"),
+        ("scbench_mf", "It is 7.9", "It is 8"),
+        ("scbench_many_shot", "answer (b)", "(A)"),
+        ("scbench_summary", "The cat sat", "dog"),
+        ("scbench_choice_eng", "B. blue", "A"),
+        ("scbench_choice_eng", "the answer is: B", "the answer is: C, not B"),
+        ("scbench_repoqa_and_kv", "b-1", "def f"),
+    ],
+)
+def test_scbench_is_scored_by_its_tasks(task: str, right: str, wrong: str, tmp_path: Path) -> None:
+    if task == "scbench_summary":
+        pytest.importorskip("rouge_score")
+    cited.store(tmp_path / "data" / f"{task}.jsonl", cited.scbench()[task])
+    parts = parts_of("scbench", tmp_path)
+    assert list(parts) == [task]
+    ((item,),) = parts.values()
+    query = asked(item)[0]
+    assert query.rule(right) == 1 and query.rule(wrong) == 0
+    assert len(asked(item)) == (2 if task == "scbench_kv" else 1), "functions of repositories are left out"
+
+
+def test_scbench_scores_by_hand() -> None:
+    from ccm.evaluation.benchmarks.scbench import Characters, Digits, Number
+
+    assert Characters(("安娜去北京",))("安娜 来了") == pytest.approx(2 * 2 / (4 + 5))
+    assert Number(("2.5",))("about 2.5") == 1 and Number(("2.5",))("2") == 0 and Number(("3",))("none") == 0
+    assert Digits(("71",))("is 71, 72") == 1 and Digits(("71",))("72, 71") == 0
+
+
+@pytest.mark.parametrize(
+    ("task", "change", "words"),
+    [
+        ("scbench_kv", lambda r: r.pop("multi_turns"), "line 1: multi_turns is missing, expected a list"),
+        ("scbench_kv", lambda r: r["multi_turns"][1].pop("answer"), r"multi_turns\[1\]: answer is missing"),
+        ("scbench_mf", lambda r: r["multi_turns"][0].update(answer="x"), "answer is 'x', expected a number"),
+        ("scbench_choice_eng", lambda r: r["multi_turns"][0].update(answer="pink"), "one of the options"),
+        ("scbench_repoqa_and_kv", lambda r: r["multi_turns"].pop(), "one request that can be scored"),
+    ],
+)
+def test_a_wrong_scbench_file(task: str, change: Callable[[Any], Any], words: str, tmp_path: Path) -> None:
+    (record,) = cited.scbench()[task]
+    change(record)
+    cited.store(tmp_path / f"{task}.jsonl", [record])
+    with pytest.raises(DataError, match=words):
+        parts_of("scbench", tmp_path)
+
+
+# ---------------------------------------------------------------------- BEAM
+
+
+def test_beam_reads_the_conversation_that_counts(tmp_path: Path) -> None:
+    for size, number in (("1M", 2), ("100K", 10), ("100K", 2)):
+        cited.beam(tmp_path, size, number)
+    parts = parts_of("beam", tmp_path)
+    assert {part: [item.name for item in some] for part, some in parts.items()} == {
+        "beam-100K": ["beam-100K 2", "beam-100K 10"], "beam-1M": ["beam-1M 2"],
+    }  # fmt: skip
+    item = parts["beam-100K"][0]
+    assert "[March-15-2024] I use Flask." in said(item) and "too long" not in said(item)
+    queries = asked(item)
+    assert [query.tag for query in queries] == [
+        "abstention", "event-ordering", "information-extraction", "instruction-following",
+    ]  # fmt: skip
+    assert queries[2].rule("March 29") == 1 and queries[3].answers == ("Has code.",)
+
+
+def test_beam_has_a_judge_go_through_the_rubric(judging: Server, tmp_path: Path) -> None:
+    cited.beam(tmp_path)
+
+    def verdict(question: str) -> str:
+        if "same event" in question:
+            point, line = question.split("1. ")[1].split("\n\n2. ")
+            return "Yes" if line.startswith(f"about {point}") else "No"
+        return "0.5" if "the sprint" in question else "Score: 1"
+
+    judging.verdict = verdict
+    judge = Judge(f"http://127.0.0.1:{judging.server_port}/v1", "j")
+    (item,) = parts_of("beam", tmp_path, judge)["beam-100K"]
+    abstention, order, extraction, _ = asked(item)
+    assert abstention.rule("x") == 1 and extraction.rule("x") == pytest.approx(0.75)
+    assert order.rule("about a\nabout b\nabout c") == 1 and order.rule("about c\nabout b\nabout a") == 0
+    assert order.rule("about a\n\nabout c\nabout b") == pytest.approx((1 / 3 + 1) / 2)
+    judging.verdict = lambda question: "well"
+    with pytest.raises(DataError, match=r"the judge j said 'well', expected 0, 0.5 or 1"):
+        extraction.rule("x")
+
+
+@pytest.mark.parametrize(
+    ("said_", "tau"),
+    [
+        ("abc", 1.0),
+        ("cba", 0.0),
+        ("acb", 2 / 3),  # 2 pairs agree and 1 does not: (2 - 1) / 3
+        ("ab", 1.0),  # c is last
+        ("b", 0.5),  # a and c tie behind b: a pair agrees, another does not
+    ],
+)
+def test_order_by_hand(said_: str, tau: float) -> None:
+    from ccm.evaluation.benchmarks.beam import order
+
+    assert order("abc", said_) == pytest.approx(tau)
+    assert order("a", "a") == 0, "one event has no order"
+
+
+def test_wrong_beam_files(tmp_path: Path) -> None:
+    home = cited.beam(tmp_path)
+    questions = home / "probing_questions" / "probing_questions.json"
+    content = json.loads(questions.read_text())
+    content["abstention"][0].pop("rubric")
+    cited.store(questions, content)
+    with pytest.raises(DataError, match=r"abstention\[0\]: rubric is missing"):
+        parts_of("beam", tmp_path)
+    cited.store(home / "chat_trunecated.json", [{"turns": [[{"role": "cat", "content": "x"}]]}])
+    with pytest.raises(DataError, match=r"chat_trunecated.json, record 1: turns\[0\]\[0\]: role is 'cat'"):
+        parts_of("beam", tmp_path)
+    for name in ("chat.json", "chat_trunecated.json"):
+        (home / name).unlink()
+    with pytest.raises(DataError, match=r"has no chat.json beside probing_questions.json"):
+        parts_of("beam", tmp_path)
+    home.parent.rename(tmp_path / "chats" / "other")
+    with pytest.raises(DataError, match="in folders named 100K, 128K, 500K, 1M"):
+        parts_of("beam", tmp_path)
+
+
 # ---------------------------------------------------------------------- RULER
 
 
@@ -539,6 +762,30 @@ def test_locomo_from_the_command_line(
     records = Path("ccm-eval/locomo/records.jsonl").read_text().splitlines()
     assert sum('"cut"' in line for line in records) >= 1
     assert "full reads the newest" in out and "the model reads no more at once" in out
+
+
+def test_what_a_judge_said_is_measured_once(
+    model: str,
+    judging: Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    cited.store(tmp_path / "longmemeval_oracle.json", [cited.longmemeval()])
+    judging.verdict = lambda question: "yes"
+    url = f"http://127.0.0.1:{judging.server_port}/v1"
+    command = ["eval", "longmemeval", "--data", "longmemeval_oracle.json", "--methods", "none,full"]
+    command += ["--model", model, "--threads", "1", "--processes", "1", "--json"]
+    for _ in range(2):
+        assert cli.main([*command, "--judge", url, "--judge-model", "j"]) == 0
+        result = json.loads(capsys.readouterr().out)
+        assert {row["value"] for row in result["rows"] if row["metric"] == "score"} == {1.0}
+        assert "accuracy by j as judge" in result["scored"]["longmemeval"]
+        assert result["settings"]["longmemeval"]["options"]["judge"] == "j"
+    assert len(judging.asked) == 2, "one verdict a method, and none when it is asked again"
+    assert cli.main(command) == 2
+    assert "holds results of other settings" in capsys.readouterr().err, "scores without a judge are others"
 
 
 @pytest.mark.parametrize(

@@ -95,3 +95,91 @@ def msc(name: str = "d1", sessions: int = 2) -> dict[str, Any]:
         "previous_dialogs": [earlier] * (sessions - 1),
         "init_personas": [["I cook."], ["I sail."]],
     }
+
+
+def memory_agent_bench() -> dict[str, list[dict[str, Any]]]:
+    """Ability -> rows: one of every kind of source."""
+
+    def row(source: str, questions: list[str], answers: list[Any], **about: Any) -> dict[str, Any]:
+        context = "0. Ana lives in Rome.\n1. Ana lives in Oslo.\n" * 20
+        metadata = {
+            "source": source,
+            "qa_pair_ids": [f"{source}_{k}" for k in range(len(questions))],
+            **about,
+        }
+        return {"context": context, "questions": questions, "answers": answers, "metadata": metadata}
+
+    types = {"question_ids": ["q1", "q2_abs"], "question_types": ["multi-session", "multi-session"]}
+    return {
+        "Accurate_Retrieval": [
+            row("eventqa_full", ["What is next?"], [["he ran", "home"]]),
+            row("ruler_qa1_197K", ["Where?"], [["the Oslo", "Bergen"]]),
+            row("longmemeval_s*", ["Who?", "Which dog?"], [["Ana"], ["There is none"]], **types),
+        ],
+        "Test_Time_Learning": [
+            row("icl_banking77_5900shot_balance", ["lost card\nlabel:"], [["42"]]),
+            row("recsys_redial_full", ["A film?"], [["77"]]),
+        ],
+        "Long_Range_Understanding": [
+            row("detective_qa", ["Who did it?"], [["B. Ben"]]),
+            row("infbench_sum_eng_shots2", ["Sum it up."], [["ana moved to oslo"]]),
+        ],
+        "Conflict_Resolution": [row("factconsolidation_sh_6k", ["Where is Ana?"], ["Oslo"])],
+    }
+
+
+def scbench() -> dict[str, list[dict[str, Any]]]:
+    """Task -> lines."""
+    lists: dict[str, list[tuple[str, Any]]] = {
+        "scbench_kv": [("Value of a1?", "b-1"), ("Value of a2?", "b-2")],
+        "scbench_qa_eng": [("Who?", ["Ana", "Ben"])],
+        "scbench_qa_chn": [("谁？", ["安娜"])],
+        "scbench_vt": [("Which?", ["ABC", "DEF"])],
+        "scbench_mf": [("What is the largest? The largest number is", 7)],
+        "scbench_many_shot": [("Which?", "(B)")],
+        "scbench_summary": [("Sum it up.", "the cat sat")],
+    }
+    found = {
+        name: [
+            {"id": 0, "context": "text. " * 60, "multi_turns": [{"input": i, "answer": a} for i, a in turns]}
+        ]
+        for name, turns in lists.items()
+    }
+    choice = {"input": "Which?", "answer": "blue", "options": ["red", "blue", "green", "grey"]}
+    found["scbench_choice_eng"] = [{"context": "It is blue.", "multi_turns": [choice]}]
+    mixed = [
+        {"input": "Find the function.", "answer": "def f(): ...", "task": "scbench_repoqa"},
+        {"input": "Value of a1?", "answer": "b-1", "task": "scbench_kv"},
+    ]
+    found["scbench_repoqa_and_kv"] = [{"context": "x = 1", "multi_turns": mixed}]
+    return found
+
+
+def beam(folder: Path, size: str = "100K", number: int = 1) -> Path:
+    """A conversation and its questions; the truncated file is the one that counts."""
+    home = folder / "chats" / size / str(number)
+    turns = [
+        [
+            {"role": "user", "id": 0, "time_anchor": "March-15-2024", "content": "I use Flask. ->-> 1,1"},
+            {"role": "assistant", "id": 1, "content": "Good choice."},
+        ],
+        [{"role": "user", "id": 2, "content": "The sprint ends on March 29."}],
+    ]
+    store(home / "chat.json", [{"batch_number": 1, "turns": [[{"role": "user", "content": "too long"}]]}])
+    store(home / "chat_trunecated.json", [{"batch_number": 1, "turns": turns}])
+    questions = {
+        "abstention": [
+            {"question": "Who am I?", "ideal_response": "Nothing is said.", "rubric": ["says so"]}
+        ],
+        "event_ordering": [
+            {"question": "In which order?", "answer": "1) a, 2) b, 3) c", "rubric": ["a", "b", "c"]}
+        ],
+        "information_extraction": [
+            {"question": "When?", "answer": "March 29", "rubric": ["March 29", "the sprint"]}
+        ],
+        "instruction_following": [
+            {"question": "Show code.", "expected_compliance": "Has code.", "rubric": ["code"]}
+        ],
+    }
+    store(home / "probing_questions" / "probing_questions.json", questions)
+    return home
