@@ -182,12 +182,17 @@ def _share(method: str, row: Mapping[str, Any] | None, worth: Mapping[str, Any] 
     if not kept(worth) or row is None:
         return "nothing to keep"
     interval = _interval(row)
-    return f"{row['value']:.2f} ({interval})" if interval else f"{row['value']:.2f}"
+    return f"{_zero(row['value']):.2f}" + (f" ({interval})" if interval else "")
 
 
 def _interval(row: Mapping[str, Any]) -> str:
     known = row["ci_low"] is not None and row["ci_high"] is not None
-    return f"{row['ci_low']:.2f}, {row['ci_high']:.2f}" if known else ""
+    return f"{_zero(row['ci_low']):.2f}, {_zero(row['ci_high']):.2f}" if known else ""
+
+
+def _zero(value: float) -> float:
+    """The value as it is shown, never "-0.00"."""
+    return round(value, 2) + 0.0
 
 
 def _natural(tag: str) -> str:
