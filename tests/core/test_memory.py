@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny import history, pad, random_rows, tiny_compressor, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ccm.core.compressor import Compressor
 from ccm.core.folding import counted
+from ccm.core.live import Live
 from ccm.core.memory import KV, Memory
 from ccm.core.reader import Reader
 from ccm.core.rotary import rotate, unrotate
@@ -509,3 +511,33 @@ def test_everything_works_under_inference_mode() -> None:
         ids = compressor.generate([[4, 5]], memory, max_new_tokens=3, do_sample=False)
     assert memory.slots == 2 and ids.shape[1] <= 5
     compressor.check(memory)
+
+
+@torch.inference_mode()
+def test_a_cache_is_filled_without_a_second_one_beside_it():
+    """Of many rows one at a time is copied, and what comes behind them is written where they lie."""
+    compressor = tiny_compressor(window=8, sink=2)
+    ids = torch.randint(3, 90, (16, 40))
+    memory = compressor.compress(ids, window=8, sink=2)
+    largest = 0
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if (
+                func.overloadpacket.__name__ != "new_zeros"
+                and not func.is_view
+                and isinstance(out, torch.Tensor)
+            ):
+                largest = max(largest, out.nbytes)
+            return out
+
+    with Sizes():
+        live = Live.over(memory, compressor.rotary, torch.float32)
+    layers = live.cache.layers
+    assert largest <= memory.nbytes / 8  # keys of a row or two, of sixteen
+    places = [layer.keys.data_ptr() for layer in layers]
+    live, call = live.ahead(torch.ones(16, 3, dtype=torch.bool))
+    compressor.model(input_ids=ids[:, :3], **call)
+    assert [layer.keys.data_ptr() for layer in layers] == places

@@ -282,7 +282,7 @@ def test_cards_that_do_not_know_of_each_other_would_be_seen():
         compressor = scramble(Compressor(spread(tiny_model()), CompressorConfig(slots=2)))
         compressor.devices = []
         memory = compressor.compress([[5, 6, 7]])
-        with pytest.raises(RuntimeError, match="all tensors on one device|same device type"):
+        with pytest.raises(RuntimeError, match=r"same device|on one device"):
             compressor.logits([[8, 9]], memory)
 
 

@@ -12,14 +12,13 @@ that leaves. Rows that there is no room for double the room.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from .live import Live
-from .room import ROOM, Roomy
+from .room import ROOM
 
 
 class Batch:
@@ -124,6 +123,4 @@ class Batch:
         count, width = len(self), self._width
         for layer, room in zip(self.live.cache.layers, self._room, strict=True):
             keys, values = (states[:count, :, self._first :] for states in room)
-            cast(Roomy, layer)._room = keys, values
-            layer.keys, layer.values = keys[:, :, :width], values[:, :, :width]
-            cast(Roomy, layer)._shown = layer.keys
+            layer.hold(keys, values, width)

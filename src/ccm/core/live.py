@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from transformers import DynamicCache
 
 from .attention import PLAN, RecurrentPlan
-from .memory import KV, Memory
-from .room import roomy_cache
+from .memory import KV, Memory, Row
+from .room import ROOM, Roomy, roomy_cache
 from .rotary import Rotary, unrotate
 
 
@@ -49,24 +48,19 @@ class Live:
             devices: of its layers, if they are on several.
         """
         width = memory.length
-        rows = {id(row): row for row in memory.rows}  # a memory that many options read is placed once
-        placed = {key: row.placed(rotary, dtype) for key, row in rows.items()}
-        parts = [placed[id(row)] for row in memory.rows]
-        device = parts[0].keys.device
+        device = memory.rows[0].slots.keys.device
         valid = torch.zeros(len(memory), width, dtype=torch.bool, device=device)
         is_memory = torch.zeros_like(valid)
-        keys, values = [], []
-        for r, (row, kv) in enumerate(zip(memory.rows, parts, strict=True)):
-            empty = width - kv.length
-            valid[r, empty:] = True
-            is_memory[r, empty : width - row.window.length] = True
-            keys.append(pad(kv.keys, (0, 0, empty, 0)))
-            values.append(pad(kv.values, (0, 0, empty, 0)))
+        for r, row in enumerate(memory.rows):
+            valid[r, width - row.length :] = True
+            is_memory[r, width - row.length : width - row.window.length] = True
         cache = roomy_cache()
         if width:
-            for layer, (k, v) in enumerate(zip(torch.stack(keys, 1), torch.stack(values, 1), strict=True)):
+            keys, values = _side_by_side(memory, rotary, dtype)
+            for layer, (k, v) in enumerate(zip(keys, values, strict=True)):
                 place = devices[layer] if devices else device
-                cache.update(k.to(place), v.to(place), layer)
+                cache.layers.append(Roomy())
+                cache.layers[layer].hold(k.to(place), v.to(place), width)
         return cls(cache, (valid.long().cumsum(1) - 1).clamp(min=0), is_memory, valid)
 
     def __len__(self) -> int:
@@ -130,3 +124,20 @@ class Live:
             cache.update(keys, values, index)
         position, is_memory = self.position[chosen][:, columns], self.is_memory[chosen][:, columns]
         return Live(cache, position, is_memory, valid[:, columns])
+
+
+def _side_by_side(memory: Memory, rotary: Rotary, dtype: torch.dtype) -> KV:
+    """All rows as past keys and values, left-padded, with room behind them: (L, B, H, m + ROOM, D).
+
+    One row at a time is copied there, so that nothing else is as large as the whole.
+    """
+    held, width = memory.rows[0].slots.keys, memory.length
+    shape = held.shape[0], len(memory), held.shape[1], width + ROOM, held.shape[3]
+    whole = KV(held.new_zeros(shape, dtype=dtype), held.new_zeros(shape, dtype=dtype))
+    known: tuple[Row, KV] | None = None
+    for r, row in enumerate(memory.rows):
+        if known is None or known[0] is not row:  # a memory that many options read is placed once
+            known = row, row.placed(rotary, dtype)
+        for states, own in zip(whole, known[1], strict=True):
+            states[:, r, :, width - row.length : width] = own
+    return whole

@@ -41,6 +41,14 @@ class Roomy(DynamicLayer):
         self.values = values.narrow(2, 0, held + new)
         return self.keys, self.values
 
+    def hold(self, keys: Tensor, values: Tensor, length: int) -> None:
+        """Hold the first ``length`` entries of tensors (B, H, K, D), and write what comes behind them there."""
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        self._room = keys, values
+        self.keys = self._shown = keys.narrow(2, 0, length)
+        self.values = values.narrow(2, 0, length)
+
     def back(self, tokens: int) -> None:
         """Let go of the newest tokens."""
         length = self.keys.shape[2] - tokens

@@ -265,7 +265,7 @@ def _store(load: Load, held: Held, snapshot: int) -> Iterator[Figure]:
     yield Figure(
         "entry_bytes", "a turn's text", entry, "bytes", "assumed", f"{CHARACTERS} characters a token"
     )
-    shared = "at the end, at most; equal parts of two versions are kept once"
+    shared = "at the end, at most; versions share parts"
     yield Figure("store_bytes", "store, all users", size, "bytes", "calculated", shared)
     origin = "given" if load.pace else "assumed"
     yield Figure("pace", "between two answers of a user", load.seconds, "s", origin)
