@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from tiny import scramble, tiny_model, tiny_tokenizer
 
 import ccm
@@ -19,7 +20,8 @@ from ccm.core.compressor import Compressor, CompressorConfig
 from ccm.core.memory import Memory
 from ccm.data.chitchat import Conversation, Turn
 from ccm.data.rows import ConversationRow
-from ccm.evaluation.demo import Player, choose_players
+from ccm.evaluation import demo
+from ccm.evaluation.demo import Player, Trace, choose_players
 from ccm.evaluation.demo import play as play_all
 from ccm.evaluation.share import turn_nll
 from ccm.methods import get_method
@@ -381,13 +383,50 @@ def test_demo_json(home: Path, talks: None, tmp_path: Path, capsys: pytest.Captu
         assert math.isclose(values["perplexity"], math.exp(values["nll"]))
         assert {"recovered_share", "kv_bytes", "seconds"} <= set(values)
         assert len(values["nll_by_turn"]) == 6
-    assert methods["none"]["recovered_share"] == 0 and methods["full"]["recovered_share"] == 1
+    assert math.isclose(result["gain"][0], methods["none"]["nll"] - methods["full"]["nll"])
+    shares = {name: values["recovered_share"] for name, values in methods.items()}
+    assert (shares["none"], shares["full"]) in {(0, 1), (None, None)}, (
+        "random weights may have nothing to keep"
+    )
+    assert f"n = 2 conversations, {result['target_tokens']} scored tokens" in err
     assert methods["none"]["kv_bytes"] == 0
     assert methods["window"]["kv_bytes_by_turn"] == methods["ccm-concat"]["kv_bytes_by_turn"]
     assert methods["window-merge"]["kv_bytes_by_turn"] == methods["ccm-merge"]["kv_bytes_by_turn"]
     assert methods["ccm-concat"]["kv_bytes"] == 5 * methods["ccm-merge"]["kv_bytes"]
     assert "recovered" in err and "same KV bytes as ccm-concat" in err
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def traced(*nll: float) -> Trace:
+    """A conversation for each number, of five turns; the last one is scored, over ten tokens."""
+    turns = [{"nll": 40.0, "tokens": 10}] * 4
+    steps = [{"kv_bytes": 46_080, "fold_seconds": 0.1, "ttft_seconds": 0.1}] * 5
+    return Trace([{"queries": [*turns, {"nll": each, "tokens": 10}], "steps": steps} for each in nll])
+
+
+@pytest.mark.parametrize(("full", "kept"), [((20.0, 22.0, 21.0), True), ((20.0, 45.0, 33.0), False)])
+def test_demo_says_on_how_much_it_stands_and_where_there_is_nothing_to_keep(
+    full: tuple[float, ...], kept: bool
+) -> None:
+    """In a table of 80 columns that breaks no name of a method."""
+    traces = {
+        "none": traced(30.0, 32.0, 31.0),
+        "full": traced(*full),
+        "attention-matching": traced(25.0, 27.0, 26.0),
+        "window-am": traced(28.0, 29.0, 30.0),
+    }
+    players = choose_players(["window", "ccm-concat", "attention-matching"])
+    players = [player for player in players if player.name in traces]
+    assert [player.name for player in players] == list(traces)
+    console = Console(file=io.StringIO(), width=80)
+    console.print(demo._table(players, traces, final=True))
+    out = console.file.getvalue()  # type: ignore[attr-defined]
+    assert max(map(len, out.splitlines())) <= 80 and "attention-matching" in out
+    assert "n = 3 conversations, 30 scored tokens" in out
+    assert ("nothing to keep" in out, "0.500" in out, "1.000" in out) == (not kept, kept, kept)
+    values = demo._summary(players[2], traces, 5)
+    share, ends = values["recovered_share"], values["share_ci"]
+    assert (share == pytest.approx(0.5) and ends) if kept else share is ends is None
 
 
 def test_demo_without_matplotlib_says_what_to_install(

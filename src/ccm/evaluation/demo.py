@@ -27,12 +27,13 @@ from ..data.rows import ConversationRow, held_out_rows
 from ..errors import ConfigError
 from ..files.fingerprint import base_name
 from ..methods import Method, get_method
+from ..methods.base import METHODS
 from ..methods.compressed import Compressed
 from ..methods.default import ADAPTER, UNTRAINED, default_memory, named
 from ..methods.selection.streaming import StreamingLLM
 from ..methods.spec import parse
 from .protocol import State, run_item
-from .share import Nll, bootstrap_share, recovered_share
+from .share import Nll, bootstrap_share, gain, recovered_share
 from .tasks.conversation import row_item
 
 FIRST = 4  # index of the first target turn
@@ -84,7 +85,7 @@ def choose_players(names: Sequence[str]) -> list[Player]:
     """Players by memories as they are written; "none" and "full" always play, the share needs them.
 
     "window" becomes one player for each other one, at its KV bytes: ``window`` for the first, and ``window-merge``
-    for ``ccm-merge`` after it.
+    for ``ccm-merge`` after it, ``window-am`` for ``attention-matching``.
 
     Raises:
         UnknownNameError: a name that is neither a method nor an adapter.
@@ -101,7 +102,10 @@ def choose_players(names: Sequence[str]) -> list[Player]:
     if "window" in names:
         compressed = [player.name for player in players[2:] if not isinstance(player.method, StreamingLLM)]
         for index, name in enumerate(compressed):
-            row = f"window-{name.removeprefix('ccm-')}" if index else "window"
+            short = min(
+                (other for other, m in METHODS.items() if m is METHODS.get(name)), key=len, default=name
+            )
+            row = f"window-{short.removeprefix('ccm-')}" if index else "window"
             players.append(Player(row, get_method("window"), same_bytes_as=name))
         if not compressed:
             players.append(Player("window", get_method("window")))
@@ -149,9 +153,10 @@ def demo(
             embedded model, if it is that, and the best memory that needs no training.
 
     Returns:
-        ``{"task", "turns", "methods": {name: {"nll", "perplexity", "recovered_share", "kv_bytes", "seconds",
-        ...}}, ...}``: NLL in nats per target token; ``kv_bytes`` the mean over conversations of what is read
-        at the last turn; ``seconds`` the total of taking in and scoring all turns.
+        ``{"task", "turns", "gain", "methods": {name: {"nll", "perplexity", "recovered_share", "kv_bytes",
+        "seconds", ...}}, ...}``: NLL in nats per target token; ``gain`` what full context is worth, and its
+        interval; the share is None where that holds 0: there is nothing to keep. ``kv_bytes`` is the mean over
+        conversations of what is read at the last turn; ``seconds`` the total of taking in and scoring all turns.
 
     Raises:
         ConfigError: too few turns to have a target, or fewer conversations than asked for.
@@ -187,6 +192,8 @@ def demo(
         "conversations": conversations,
         "turns": turns,
         "first_target_turn": FIRST + 1,
+        "target_tokens": sum(traces["none"].targets().tokens),
+        "gain": gain(traces["none"].targets(), traces["full"].targets()),
         "model": base_name(model),
         "methods": {player.name: _summary(player, traces, turns) for player in players},
     }
@@ -195,11 +202,12 @@ def demo(
 def _summary(player: Player, traces: dict[str, Trace], turns: int) -> dict[str, Any]:
     trace = traces[player.name]
     none, full, own = (t.targets() for t in (traces["none"], traces["full"], trace))
+    kept = gain(none, full)[1] > 0
     result = {
         "nll": own.mean,
         "perplexity": math.exp(own.mean),
-        "recovered_share": recovered_share(none.mean, full.mean, own.mean),
-        "share_ci": bootstrap_share(none, full, own) if len(own.total) > 1 else None,
+        "recovered_share": recovered_share(none.mean, full.mean, own.mean) if kept else None,
+        "share_ci": bootstrap_share(none, full, own) if kept and len(own.total) > 1 else None,
         "kv_bytes": trace.kv_bytes_at(turns - 1),
         "seconds": trace.seconds,
         "nll_by_turn": [trace.nll_at(turn) for turn in range(turns)],
@@ -244,9 +252,15 @@ class _View:
 
 def _table(players: Sequence[Player], traces: dict[str, Trace], final: bool = False) -> Table:
     windows = [(p.name, p.same_bytes_as) for p in players if p.same_bytes_as]
-    notes = [f"{name} = sink + recent tokens, same KV bytes as {other}" for name, other in windows]
+    notes = _items(traces) if final else []
+    notes += [f"{name} = sink + recent tokens, same KV bytes as {other}" for name, other in windows]
     table = Table(
-        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption="\n".join(notes) or None, caption_justify="left"
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        show_edge=False,
+        caption="\n".join(notes) or None,
+        caption_justify="left",
     )
     table.add_column("method", overflow="fold")  # long names give way, figures do not
     interval = ("95 % CI",) if final else ()
@@ -260,10 +274,11 @@ def _table(players: Sequence[Player], traces: dict[str, Trace], final: bool = Fa
         cells = ["", "", "", *("" for _ in interval)]
         none, whole, own = (t.targets(trace) for t in (traces["none"], full, trace))
         if len(own.total) == len(whole.total) > 0:
-            share = recovered_share(none.mean, whole.mean, own.mean)
-            cells[:3] = f"{own.mean:.3f}", f"{math.exp(own.mean):.2f}", f"{share:.3f}"
+            kept = gain(none, whole)[1] > 0
+            share = f"{recovered_share(none.mean, whole.mean, own.mean):.3f}" if kept else "nothing\nto keep"
+            cells[:3] = f"{own.mean:.3f}", f"{math.exp(own.mean):.2f}", share
             # one conversation has no spread
-            if final and len(own.total) > 1 and player.name not in ("none", "full"):
+            if final and kept and len(own.total) > 1 and player.name not in ("none", "full"):
                 low, high = bootstrap_share(none, whole, own)
                 cells[3] = f"{low:.2f}, {high:.2f}"
         held, most = (_bytes_now(t, trace, final) for t in (trace, full))
@@ -276,6 +291,17 @@ def _table(players: Sequence[Player], traces: dict[str, Trace], final: bool = Fa
             style="bold" if isinstance(player.method, Compressed) else None,
         )
     return table
+
+
+def _items(traces: dict[str, Trace]) -> list[str]:
+    """On how much the figures stand, and what there is to keep."""
+    none, full = traces["none"].targets(), traces["full"].targets()
+    count, (worth, low, high) = len(none.total), gain(none, full)
+    ends = f" ({low:+.2f} to {high:+.2f})" if count > 1 else ""
+    return [
+        f"n = {count} conversation{'s' if count > 1 else ''}, {sum(none.tokens):,} scored tokens",
+        f"{'' if low > 0 else 'nothing to keep: '}full context gains {worth:.2f} nats a token over none{ends}",
+    ]
 
 
 def _bytes_now(trace: Trace, other: Trace, final: bool) -> float:

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..core.compressor import Compressor
 from ..data.rows import ConversationRow
-from .metrics import recovered_share
+from .metrics import bootstrap, recovered_share
 
 #: (row, segment) -> logits (T_segment, V)
 SegmentLogits = Callable[[int, int], Tensor]
@@ -55,6 +56,18 @@ def bootstrap_share(
     n, f, m = totals[:, picks].sum(-1)
     shares = recovered_share(n, f, m).sort().values
     return float(shares[int(0.025 * draws)]), float(shares[int(0.975 * draws)])
+
+
+def gain(none: Nll, full: Nll) -> tuple[float, float, float]:
+    """What full context is worth, in nats per token, and its 95 % interval by resampling rows; none of one row.
+
+    Where the interval holds 0 there is nothing to keep, and a share would divide by next to nothing.
+    """
+    value = none.mean - full.mean
+    if len(none.total) < 2:
+        return value, value, value
+    gained = np.subtract(none.total, full.total)
+    return value, *bootstrap(lambda total, tokens: total / tokens, gained, np.array(none.tokens, float))
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ With several sources its three NLL are means weighted like the mixture.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -20,6 +21,8 @@ from .engines import Engine
 from .objectives import cross_entropy, summed_loss
 from .packed import ArrayRow
 from .targets import Row, find_targets
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -102,6 +105,9 @@ class HeldOut:
         rows = {name: [ArrayRow.from_row(row) for row in part] for name, part in self.rows.items()}
         if not self._references:
             self._references = {name: _reference(engine, part) for name, part in self.rows.items()}
+            for name, (none, full) in self._references.items():
+                if full >= none:
+                    log.warning("%s: nothing to keep: full context is no better than none", name)
         report: dict[str, float] = {}
         for figure, sizes in self.budgets.items():
             found = {name: nll(engine, part, **sizes) for name, part in rows.items()}
