@@ -5,10 +5,8 @@ python tools/pages.py         writes docs/command-line.md and docs/methods.md
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Iterator
-from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +15,7 @@ from typer.main import get_command
 from ccm.cli import app
 from ccm.errors import ConfigError
 from ccm.files.adapter_folder import read_config, shipped_adapters
-from ccm.methods import Method
-from ccm.methods.base import METHODS
+from ccm.methods.catalogue import ASKS, ELSEWHERE, FAMILIES, SLOTS, Entry, catalogue, plain
 
 DOCS = Path(__file__).parents[1] / "docs"
 MADE = "This page is made by `python tools/pages.py`"
@@ -43,40 +40,6 @@ for what. [Extend](extending.md) shows how to add one."""
 #: Options of every method, explained once.
 _SHARED = ("sink", "window", "segment")
 _TYPES = {str: "TEXT", int: "NUMBER", float: "NUMBER", Path: "PATH"}
-
-#: Title, what the group has in common, and what the modules of its methods begin with.
-_GROUPS = (
-    (
-        "Trained memories",
-        "An adapter makes the slots. It belongs to one model, and `ccm train` makes one for yours.",
-        ("compressed", "baselines"),
-    ),
-    (
-        "Entries that are made",
-        "These need no training. Slots are fitted, merged or averaged from what they stand for.",
-        ("attention_matching", "synthesis"),
-    ),
-    (
-        "Entries that are chosen",
-        "These need no training. A part of the keys and values stays as it is.",
-        ("selection",),
-    ),
-    (
-        "Entries that are looked up",
-        "These need no training. Everything is kept, and the prompt says what is read.",
-        ("retrieve", "recall"),
-    ),
-    (
-        "Text in place of entries",
-        "These need no training. What leaves the window stays as words.",
-        ("summary", "text"),
-    ),
-    (
-        "Yardsticks",
-        "No context and full context are the ends of the scale on which `ccm eval` puts all others.",
-        ("references",),
-    ),
-)
 
 
 def main() -> None:
@@ -150,61 +113,61 @@ def _default(parameter: Any) -> str:
 def methods() -> Iterator[str]:
     """A part for every method, trained ones first."""
     yield _METHODS
-    described = _attributes(Method.__doc__ or "")
+    entries, _ = catalogue()
     yield "Every method has these options. A default of 0 is left out below."
-    yield _table(("option", "what it is"), [(f"`{name}`", _cell(described[name])) for name in _SHARED])
-    known: dict[type[Method], list[str]] = {}
-    for name, method in METHODS.items():
-        known.setdefault(method, []).append(name)
-    for title, said, modules in _GROUPS:
-        yield f"## {title}"
-        yield said
-        for method in [m for m in sorted(known, key=lambda m: known[m]) if _module(m) in modules]:
-            yield from _method(method, known.pop(method))
-        if title == "Trained memories":
+    shared = {option.name: option.said for option in entries[0].options if option.name in _SHARED}
+    yield _table(("option", "what it is"), [(f"`{name}`", _cell(shared[name])) for name in _SHARED])
+    yield "What a method's slots are:"
+    yield _table(("slots", "what they are"), list(SLOTS.items()))
+    yield "What a method asks for, beside the keys and values that every method has:"
+    yield _table(("it asks for", "that is"), list(ASKS.items()))
+    for family in dict.fromkeys(entry.family for entry in entries):
+        group = [entry for entry in entries if entry.family == family]
+        if family == ELSEWHERE:
+            raise ConfigError(f"methods in no family: {', '.join(entry.name for entry in group)}")
+        yield f"## {family.title}"
+        yield family.said
+        yield _table(
+            ("method", "what it keeps", "slots", "it asks for"),
+            [(f"[`{e.name}`](#{_anchor(e)})", e.keeps, e.slots, ", ".join(e.asks)) for e in group],
+        )
+        for entry in group:
+            yield from _method(entry, shared)
+        if family == FAMILIES[0]:
             yield from _adapters()
-    if known:
-        raise ConfigError(f"methods in no group of the page: {', '.join(map(str, known.values()))}")
 
 
-def _module(method: type[Method]) -> str:
-    """The file or folder of ``ccm.methods`` that the method stands in."""
-    return method.__module__.split(".")[2]
+def _title(entry: Entry) -> str:
+    return ", ".join(entry.names)
 
 
-def _method(method: type[Method], names: list[str]) -> Iterator[str]:
-    yield f"### {', '.join(names)}"
-    yield _prose(re.split(r"\n\s*(?:Attributes|Args):\n", inspect.getdoc(method) or "")[0])
-    shared = _attributes(Method.__doc__ or "")
-    described = {k: v for cls in reversed(method.__mro__) for k, v in _attributes(cls.__doc__ or "").items()}
-    options = {entry.name: entry for entry in fields(method) if entry.init}
-    set_here = [f"`{name}` {value}" for name in _SHARED if (value := _value(options[name]))]
+def _anchor(entry: Entry) -> str:
+    return re.sub(r"[^\w-]+", "-", _title(entry))
+
+
+def _method(entry: Entry, shared: dict[str, str]) -> Iterator[str]:
+    yield f"### {_title(entry)}"
+    about = re.sub(r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", _prose(entry.about))
+    yield about
+    if entry.link and entry.link not in about:
+        yield f"Paper: [{entry.paper}]({entry.link})."
+    options = {option.name: option for option in entry.options}
+    set_here = [f"`{name}` {value}" for name in _SHARED if (value := _value(options[name].default))]
     if set_here:
         yield f"Here {', '.join(set_here)}."
     rows = [
-        (f"`{name}`", _cell(described[name]), _value(entry))
-        for name, entry in options.items()
-        if described.get(name, "") != shared.get(name) and name not in _SHARED
+        (f"`{name}`", _cell(option.said), _value(option.default))
+        for name, option in options.items()
+        if option.said != shared.get(name) and name not in _SHARED
     ]
     if rows:
         yield _table(("option", "what it is", "default"), rows)
 
 
-def _value(entry: Field[Any]) -> str:
-    value = entry.default_factory() if callable(entry.default_factory) else entry.default
+def _value(value: Any) -> str:
     if not value:
         return ""
     return "no limit" if isinstance(value, int) and value > 10**12 else f"`{value}`"
-
-
-def _attributes(doc: str) -> dict[str, str]:
-    """What a docstring says of each attribute."""
-    section = re.search(r"\n( *)Attributes:\n((?:\1 +.*\n?|\n)*)", doc)
-    if section is None:
-        return {}
-    entry = r"^ {4,8}(\w+(?:, \w+)*): ((?:.|\n)*?)(?=^ {4,8}\w+(?:, \w+)*: |\Z)"
-    found = re.findall(entry, section.group(2), re.MULTILINE)
-    return {name: " ".join(said.split()) for names, said in found for name in names.split(", ")}
 
 
 def _adapters() -> Iterator[str]:
@@ -229,16 +192,11 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 def _prose(text: str | None) -> str:
     """A docstring or a help text, a line a paragraph."""
-    return "\n\n".join(" ".join(part.split()) for part in _plain(text or "").split("\n\n"))
+    return "\n\n".join(" ".join(part.split()) for part in plain(text or "").split("\n\n"))
 
 
 def _cell(text: str) -> str:
-    return " ".join(_plain(text).split()).replace("|", "\\|")
-
-
-def _plain(text: str) -> str:
-    """Without the marks of Sphinx."""
-    return re.sub(r":\w+:`~?(?:[\w.]*\.)?(\w+)`", r"`\1`", text).replace("``", "`")
+    return " ".join(plain(text).split()).replace("|", "\\|")
 
 
 if __name__ == "__main__":

@@ -32,8 +32,9 @@ ASKED, GENERAL = 64, 0.3
 @register("attention-matching", "am")
 @dataclass(frozen=True, kw_only=True)
 class AttentionMatching(Method):
-    """A fixed number of slots, fitted anew whenever text leaves the window.
+    """A number of slots, fitted to attention.
 
+    They are fitted anew whenever text leaves the window.
     At equal bytes one sink token is better than four, and slots are better than a window (docs/decisions.md).
 
     Attributes:

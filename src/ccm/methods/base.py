@@ -60,6 +60,8 @@ class Method:
     whole: ClassVar[bool] = False
     #: Whether engines can serve it that know nothing but keys and values in front of a prompt.
     plain: ClassVar[bool] = True
+    #: Whether the model writes text for it, which takes seconds.
+    writes: ClassVar[bool] = False
     #: What slots are of the text between sink and window (:attr:`ccm.methods.parts.Part.how`).
     made: ClassVar[str] = "kept"
 

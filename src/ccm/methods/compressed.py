@@ -225,7 +225,8 @@ class Compressed(Trained):
     """CCM's compressor.
 
     Attributes:
-        sink, window: raw tokens that stay, first and newest.
+        sink: first raw tokens that stay.
+        window: newest raw tokens that stay.
         rule: how blocks enter the memory: a name of ``core.rules``.
         rule_options: of that rule, such as the number of blocks of "bounded".
     """
@@ -247,13 +248,13 @@ class CCM(Compressed):
 @register("ccm-concat")
 @dataclass(frozen=True, kw_only=True)
 class CCMConcat(Compressed):
-    """CCM-concat: n slots for every segment."""
+    """CCM-concat: n slots for every segment (Kim et al., ICLR 2024, arXiv 2312.03414)."""
 
 
 @register("ccm-merge")
 @dataclass(frozen=True, kw_only=True)
 class CCMMerge(Compressed):
-    """CCM-merge: n slots in all."""
+    """CCM-merge: n slots in all (Kim et al., ICLR 2024, arXiv 2312.03414)."""
 
 
 def _folds_once(memory: Memory, turns: Sequence[Turn]) -> bool:

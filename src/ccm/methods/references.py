@@ -17,7 +17,10 @@ from .base import Method, register, texts
 @register("none")
 @dataclass(frozen=True, kw_only=True)
 class NoContext(Method):
-    """No memory: recovered share 0. What is answered is read, and nothing stays of what leaves the window."""
+    """Nothing: recovered share 0.
+
+    What is answered is read, and nothing stays of what leaves the window.
+    """
 
     def keep(self, row: Row, leaving: KV, queries: Tensor | None) -> KV:
         return row.slots
@@ -33,7 +36,9 @@ class NoContext(Method):
 @register("full")
 @dataclass(frozen=True, kw_only=True)
 class FullContext(Method):
-    """The raw keys and values of everything said: recovered share 1. One cache that grows with every token.
+    """Everything raw: recovered share 1.
+
+    One cache that grows with every token.
 
     An encoder reads in both directions: there a row's notes are the tokens of all that was said, which are read
     anew with every prompt, in one pass.

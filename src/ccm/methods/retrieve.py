@@ -25,7 +25,7 @@ from .scores import scoring
 @register("retrieve")
 @dataclass(frozen=True, kw_only=True)
 class Retrieve(FullContext):
-    """Sink, window, and of the text between them the blocks that are asked for.
+    """Everything; the blocks asked for are read.
 
     A row's slots are all the text between, its notes the numbers of the blocks that the newest text asked for: what a
     prompt reads that is known by its memory alone.

@@ -89,11 +89,21 @@ def get_method(name: str, **options: Any) -> Method:
         UnknownNameError: no such method.
         ConfigError: an option that the method does not have, or a value that it cannot use.
     """
+    return _made(name, method_class(name), options)
+
+
+def method_class(name: str) -> type[Method]:
+    """The class registered under ``name``; that of an installed package is imported.
+
+    Raises:
+        UnknownNameError: no such method.
+        ConfigError: the package cannot be imported.
+    """
     if name not in METHODS and (point := _installed().get(name)):
         _import(point)
     if name not in METHODS:
         raise UnknownNameError("method", name, list_methods())
-    return _made(name, METHODS[name], options)
+    return METHODS[name]
 
 
 def _made(name: str, method: type[Method], options: Mapping[str, Any]) -> Method:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -45,6 +45,8 @@ class Summary(Method):
         every: segments that are kept raw until they go into the summary together.
     """
 
+    writes: ClassVar[bool] = True
+    made: ClassVar[str] = "written"
     max_tokens: int = 64
     every: int = 4
 

@@ -51,6 +51,6 @@ class SoftPrompts(Baseline):
 @register("autocompressor")
 @dataclass(frozen=True, kw_only=True)
 class AutoCompressor(Trained):
-    """n soft prompts for every segment."""
+    """n soft prompts for every segment (Chevalier et al., EMNLP 2023, arXiv 2305.14788)."""
 
     made_by: ClassVar[type[Baseline]] = SoftPrompts

@@ -48,7 +48,10 @@ class Whole(Alone):
 @register("gisting")
 @dataclass(frozen=True, kw_only=True)
 class Gisting(Trained):
-    """n slots in all, made anew from the whole history at every step. The history is in the row's notes."""
+    """n slots in all, made anew at every step.
+
+    They are made from the whole history, which is in the row's notes. Mu et al., NeurIPS 2023, arXiv 2304.08467.
+    """
 
     made_by: ClassVar[type[Baseline]] = Whole
 

@@ -32,6 +32,9 @@ class Alone(Baseline):
 @register("gisting-online")
 @dataclass(frozen=True, kw_only=True)
 class GistingOnline(Trained):
-    """n slots for every segment, each compressed alone."""
+    """n slots a segment, each compressed alone.
+
+    Gisting, Mu et al., NeurIPS 2023, arXiv 2304.08467, as CCM's authors compare with it.
+    """
 
     made_by: ClassVar[type[Baseline]] = Alone

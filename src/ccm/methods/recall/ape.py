@@ -22,7 +22,7 @@ from ..references import FullContext
 @register("ape")
 @dataclass(frozen=True, kw_only=True)
 class APE(FullContext):
-    """The raw keys and values of every segment, each read alone.
+    """Everything raw, each segment read alone.
 
     APE, Yang et al., ICLR 2025, arXiv 2502.05431.
 

@@ -19,7 +19,7 @@ from ..text.told import Told
 @register("retrieve-text")
 @dataclass(frozen=True, kw_only=True)
 class RetrieveText(Told):
-    """The blocks of all old text that have the words of the newest.
+    """Old text by the words of the newest (BM25, Robertson et al., 1994).
 
     A row's notes are the ids of [all text behind the sink | window], its slots those of the chosen blocks.
 

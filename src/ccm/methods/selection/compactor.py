@@ -22,7 +22,7 @@ RIDGE = 0.3
 @register("compactor")
 @dataclass(frozen=True, kw_only=True)
 class Compactor(Evict):
-    """Entries whose keys have most leverage (Compactor, Chari and Van Durme, 2025, arXiv 2507.08143)."""
+    """Keys with most leverage (Compactor, Chari and Van Durme, 2025, arXiv 2507.08143)."""
 
     def score(self, row: Row, held: KV, queries: Tensor | None) -> Tensor:
         return leverage(held.keys)

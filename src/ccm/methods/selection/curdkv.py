@@ -19,7 +19,7 @@ from .evict import Evict
 @register("curdkv")
 @dataclass(frozen=True, kw_only=True)
 class CurDKV(Evict):
-    """Entries whose keys and values have most leverage (CurDKV, Sengupta et al., 2025, arXiv 2509.15038)."""
+    """Keys and values with most leverage (CurDKV, Sengupta et al., 2025, arXiv 2509.15038)."""
 
     def score(self, row: Row, held: KV, queries: Tensor | None) -> Tensor:
         return leverage(held.keys) * leverage(held.values)

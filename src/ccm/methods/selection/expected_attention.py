@@ -25,7 +25,7 @@ from .evict import Attended
 @register("expected-attention")
 @dataclass(frozen=True, kw_only=True)
 class ExpectedAttention(Attended):
-    """Entries that text to come is expected to attend to.
+    """What text to come should attend to.
 
     Expected Attention, Devoto et al., 2025, arXiv 2510.00636.
     """

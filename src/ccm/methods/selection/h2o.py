@@ -18,7 +18,7 @@ from .evict import Attended
 @register("h2o")
 @dataclass(frozen=True, kw_only=True)
 class H2O(Attended):
-    """Heavy hitters: the attention that entries have gathered.
+    """Heavy hitters: most attention gathered.
 
     Zhang et al., NeurIPS 2023, arXiv 2306.14048.
     """

@@ -20,7 +20,7 @@ from .evict import Evict
 @register("lagkv")
 @dataclass(frozen=True, kw_only=True)
 class LagKV(Evict):
-    """Entries that vary most, measured by what comes next (Liang et al., 2025, arXiv 2504.04704)."""
+    """What varies most beside what comes next (Liang et al., 2025, arXiv 2504.04704)."""
 
     lag: ClassVar[int] = 16
 

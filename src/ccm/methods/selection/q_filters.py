@@ -20,7 +20,7 @@ from .evict import Attended
 @register("q-filters")
 @dataclass(frozen=True, kw_only=True)
 class QFilters(Attended):
-    """Entries whose keys lie in the direction of the queries.
+    """Keys in the direction of the queries.
 
     Q-Filters, Godey et al., 2025, arXiv 2503.02812.
     """

@@ -16,9 +16,9 @@ from .evict import Attended
 @register("snapkv")
 @dataclass(frozen=True, kw_only=True)
 class SnapKV(Attended):
-    """What the last 32 queries attend to, smoothed over neighbours.
+    """What the last 32 queries attend to.
 
-    Li et al., NeurIPS 2024, arXiv 2404.14469.
+    Their attention is smoothed over neighbours. Li et al., NeurIPS 2024, arXiv 2404.14469.
     """
 
     queries: ClassVar[int] = 32

@@ -16,7 +16,7 @@ from ..references import NoContext
 @register("streaming-llm", "window")
 @dataclass(frozen=True, kw_only=True)
 class StreamingLLM(NoContext):
-    """Sink and recent tokens (Xiao et al., ICLR 2024).
+    """Sink and recent tokens (Xiao et al., ICLR 2024, arXiv 2309.17453).
 
     Attributes:
         sink: first tokens that stay.

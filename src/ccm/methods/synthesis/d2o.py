@@ -23,9 +23,10 @@ from .merging import joined_to_nearest
 @register("d2o")
 @dataclass(frozen=True, kw_only=True)
 class D2O(Attended):
-    """Heavy hitters, with similar ones merged into them (D2O, Wan et al., ICLR 2025, arXiv 2406.13035)."""
+    """Heavy hitters, similar ones merged in (D2O, Wan et al., ICLR 2025, arXiv 2406.13035)."""
 
     queries: ClassVar[int] = -1
+    made: ClassVar[str] = "merged"
 
     def score(self, row: Row, held: KV, queries: Tensor | None) -> Tensor:
         return self.seen(row, held, queries).sum(dim=(2, 3))

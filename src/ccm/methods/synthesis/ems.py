@@ -22,12 +22,13 @@ from .merging import joined_to_nearest
 @register("ems")
 @dataclass(frozen=True, kw_only=True)
 class EMS(Attended):
-    """Entries that count locally or globally, with similar ones merged into them.
+    """Entries that count, similar ones merged in.
 
-    EMS, Li et al., 2024, arXiv 2412.08521.
+    They count by the attention of the newest queries, or of all. EMS, Li et al., 2024, arXiv 2412.08521.
     """
 
     queries: ClassVar[int] = -1
+    made: ClassVar[str] = "merged"
     #: Newest queries that say what counts locally.
     LOCAL: ClassVar[int] = 32
     #: Cosine below which an evicted entry joins none.

@@ -26,7 +26,7 @@ from ..selection.evict import Evict
 @register("freqkv")
 @dataclass(frozen=True, kw_only=True)
 class FreqKV(Evict):
-    """Entries that hold the low frequencies of more (FreqKV, Kai et al., 2025, arXiv 2505.00570)."""
+    """The low frequencies of many entries (FreqKV, Kai et al., 2025, arXiv 2505.00570)."""
 
     made: ClassVar[str] = "filtered"
 

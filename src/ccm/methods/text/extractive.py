@@ -19,7 +19,7 @@ from .told import Told
 @register("extractive")
 @dataclass(frozen=True, kw_only=True)
 class Extractive(Told):
-    """The sentences of old text with most of its words (SumBasic, Vanderwende et al., 2007)."""
+    """Sentences with most of the text's words (SumBasic, Vanderwende et al., 2007)."""
 
     #: Tokens of a sentence at most; without a tokenizer, of each.
     LONGEST: ClassVar[int] = 24

@@ -19,7 +19,7 @@ from .told import Told
 @register("selective-context")
 @dataclass(frozen=True, kw_only=True)
 class SelectiveContext(Told):
-    """The tokens of old text that were hardest to guess.
+    """Tokens that were hardest to guess.
 
     Selective Context, Li et al., EMNLP 2023, arXiv 2310.06201.
     """
