@@ -11,7 +11,7 @@ import typer
 
 from .. import __version__
 from ..errors import CCMError
-from . import bench, chat, data, demo, doctor, eval, memory, methods, plan, report, serve, train
+from . import bench, chat, data, demo, doctor, eval, leaderboard, memory, methods, plan, report, serve, train
 
 # click itself is vendored by newer releases of typer
 _ClickError: Any = typer.BadParameter.__mro__[2]
@@ -31,6 +31,7 @@ app.command(epilog=demo.EPILOG)(demo.demo)
 app.command(epilog=methods.EPILOG)(methods.methods)
 app.command(epilog=train.EPILOG)(train.train)
 app.command("eval", epilog=eval.EPILOG)(eval.evaluate)
+app.command(epilog=leaderboard.EPILOG)(leaderboard.leaderboard)
 app.command(epilog=report.EPILOG)(report.report)
 app.command(epilog=serve.EPILOG)(serve.serve)
 app.command(epilog=serve.KEY_EPILOG)(serve.key)

@@ -232,7 +232,7 @@ def _run(
         put_aside(folder)
     shipped = None if fresh else SHIPPED / evaluation.suite
     before = evaluation.take_over(folder, shipped)
-    console.print(_before(before, folder), highlight=False, soft_wrap=True, markup=False)
+    console.print(before_in_words(before, folder), highlight=False, soft_wrap=True, markup=False)
 
     count = processes or how_many(evaluation.model, evaluation.left(folder))
     if count > 1:
@@ -249,7 +249,7 @@ def _run(
             raise
 
 
-def _before(before: Before, folder: Path) -> str:
+def before_in_words(before: Before, folder: Path) -> str:
     """What is not measured now, in one line."""
     left = before.wanted - before.shipped - before.earlier
     parts = [f"{before.wanted} measurements"]

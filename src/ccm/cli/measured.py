@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from rich import box
 from rich.console import Console, Group
@@ -26,9 +26,11 @@ _MAIN = ("accuracy", "f1", "perplexity")
 #: Most letters of a text that was asked or answered.
 _LETTERS = 300
 
+_B = TypeVar("_B", bound="Bar")
 
-class View:
-    """Progress, what is left of the time, and the figures of the task in hand; whole tasks stay on the screen."""
+
+class Bar:
+    """Progress, and what is left of the time; where nobody sees a bar move, a line for every tenth."""
 
     def __init__(self, console: Console):
         self.console = console
@@ -36,12 +38,12 @@ class View:
         self._bar = Progress(*columns, console=console)
         self._task = self._bar.add_task("", total=None)
         self._live = Live(self._bar, console=console, transient=True)
-        self._shown: set[str] = set()
-        self._looked = self._begun = time.monotonic()
+        self._begun = time.monotonic()
         self._first: int | None = None
         self._left = ""
+        self._tenths, self._said = 0, False
 
-    def __enter__(self) -> View:
+    def __enter__(self: _B) -> _B:
         self._live.start()
         return self
 
@@ -60,6 +62,23 @@ class View:
             minutes = (time.monotonic() - self._begun) / done * (place.total - place.done) / 60
             share = f"{place.done / place.total:.0%} measured"
             self._left = f"{share}, about {max(1, round(minutes))} min left" if minutes else share
+            self._tenths, before = 10 * place.done // place.total, self._tenths
+            self._said |= self._tenths > before
+
+    def on_record(self, task: str, records: list[dict[str, Any]], complete: bool) -> None:
+        """See :meth:`ccm.evaluation.runner.Evaluation.run`."""
+        if self._said and not self.console.is_terminal:
+            self.console.print(self._left)
+        self._said = False
+
+
+class View(Bar):
+    """The same, and the figures of the task in hand; whole tasks stay on the screen."""
+
+    def __init__(self, console: Console):
+        super().__init__(console)
+        self._shown: set[str] = set()
+        self._looked = time.monotonic()
 
     def on_record(self, task: str, records: list[dict[str, Any]], complete: bool) -> None:
         """See :meth:`ccm.evaluation.runner.Evaluation.run`."""

@@ -118,6 +118,7 @@ class Evaluation:
         self.skipped: dict[str, str] = {}
         self.methods: dict[str, Method] = {}
         self.prints: dict[str, str] = {}
+        self.commit = revision()
         plans = [replace(plan, methods=tuple(meant(text, model) for text in plan.methods)) for plan in plans]
         needed = {spec.text for spec in in_order(meant(text, model) for text in required)}
         for spec in in_order(text for plan in plans for text in plan.methods):
@@ -316,7 +317,7 @@ class Evaluation:
             UnsupportedModelError,
         ) as error:  # such as a segment that does not fit beside what is kept
             measured = {"item": job.item.name, "error": str(error)}
-        records.add(job.key, measured)
+        records.add(job.key, {**measured, "commit": self.commit})
 
     # ------------------------------------------------------------------ the result
 
@@ -347,17 +348,11 @@ class Evaluation:
             "adapters": {k: v for k, v in settings["methods"].items() if not v.endswith("-none")},
             "seeds": {"bootstrap": settings["seed"]},
             "versions": settings["versions"],
-            "revision": _revision(),
+            "revision": revision(),
             "settings": settings["tasks"],
             **({"taken_over": taken} if (taken := sum(TAKEN in record for record in found)) else {}),
             "seconds": round(sum(record.get("seconds", 0.0) for record in found), 1),  # of one process
-            "machine": {
-                "system": f"{platform.system()} {platform.machine()}",
-                "cores": os.cpu_count(),
-                "processes": processes,
-                "threads": torch.get_num_threads(),
-                "device": str(self.model.device),
-            },
+            "machine": machine(self.model, processes),
         }
 
 
@@ -382,7 +377,18 @@ def _versions() -> dict[str, str]:
     return {"ccm": __version__, "python": platform.python_version(), **packages}
 
 
-def _revision() -> str:
+def machine(model: PreTrainedModel, processes: int) -> dict[str, Any]:
+    """Where something is measured, for the record."""
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count(),
+        "processes": processes,
+        "threads": torch.get_num_threads(),
+        "device": str(model.device),
+    }
+
+
+def revision() -> str:
     """The commit of this library, if it runs from a checkout; "+" says that files of it differ from that."""
 
     def git(*command: str) -> str:

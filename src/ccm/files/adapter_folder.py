@@ -174,6 +174,11 @@ def _settings(folder: Path) -> tuple[CompressorConfig, dict[str, str], bool, str
     return CompressorConfig(**{"sink": 0, **settings}), base, two_stages, weights
 
 
+def has_first_stage(name: str | os.PathLike[str]) -> bool:
+    """Whether an adapter tunes the model itself before it folds; raises as :func:`read_config`."""
+    return _settings(find(name))[2]
+
+
 def first_stage(name: str | os.PathLike[str]) -> Path:
     """The folder of an adapter's first stage.
 

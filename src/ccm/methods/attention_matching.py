@@ -43,6 +43,7 @@ class AttentionMatching(Method):
 
     queries: ClassVar[int] = -1
     made: ClassVar[str] = "fitted"
+    most: ClassVar[str] = "slots"
     sink: int = 1
     slots: int = 64
 

@@ -60,6 +60,8 @@ class Method:
     whole: ClassVar[bool] = False
     #: Whether engines can serve it that know nothing but keys and values in front of a prompt.
     plain: ClassVar[bool] = True
+    #: The option that is the most entries between sink and window; "" if they grow with the text.
+    most: ClassVar[str] = ""
     #: Whether the model writes text for it, which takes seconds.
     writes: ClassVar[bool] = False
     #: What slots are of the text between sink and window (:attr:`ccm.methods.parts.Part.how`).
@@ -174,6 +176,20 @@ class Method:
             f"method {self.name} cannot be given the size of another method: expected one with a window, such as "
             "streaming-llm"
         )
+
+    def sized(self, entries: int) -> dict[str, int]:
+        """Options with which a prompt reads at most so many entries, window and slots in the default's proportion.
+
+        Raises:
+            ConfigError: what is read grows with the text.
+        """
+        if not self.most:
+            raise ConfigError(
+                f"method {self.name} grows with the text: it cannot be given a number of entries"
+            )
+        rest, own = max(0, entries - self.sink), getattr(self, self.most)
+        between = round(rest * own / max(1, own + self.window))
+        return {"sink": min(self.sink, entries), self.most: between, "window": rest - between}
 
     @property
     def title(self) -> str:

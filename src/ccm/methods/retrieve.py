@@ -36,6 +36,7 @@ class Retrieve(FullContext):
     """
 
     queries: ClassVar[int] = 32
+    most: ClassVar[str] = "tokens"
     sink: int = 4
     window: int = 64
     tokens: int = 64

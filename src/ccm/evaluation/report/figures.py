@@ -9,7 +9,7 @@ from ...errors import MissingPackageError
 from .load import TITLES, Results
 
 #: Okabe and Ito (2008), then Paul Tol's muted scheme: they stay apart for colour-blind readers.
-_COLORS = (
+COLORS = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999933", "#882255",
     "#332288", "#44AA99", "#AA4499", "#117733", "#661100", "#DDAA33",
 )  # fmt: skip
@@ -60,7 +60,7 @@ def _styles(results: Results) -> dict[str, dict[str, Any]]:
     styles = {}
     for name in results.methods:
         place = -1 if name in _ENDS else owners.index(name.split("@")[-1])
-        color = _ENDS.get(name, _COLORS[place % len(_COLORS)])
+        color = _ENDS.get(name, COLORS[place % len(COLORS)])
         styles[name] = {
             "color": color,
             "marker": "osD^vP*X"[place % 8],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from ...chat.turns import render, render_dialogue
 from ...data.coqa import LICENCE, ORIGIN, Story, load_coqa
@@ -34,7 +34,7 @@ class Coqa(EvalTask):
     questions: int = 5
 
     name, title = "coqa", "A conversation about a story (CoQA)"
-    metrics = ("em", "f1")
+    metrics: ClassVar[tuple[str, ...]] = ("em", "f1")
     licence, origin = LICENCE, ORIGIN
 
     def __post_init__(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from ...chat.turns import render_dialogue
 from ...data import needles, updates
@@ -61,7 +61,7 @@ class Needles(EvalTask):
     facts: int = 2
 
     name, title = "needles", "Facts that are easily confused: numbers, names, places, preferences"
-    metrics = ("accuracy", "em", "f1")
+    metrics: ClassVar[tuple[str, ...]] = ("accuracy", "em", "f1")
     licence, origin = "Apache-2.0 (made up)", "generated, seeded"
 
     def __post_init__(self) -> None:

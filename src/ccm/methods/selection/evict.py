@@ -28,6 +28,7 @@ class Evict(Method):
     """
 
     made: ClassVar[str] = "chosen"
+    most: ClassVar[str] = "tokens"
     sink: int = 4
     window: int = 64
     tokens: int = 64

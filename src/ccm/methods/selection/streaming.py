@@ -33,6 +33,10 @@ class StreamingLLM(NoContext):
         rows = [replace(row, sink=row.sink.slice(0, self.read_sink)) for row in memory.rows]
         return replace(memory, rows=tuple(rows))
 
+    def sized(self, entries: int) -> dict[str, int]:
+        sink = min(self.sink, entries)
+        return {"sink": sink, "window": entries - sink}
+
     def of_entries(self, entries: int) -> StreamingLLM:
         """The same method with at most so many tokens, sink included; with fewer than 8 it reads one sink token.
 

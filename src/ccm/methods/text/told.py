@@ -25,6 +25,7 @@ class Told(Method):
     """
 
     made: ClassVar[str] = "retold"
+    most: ClassVar[str] = "tokens"
     window: int = 64
     tokens: int = 64
 
