@@ -116,8 +116,6 @@ def made(tmp_path_factory: pytest.TempPathFactory, embedded) -> Path:
     shutil.copy(ROOT / "examples" / "extending" / "low_norm.py", home)
     for name in ("recipes", "examples"):
         (home / name).symlink_to(ROOT / name)
-    adapter = home / "runs" / "chats" / "adapter"
-    adapter.parent.mkdir(parents=True)
     return home
 
 
@@ -139,6 +137,8 @@ def test_a_page_is_typed(
     shims.install(tmp_path / "bin", PROGRAMS, LESS, LEFT_OUT)
     shims.install(home, [".venv-vllm/bin/python"], LESS, LEFT_OUT)
     (home / "REPOSITORY").mkdir()
+    if page == "docs/evaluation.md":  # an adapter of one's own; on the other pages one is trained
+        shutil.copytree(ROOT / "src" / "ccm" / "adapters" / "ccm-merge", home / "runs" / "chats" / "adapter")
     path = os.pathsep.join((str(tmp_path / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]))
     state = {
         "PATH": path,
@@ -168,4 +168,4 @@ def test_a_page_is_typed(
         assert done.returncode == 0, f"{page}\n{typed}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         assert "Traceback" not in done.stderr, done.stderr[-3000:]
         if "curl" in typed:
-            assert '"error"' not in done.stdout, done.stdout
+            assert not re.search(r'^\{"error"', done.stdout, re.MULTILINE), done.stdout

@@ -43,8 +43,8 @@ class Session:
         tokenizer: of the model.
         tools: that the model may call, in the form of chat templates:
             ``{"type": "function", "function": {"name": …, "parameters": …}}``.
-        options: of the method, in place of its own: a compressor has slots, sink, window and segment (the longest
-            text folded at once). :data:`ccm.methods.default.CHAT` is a good budget for chats with one.
+        options: of the method, in place of its own. A compressor has slots, sink, window and segment (most tokens
+            folded at once); :data:`ccm.methods.default.CHAT` is a good budget for its chats.
 
     Attributes:
         last: the newest answer, with its thoughts and the calls of tools that it asks for.
@@ -92,7 +92,8 @@ class Session:
             tokenizer: of the model; None loads it from where the model is from.
             memory: as ``--memory`` of the command line, such as "snapkv:tokens=256"; None is the best that there is
                 for the model (``methods.default``).
-            tools, options: as above.
+            tools: that the model may call, in the form of chat templates.
+            options: of the method, in place of its own.
 
         Raises:
             ConfigError: there is no such memory, or no tokenizer where the model is from.
@@ -139,10 +140,10 @@ class Session:
             streamer: a function that is called with each new piece of text, or a transformers streamer. A piece
                 that the model thinks and does not say is a :class:`ccm.chat.messages.Thought`.
             on_read: as of :meth:`append`, for what is said.
-            generate_kwargs: everything that transformers' ``generate`` takes. How tokens are drawn is as the
-                model's own settings say where nothing else is given (:mod:`ccm.models.generation`); ``temperature=0``
-                takes the likeliest one every time. Of ``max_new_tokens`` as many are taken as fit the model's
-                context, with a warning.
+            generate_kwargs: everything that transformers' ``generate`` takes. The model's
+                own settings say how tokens are drawn where nothing else is given (:mod:`ccm.models.generation`);
+                ``temperature=0`` takes the likeliest one every time. A ``max_new_tokens`` that does not fit the
+                model's context is cut, with a warning.
 
         Returns:
             the answer, without its thoughts; :attr:`last` has these, too.
@@ -238,7 +239,7 @@ class Session:
         return look(self.method, row, self.said)
 
     def ask(self, text: str, **generate_kwargs: Any) -> Inside:
-        """Which entries an answer to ``text`` reads. It is written, and neither of them is remembered.
+        """Write an answer to ``text``, and say which entries it reads. Neither text nor answer is remembered.
 
         Args:
             text: what the user asks.

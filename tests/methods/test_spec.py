@@ -138,6 +138,13 @@ def test_a_method_can_be_written_down_and_read_again(text: str) -> None:
     assert set(method.text.partition(":")[2].split(",")) == set(text.partition(":")[2].split(","))
 
 
+def test_options_of_a_rule_come_with_its_name() -> None:
+    with pytest.raises(ConfigError, match=r"got rule_options.blocks without a rule: name it too"):
+        checked("ccm-chat:slots=2,rule_options.blocks=128")
+    method = checked("ccm-chat:slots=2,rule=bounded,rule_options.blocks=128").method()
+    assert (method.rule, method.rule_options) == ("bounded", {"blocks": 128})  # type: ignore[attr-defined]
+
+
 # ---------------------------------------------------------------------- from elsewhere
 
 

@@ -23,7 +23,7 @@ class Answer:
         content: what it says, without the blanks around it.
         reasoning: its thoughts.
         tool_calls: that it asks for.
-        cut: whether it goes on, and the limit of new tokens or a stop of the caller's has ended it.
+        cut: whether it breaks off: the limit of new tokens, or a stop of the caller, has ended it.
     """
 
     content: str

@@ -68,7 +68,7 @@ class Row:
         tokens: tokens folded so far.
         dropped: tokens whose trace a bounded rule has dropped.
         merged: tokens that share their slots with others, or have none.
-        merged_segments: these segments.
+        merged_segments: segments that these tokens are of.
         recent: token counts of the segments that have slots of their own, oldest first; empty with a rule that gives
             every segment its own.
         notes: what a method remembers beside keys and values: token ids, or numbers of blocks.

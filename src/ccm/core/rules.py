@@ -64,8 +64,8 @@ class Rule(ABC):
         """Which of the old slots stay as they are when block ``step`` of n slots goes in.
 
         Returns:
-            the first one that stays, with all behind it, and its place afterwards; ``(slots, 0)``: none does. Slots
-            before that place and the n at the end are new.
+            the first slot that stays, with all behind it, and its place afterwards; ``(slots, 0)`` if none stays.
+            The slots before that place, and the last n, are new.
         """
         return slots, 0
 

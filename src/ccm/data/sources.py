@@ -59,7 +59,7 @@ class Source(ABC):
 
     @abstractmethod
     def held_out(self, split: HeldOut, limit: int) -> list[ConversationRow]:
-        """At most ``limit`` rows of a held-out split, always the same ones; fewer limits give a prefix.
+        """At most ``limit`` rows of a held-out split, always the same. A smaller ``limit`` gives the first of them.
 
         Raises:
             UnknownNameError: no such split.

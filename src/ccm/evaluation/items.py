@@ -18,7 +18,7 @@ class Likelihood:
 
     Attributes:
         ids: live tokens.
-        scored: the columns that count, (start, stop); the first of all never does: no live token stands before it.
+        scored: the columns that count, (start, stop). Column 0 never counts, as no live token stands before it.
         tag: what kind of query this is, for tables by kind.
     """
 

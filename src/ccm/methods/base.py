@@ -311,7 +311,7 @@ class Method:
         return replace(memory, rows=tuple(rows))
 
     def portion(self, held: int, segments: Sequence[Sequence[int]]) -> int:
-        """How many of the first segments :meth:`take_in` takes in with one pass, or as few as it can.
+        """How many of the first segments :meth:`take_in` takes in with one call of the model.
 
         Args:
             held: positions of the memory.
@@ -528,7 +528,9 @@ class Run:
     def logits(self, ids: Sequence[int], begin: int = 1) -> Tensor:
         """Logits (T, V) of live tokens that read what the run holds; the run does not change.
 
-        ``begin``: how many of them are read; the others are written (:meth:`ccm.Reader.logits`).
+        Args:
+            ids: token ids.
+            begin: how many of them an encoder-decoder reads; it writes the others.
         """
         read = ids[:begin] if self.reader.two_sided else ids
         return self.reader.logits([list(ids)], self.recall([list(read)]), begin=begin)[0]

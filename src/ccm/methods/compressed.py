@@ -237,6 +237,14 @@ class Compressed(Trained):
     rule: str | None = None
     rule_options: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rule_options and not self.rule:
+            given = ", ".join(self.rule_options)
+            raise ConfigError(
+                f"method {self.name}: got rule_options.{given} without a rule: name it too (rule=bounded)"
+            )
+
     def _changes(self) -> dict[str, Any]:
         return {"rule": self.rule, "rule_options": self.rule_options} if self.rule else {}
 

@@ -112,7 +112,7 @@ def load_model(
         spinner: show on stderr that it is loaded.
 
     Raises:
-        ConfigError: nothing usable is found under ``name``, options that cannot be, or too little memory there.
+        ConfigError: nothing usable is found under ``name``, options that exclude each other, or too little memory.
         UnsupportedModelError: it is not a causal language model that transformers knows.
         MissingPackageError: the model, its tokenizer or ``load_in`` needs a package that is not installed.
         StorageError: no space to download it.

@@ -63,7 +63,8 @@ class Trainer:
     """Trains one adapter; resumes from its folder. Every process of a run makes one.
 
     Args:
-        model, tokenizer: the base model; it is frozen, and cast to bfloat16 if the configuration says so.
+        model: the base model; it is frozen, and cast to bfloat16 if the configuration says so.
+        tokenizer: of the model.
         config: the run.
         folder: where checkpoints, log and adapter go.
         extend: go on with a finished run for another ``steps`` or ``minutes``, with a learning rate that rises and
@@ -243,8 +244,8 @@ class Trainer:
     def run(self, on_report: OnReport | None = None) -> dict[str, Any]:
         """Train to the end. Returns the last report, an empty one if the run was finished already.
 
-        Ctrl-C and SIGTERM save after the step at hand, or while rows for it are waited for, and end the process with
-        130 or 143. However it ends, processes that draw rows end with it.
+        Ctrl-C and SIGTERM finish the step at hand, save, and end the process with 130 or 143. A run that waits for
+        rows saves at once. However a run ends, processes that draw rows end with it.
 
         Raises:
             CCMError: the loss is no number any more, or there is not enough memory.
