@@ -6,6 +6,7 @@ for torch's own kernels of x86 processors, which take and give float32.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -54,7 +55,11 @@ def packed(weight: Tensor, bias: Tensor | None, weights: str) -> Product:
     scale = (weight.abs().amax(1) / 127).clamp(min=1e-12)
     rounded = (weight / scale.unsqueeze(1)).round().to(torch.int8)
     zero = torch.zeros(len(scale), dtype=torch.long)
-    kept = torch._make_per_channel_quantized_tensor(rounded, scale.double(), zero, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # torch means to give these tensors up, and has no other for its int8 products
+        kept = torch._make_per_channel_quantized_tensor(rounded, scale.double(), zero, 0)
     return _of(ops.linear_dynamic.default, ops.linear_prepack(kept, bias))
 
 
