@@ -428,7 +428,7 @@ def test_options_of_the_server_make_its_loading(tmp_path):
     from ccm.serving.options import Options
 
     options = Options("dir:///x", "m", device="cuda:1", dtype="float16", load_in="8bit")
-    assert options.loading == Loading("m", "cuda:1", "float16", "8bit", None)
+    assert options.loading == Loading("m", "cuda:1", "float16", "8bit", None, "auto")
     assert replace(options, load_in=None).loading.load_in is None
 
 

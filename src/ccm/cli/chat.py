@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import ConfigError
-from ..models.loading import Device, DeviceMap, Dtype, LoadIn, Loading, ModelName
+from ..models.loading import DecodeIn, Device, DeviceMap, Dtype, LoadIn, Loading, ModelName
 from ..models.memory_option import Adapter, MemoryName, Sink, Slots, Window, memory_name
 from ..models.placement import AUTO
 from ..serving.llama.options import LlamaContext, LlamaFile, LlamaType
@@ -33,6 +33,7 @@ def chat(
     dtype: Dtype = AUTO,
     load_in: LoadIn = None,
     device_map: DeviceMap = None,
+    decode_in: DecodeIn = AUTO,
     load: Annotated[Path | None, typer.Option(metavar="FILE", help="Continue a saved session.")] = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="System message at the start.")] = None,
     temperature: Annotated[
@@ -56,7 +57,7 @@ def chat(
 ) -> None:
     """Talk with a model whose memory does not grow with the conversation; /help inside lists the commands."""
     named = memory_name(memory, adapter, slots=slots, sink=sink, window=window)
-    loading = Loading(model or llama, device, dtype, load_in, device_map)
+    loading = Loading(model or llama, device, dtype, load_in, device_map, decode_in)
     console, typed = new_console(), is_interactive()
     if is_typed():
         from .screen import banner

@@ -30,12 +30,17 @@ class _Output(tuple[Tensor]):
         return self[0] if name == "last_hidden_state" else None
 
 
-def run_head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Logits (..., V) from last hidden states (..., d)."""
-    # a shallow copy, so that other threads find the model whole
+def head_of(model: PreTrainedModel) -> PreTrainedModel:
+    """A shallow copy of a model that is given last hidden states; other threads find the model itself whole."""
     headed = copy.copy(model)
     before = dict.fromkeys((model.base_model_prefix, "encoder", "decoder"), _Given())
     headed.__dict__["_modules"] = {**model._modules, **before}
+    return headed
+
+
+def run_head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Logits (..., V) from last hidden states (..., d)."""
+    headed = head_of(model)
     rows = hidden.unsqueeze(0) if hidden.ndim == 2 else hidden
     given = {"decoder_inputs_embeds": rows} if model.config.is_encoder_decoder else {}
     logits: Tensor = type(model).forward(headed, inputs_embeds=rows, use_cache=False, **given).logits

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..core.memory import Memory
+from ..decoding import install
 from ..errors import ConfigError, MemoryFileError, UnknownNameError
 from ..files import adapter_folder
 from ..files.fingerprint import base_name
@@ -108,6 +109,7 @@ def open_method(memory: str | Spec | None, model: PreTrainedModel, tokenizer: An
         )
     bound = with_window(_holding(spec.method())).bind(model, tokenizer)
     check_fits(bound)
+    install(model)
     return bound
 
 

@@ -43,7 +43,7 @@ from transformers.utils import logging as transformers_logging
 from ccm import hub
 from ccm.errors import CCMError, ConfigError, MissingPackageError, StorageError, UnsupportedModelError
 from ccm.models import packages
-from ccm.models.placement import AUTO, DEFAULT_MODEL, Placement, is_default, is_gguf, place
+from ccm.models.placement import AUTO, DEFAULT_MODEL, OWN, Placement, is_default, is_gguf, place
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +96,7 @@ def load_model(
     *,
     load_in: str | None = None,
     device_map: str | dict[str, Any] | None = None,
+    decode_in: str = OWN,
     spinner: bool = True,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return a causal language model, in eval mode and without gradients, and its tokenizer.
@@ -109,6 +110,9 @@ def load_model(
         device: where the model goes; None keeps it on the CPU, "auto" takes an accelerator if there is one.
         load_in: "4bit" or "8bit" for quantized weights of the layers; ``dtype`` is then what they are multiplied in.
         device_map: spreads the layers over several devices: "auto", or another value of transformers' argument.
+        decode_in: "model" writes answers from the weights themselves, "float16" and "int8" from a copy of them, which
+            is read in less time (x86 processors; docs/decisions.md has what it costs). "auto" is float16 for a model
+            of up to a billion weights where it can be, else "model". Memories are made from the weights themselves.
         spinner: show on stderr that it is loaded.
 
     Raises:
@@ -117,7 +121,7 @@ def load_model(
         MissingPackageError: the model, its tokenizer or ``load_in`` needs a package that is not installed.
         StorageError: no space to download it.
     """
-    where = place(name, dtype, device, load_in, device_map)
+    where = place(name, dtype, device, load_in, device_map, decode_in)
     if is_default(name):
         return _default(where)
     with _quiet(), _load_errors(str(name)), Console(stderr=True, quiet=not spinner).status(f"Loading {name}"):
@@ -128,7 +132,7 @@ def load_model(
             options = _options(config, str(name), where)
             model = _auto_class(config).from_pretrained(name, config=config, **options, **_from(str(name)))
             tokenizer = load_tokenizer(str(name))
-    return _frozen(model), tokenizer
+    return _frozen(model, where), tokenizer
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -204,10 +208,11 @@ def _default(where: Placement, progress: bool = True) -> tuple[PreTrainedModel, 
         options = _options(config, DEFAULT_MODEL, where)
         model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options)
     model.config._name_or_path = model.name_or_path = DEFAULT_MODEL
-    return _frozen(model), load_tokenizer(DEFAULT_MODEL)
+    return _frozen(model, where), load_tokenizer(DEFAULT_MODEL)
 
 
-def _frozen(model: PreTrainedModel) -> PreTrainedModel:
+def _frozen(model: PreTrainedModel, where: Placement) -> PreTrainedModel:
+    model.ccm_decode_in = where.decode_in  # for ccm.decoding
     for module in model.modules():
         # bitsandbytes packs its weights anew at the first pass on some processors: no gradient gets through those
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .placement import AUTO, Placement, check_names, place
+from .placement import AUTO, OWN, Placement, check_names, place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -48,6 +48,15 @@ DeviceMap = Annotated[
         show_default="no",
     ),
 ]
+DecodeIn = Annotated[
+    str,
+    typer.Option(
+        "--decode-in",
+        metavar="TYPE",
+        help="Write answers from its weights (model) or from a copy in float16 or int8; auto takes float16 for small "
+        "models on an x86 processor.",
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,7 @@ class Loading:
         dtype: of the weights, one of :data:`~ccm.models.placement.DTYPES`.
         load_in: None, "4bit" or "8bit".
         device_map: None, or one of :data:`~ccm.models.placement.DEVICE_MAPS`.
+        decode_in: one of :data:`~ccm.models.placement.DECODE_IN`.
     """
 
     model: str | None = None
@@ -67,14 +77,15 @@ class Loading:
     dtype: str = AUTO
     load_in: str | None = None
     device_map: str | None = None
+    decode_in: str = OWN
 
     def check_names(self) -> None:
         """Raises what can be told at once, before torch is imported (see ``placement.check_names``)."""
-        check_names(self.model, self.dtype, self.device, self.load_in, self.device_map)
+        check_names(self.model, self.dtype, self.device, self.load_in, self.device_map, self.decode_in)
 
     def check(self) -> Placement:
         """Where this would go; nothing is loaded. Raises as ``place``."""
-        return place(self.model, self.dtype, self.device, self.load_in, self.device_map)
+        return place(self.model, self.dtype, self.device, self.load_in, self.device_map, self.decode_in)
 
     def load(self, spinner: bool = True) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model, in eval mode and without gradients, and its tokenizer. Raises as ``load_model``."""
@@ -86,5 +97,6 @@ class Loading:
             self.device,
             load_in=self.load_in,
             device_map=self.device_map,
+            decode_in=self.decode_in,
             spinner=spinner,
         )

@@ -18,6 +18,9 @@ AUTO = "auto"
 DTYPES = (AUTO, "float32", "bfloat16", "float16")
 #: Quantized weights, and the package that makes each.
 LOAD_IN = {"4bit": "bitsandbytes", "8bit": "torchao"}
+#: From which weights answers are written: the model's own, or a copy that is read in less time.
+OWN = "model"
+DECODE_IN = (AUTO, OWN, "float16", "int8")
 #: Ways to spread the layers, as accelerate names them.
 DEVICE_MAPS = (AUTO, "balanced", "balanced_low_0", "sequential")
 #: The embedded model.
@@ -33,7 +36,7 @@ class Placement:
         device: of the model, or of its first layers where it is spread.
         dtype: of the weights; None leaves it to the checkpoint.
         auto: a checkpoint's float16 becomes float32 on a CPU, which is slow with it.
-        load_in, device_map: as they were asked for.
+        load_in, device_map, decode_in: as they were asked for.
     """
 
     device: torch.device
@@ -41,6 +44,7 @@ class Placement:
     auto: bool = False
     load_in: str | None = None
     device_map: Any = None
+    decode_in: str = OWN
 
     def dtype_of(self, stored: torch.dtype | None) -> torch.dtype | None:
         """The type of weights that are stored in another one, None if that is not known."""
@@ -57,6 +61,7 @@ def place(
     device: str | torch.device | None = AUTO,
     load_in: str | None = None,
     device_map: Any = None,
+    decode_in: str = OWN,
 ) -> Placement:
     """Where a model goes and in which type, before anything heavy is loaded.
 
@@ -66,12 +71,13 @@ def place(
         device: a device or its name; None is the CPU, "auto" the accelerator if there is one.
         load_in: None, "4bit" or "8bit".
         device_map: None, one of :data:`DEVICE_MAPS`, or a mapping of modules to devices.
+        decode_in: one of :data:`DECODE_IN`.
 
     Raises:
         ConfigError: an unknown device or type, one that is not there, or options that exclude each other.
         MissingPackageError: the package that quantizes is not installed.
     """
-    check_names(model, dtype, device, load_in, device_map)
+    check_names(model, dtype, device, load_in, device_map, decode_in)
     device = AUTO if device_map is not None else device
     where = _device(device)
     auto = dtype == AUTO
@@ -81,7 +87,18 @@ def place(
     elif kind is not None and not _can(where, kind):
         name = str(kind).removeprefix("torch.")
         raise ConfigError(f"dtype {name}: device {where} cannot do it; give another, or auto")
-    return Placement(where, kind, auto, load_in, device_map)
+    if decode_in not in (AUTO, OWN) and not can_pack(where):
+        raise ConfigError(
+            f"decode in {decode_in}: torch has its products on x86 processors alone, this is {where}; leave it out"
+        )
+    return Placement(where, kind, auto, load_in, device_map, decode_in)
+
+
+def can_pack(device: torch.device) -> bool:
+    """Whether torch multiplies with packed copies of weights there."""
+    import torch
+
+    return device.type == "cpu" and "fbgemm" in torch.backends.quantized.supported_engines
 
 
 def check_names(
@@ -90,6 +107,7 @@ def check_names(
     device: Any = AUTO,
     load_in: str | None = None,
     device_map: Any = None,
+    decode_in: str = OWN,
 ) -> None:
     """What can be told of the arguments of :func:`place` at once, before torch is imported; raises as it does."""
     if is_gguf(model):
@@ -108,6 +126,8 @@ def check_names(
             raise UnknownNameError("device map", device_map, list(DEVICE_MAPS))
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise UnknownNameError("type of weights", dtype, list(DTYPES))
+    if decode_in not in DECODE_IN:
+        raise UnknownNameError("kind of weights to decode from", decode_in, list(DECODE_IN))
     if isinstance(device, str) and not _DEVICE.fullmatch(device):
         raise ConfigError(f"device {device!r}: no such device; expected auto, cpu, cuda, cuda:1 or mps")
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from ..errors import UnknownNameError
-from ..models.loading import Device, DeviceMap, Dtype, LoadIn, Loading, ModelName
+from ..models.loading import DecodeIn, Device, DeviceMap, Dtype, LoadIn, Loading, ModelName
 from ..models.memory_option import Adapter, MemoryName, Sink, Slots, Window, memory_name
 from ..models.placement import AUTO
 from .llama.options import LlamaContext, LlamaFile, LlamaType
@@ -64,6 +64,7 @@ class Options:
     dtype: Dtype = AUTO
     load_in: LoadIn = None
     device_map: DeviceMap = None
+    decode_in: DecodeIn = AUTO
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads.", show_default="torch's choice")
     ] = None
@@ -135,7 +136,9 @@ class Options:
     @property
     def loading(self) -> Loading:
         """The model and where it goes."""
-        return Loading(self.model or self.llama, self.device, self.dtype, self.load_in, self.device_map)
+        return Loading(
+            self.model or self.llama, self.device, self.dtype, self.load_in, self.device_map, self.decode_in
+        )
 
     @property
     def memory_name(self) -> str | None:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
-from torch.nn.functional import linear, pad, rms_norm
+from torch.nn.functional import linear, pad
 from torch.utils.checkpoint import checkpoint
 
 from ..core.attention import additive
@@ -32,14 +32,11 @@ from ..core.blocks import cut, grouped
 from ..core.compressor import Compressor
 from ..core.rotary import Tables, rotate
 from ..core.twin import text_config
+from ..decoding.shape import LayerShape, Norm, Unfit
 from .intervals import BLOCK, Packed
 
 #: By how much of its size a trial pass may miss the model's; of half precision, as bfloat16.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
-
-
-class Unfit(Exception):
-    """The model has another shape."""
 
 
 def compiles(device: torch.device) -> bool:
@@ -144,77 +141,45 @@ def _joined(products: Sequence[_Product], dtype: torch.dtype) -> list[tuple[Tens
 
 
 @dataclass
-class _Norm:
-    weight: Tensor
-    eps: float
-
-    @classmethod
-    def of(cls, module: nn.Module | None) -> _Norm | None:
-        """Of an RMS norm: what it makes of ones is its weight, however it stores it."""
-        if module is None:
-            return None
-        eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-        own = next(module.parameters(), None)
-        if eps is None or own is None or own.ndim != 1:
-            raise Unfit(f"{type(module).__name__} is no RMS norm")
-        ones = torch.ones(1, len(own), dtype=torch.float32, device=own.device)
-        weight = module(ones)[0].float() * (1 + eps) ** 0.5
-        return cls(weight.to(own.dtype), eps)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
-@dataclass
 class _Layer:
     """One decoder layer, as tensors."""
 
-    before: _Norm
+    before: Norm
     qkv: _Product
-    query_norm: _Norm | None
-    key_norm: _Norm | None
+    query_norm: Norm | None
+    key_norm: Norm | None
     out: _Product
-    after: _Norm | None  # of what attention gives, where a family has it
-    middle: _Norm
+    after: Norm | None  # of what attention gives, where a family has it
+    middle: Norm
     gate_up: _Product
     act: Callable[[Tensor], Tensor]
     down: _Product
-    end: _Norm | None  # of what the MLP gives
+    end: Norm | None  # of what the MLP gives
     near: int | None
     kind: str | None
     scale: float
 
     @classmethod
     def of(cls, layer: Any, adapter: str, kind: str | None) -> _Layer:
-        attention, mlp = layer.self_attn, layer.mlp
-        four = hasattr(layer, "pre_feedforward_layernorm")
-        middle = layer.pre_feedforward_layernorm if four else layer.post_attention_layernorm
-        before = _Norm.of(layer.input_layernorm)
-        between = _Norm.of(middle)
-        if before is None or between is None:
-            raise Unfit("a layer has no norms")
+        shape = LayerShape.of(layer)
+        if len(shape.qkv) != 3 or len(shape.gate_up) != 2:
+            raise Unfit("its layers are written in another way (projections are joined)")
         return cls(
-            before=before,
-            qkv=_Product.of([attention.q_proj, attention.k_proj, attention.v_proj], adapter),
-            query_norm=_Norm.of(getattr(attention, "q_norm", None)),
-            key_norm=_Norm.of(getattr(attention, "k_norm", None)),
-            out=_Product.of([attention.o_proj], adapter),
-            after=_Norm.of(layer.post_attention_layernorm) if four else None,
-            middle=between,
-            gate_up=_Product.of([mlp.gate_proj, mlp.up_proj], adapter),
-            act=mlp.act_fn,
-            down=_Product.of([mlp.down_proj], adapter),
-            end=_Norm.of(layer.post_feedforward_layernorm) if four else None,
-            near=_distance(attention),
+            before=shape.before,
+            qkv=_Product.of(shape.qkv, adapter),
+            query_norm=shape.query_norm,
+            key_norm=shape.key_norm,
+            out=_Product.of([shape.out], adapter),
+            after=shape.after,
+            middle=shape.middle,
+            gate_up=_Product.of(shape.gate_up, adapter),
+            act=shape.act,
+            down=_Product.of([shape.down], adapter),
+            end=shape.end,
+            near=shape.near,
             kind=kind,
-            scale=attention.scaling,
+            scale=shape.scale,
         )
-
-
-def _distance(attention: Any) -> int | None:
-    """How far the layer sees; some families say so on the layer, others for all layers."""
-    near = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
-    return None if near is None or getattr(attention, "is_sliding", True) is False else int(near)
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
@@ -252,7 +217,7 @@ class LeanPass:
                 _Layer.of(layer, compressor.adapter, kind)
                 for layer, kind in zip(modules, compressor.rotary.layer_types, strict=True)
             ]
-            if (norm := _Norm.of(body.norm)) is None:
+            if (norm := Norm.of(body.norm)) is None:
                 raise Unfit("it ends without a norm")
             self.norm = norm
         except (AttributeError, TypeError, RuntimeError) as error:

@@ -1,0 +1,202 @@
+"""Decoding: one token of an answer at a time, near what the memory of the machine allows.
+
+A model gets a step of its own (:mod:`ccm.decoding.step`) in place of its forward pass, where that pass is one token
+of every row over a cache that holds memories. A pass of another kind takes the ordinary way, and so does a model of
+another shape, which is told by the numbers: the step must give the logits that the model gives.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from functools import wraps
+from types import MethodType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..core.attention import PLAN, RecurrentPlan
+from ..core.devices import is_spread
+from ..core.families import choose_backend, get_family
+from ..core.reader import Reader
+from ..core.room import Roomy
+from ..core.twin import VOCAB, build
+from ..models.placement import AUTO, OWN, can_pack
+from .shape import Unfit
+from .step import Step
+
+log = logging.getLogger(__name__)
+
+#: By how many standard deviations of the logits a step may miss the ordinary pass, by the type of the model.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.2}
+#: The same for copies of the weights.
+ROUNDED = {"float16": 0.05, "int8": 3.0}
+#: Where "auto" makes a copy: of models with at most so many weights, which takes two bytes for each.
+SMALL = 1_000_000_000
+_MARK = "_ccm_decoder"
+_KNOWN = {"input_ids", "attention_mask", "position_ids", "past_key_values", "cache", PLAN}
+#: Arguments that change nothing with these values; others do not with None or False.
+_IDLE: dict[str, tuple[Any, ...]] = {"use_cache": (True,), "return_dict": (True,), "logits_to_keep": (0, 1)}
+
+
+def install(model: PreTrainedModel) -> None:
+    """Let a model decode by a step of its own, from when it first decodes.
+
+    ``ccm_decode_in`` on the model, which ``load_model`` puts there, says from which weights.
+    """
+    if model.config.is_encoder_decoder or is_spread(model) or "forward" in model.__dict__:
+        return
+    own = type(model).forward
+
+    @wraps(own)
+    def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        out = None if args else self.__dict__[_MARK].run(self, kwargs)
+        return own(self, *args, **kwargs) if out is None else out
+
+    model.__dict__[_MARK] = Decoder()
+    model.__dict__["forward"] = MethodType(forward, model)
+
+
+class _Call(NamedTuple):
+    """What a step is called with."""
+
+    ids: Tensor
+    position: Tensor
+    valid: Tensor
+    plan: RecurrentPlan
+    cache: Any
+
+
+class Decoder:
+    """The steps of one model, by its adapters, type and device; None where it takes the ordinary way."""
+
+    def __init__(self) -> None:
+        self._steps: dict[Any, Step | None] = {}
+
+    def __reduce__(self) -> Any:  # a copy of a model proves its own
+        return Decoder, ()
+
+    def run(self, model: PreTrainedModel, kwargs: Mapping[str, Any]) -> Any:
+        """The output of a forward pass, None if it is to take the ordinary way."""
+        call = _call(kwargs)
+        if call is None:
+            return None
+        key = len(getattr(model, "peft_config", ())), model.dtype, model.device
+        if key not in self._steps:
+            self._steps[key] = _proved(model, call, kwargs)
+        step = self._steps[key]
+        if step is None:
+            return None
+        out = step(*call)
+        for name in ("cache", "past_key_values"):  # as this release of transformers calls it
+            if name in kwargs:
+                setattr(out, name, kwargs[name])
+        return out
+
+
+def _call(kwargs: Mapping[str, Any]) -> _Call | None:
+    """Of the arguments of a forward pass, if it is one for a step."""
+    if torch.is_grad_enabled():
+        return None
+    cache: Any = kwargs.get("cache", kwargs.get("past_key_values"))
+    ids, position, valid, plan = (
+        kwargs.get(name) for name in ("input_ids", "position_ids", "attention_mask", PLAN)
+    )
+    if not (isinstance(ids, Tensor) and ids.shape[1] == 1 and isinstance(plan, RecurrentPlan)):
+        return None
+    if plan.gate is not None or plan.asked is not None or plan.stop_at != -1:
+        return None
+    for name in kwargs.keys() - _KNOWN:
+        value = kwargs[name]
+        if (
+            value is not None
+            and value is not False
+            and not (isinstance(value, int) and value in _IDLE.get(name, ()))
+        ):
+            return None
+    layers = getattr(cache, "layers", [])
+    if not layers or any(type(layer) is not Roomy for layer in layers):
+        return None
+    if (held := layers[0].get_seq_length()) == 0:
+        return None
+    if valid is None:  # ``generate`` leaves it out where nothing is padding
+        valid = ids.new_ones(len(ids), held + 1)
+    fits = isinstance(position, Tensor) and isinstance(valid, Tensor) and position.shape == ids.shape
+    if not fits or valid.shape != (len(ids), held + 1):
+        return None
+    return _Call(ids, position, valid, plan, cache)
+
+
+def _weights(model: PreTrainedModel) -> str | None:
+    """From which weights a model decodes."""
+    wanted: str = getattr(model, "ccm_decode_in", OWN)
+    if wanted != AUTO:
+        return None if wanted == OWN else wanted
+    small = can_pack(model.device) and model.num_parameters() <= SMALL
+    return "float16" if small and model.dtype in (torch.float32, torch.bfloat16) else None
+
+
+def _proved(model: PreTrainedModel, call: _Call, kwargs: Mapping[str, Any]) -> Step | None:
+    """The step of a model; None if it has none that gives the same logits.
+
+    A tiny model of its config shows that it is written out right, with padding, memories and windows; the model
+    itself that its weights are.
+    """
+    weights = _weights(model)
+    try:
+        step = Step(model, weights)
+        _check(_tried(model), TOLERANCE[torch.float32])
+        right = type(model).forward(model, **kwargs).logits
+        _back(call.cache)
+        found = step(*call).logits
+        _back(call.cache)
+        _check(_misses(found, right), max(TOLERANCE[model.dtype], ROUNDED.get(weights or "", 0)))
+    except Unfit as reason:
+        asked = getattr(model, "ccm_decode_in", OWN) not in (AUTO, OWN)
+        level = logging.WARNING if asked else logging.INFO
+        log.log(level, "%s decodes by its own forward pass: %s", model.config.model_type, reason)
+        return None
+    return step
+
+
+@torch.no_grad()
+def _tried(model: PreTrainedModel) -> float:
+    """By how much the step of a tiny model misses its forward pass."""
+    family = get_family(model)
+    kinds = Step(model).kinds
+    layers = max(kinds.index(kind) + 1 for kind in kinds)
+    small = build(model, max(2, layers), choose_backend(model, family))
+    reader, step = Reader(small), Step(small)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, VOCAB, (2, 16), generator=generator)
+    mask = torch.ones(2, 12, dtype=torch.bool)
+    mask[1, :5] = False
+    live, call = reader.live(reader.empty(2)).ahead(mask)
+    small(input_ids=ids[:, :12], **call)
+    live.is_memory[:, 5:7] = True
+    worst = 0.0
+    for column in range(12, 16):
+        live, call = live.ahead(mask.new_ones(2, 1))
+        token, cache = ids[:, column : column + 1], call["past_key_values"]
+        found = step(token, call["position_ids"], call["attention_mask"], call[PLAN], cache).logits
+        _back(cache)
+        worst = max(worst, _misses(found, small(input_ids=token, **call).logits))
+    return worst
+
+
+def _back(cache: Any) -> None:
+    for layer in cache.layers:
+        layer.back(1)
+
+
+def _misses(found: Tensor, right: Tensor) -> float:
+    return float((found.float() - right.float()).abs().max() / right.float().std())
+
+
+def _check(error: float, most: float) -> None:
+    if not error < most:
+        raise Unfit(
+            f"a step misses its logits by {error:.2g} standard deviations, at most {most:g} are rounding"
+        )
