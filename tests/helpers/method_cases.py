@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,30 @@ from ccm.core.compressor import CompressorConfig
 from ccm.methods import Method
 from ccm.methods.base import METHODS
 from ccm.methods.compressed import Compressed, Trained
+from ccm.methods.spec import parse
 
 TOKENIZER = tiny_tokenizer()
+EXAMPLE = Path(__file__).parents[2] / "examples" / "extending" / "low_norm.py"
 #: One name for each method.
 NAMES = sorted({METHODS[name].name for name in list_methods()})
 _SMALL = {"sink": 2, "window": 6, "tokens": 8, "slots": 2, "block": 4, "every": 2, "max_tokens": 4}
 #: Methods whose sizes are what they are.
 _AS_THEY_ARE = ("none", "full", "ape")
+
+
+@contextmanager
+def elsewhere() -> Iterator[str]:
+    """The method of docs/extending.md, registered as somebody else registers it, and gone afterwards."""
+    names = [name for name in sys.modules if name.startswith("ccm_file_") and name.endswith("_low_norm")]
+    for name in names:  # a file is run once, whoever took out what it registered
+        del sys.modules[name]
+    METHODS.pop("low-norm", None)
+    method = parse(str(EXAMPLE)).method()
+    try:
+        yield method.name
+    finally:
+        METHODS.pop("low-norm")
+        del sys.modules[type(method).__module__]
 
 
 def model(family: str = "llama") -> PreTrainedModel:

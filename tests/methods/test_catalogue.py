@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 
+import method_cases
 import pytest
+import test_method_matrix
+from method_cases import EXAMPLE, elsewhere
 
 from ccm.cli import main
 from ccm.files.adapter_folder import shipped_adapters
 from ccm.methods import list_methods
 from ccm.methods.base import METHODS
 from ccm.methods.catalogue import ASKS, ELSEWHERE, SLOTS, Entry, catalogue, entry
-from ccm.methods.spec import parse
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "extending" / "low_norm.py"
 Captured = pytest.CaptureFixture[str]
 
 
 @pytest.fixture
 def low_norm() -> Iterator[str]:
     """A method of somebody else, registered as docs/extending.md shows."""
-    parse(str(EXAMPLE)).method()
-    yield "low-norm"
-    METHODS.pop("low-norm", None)
+    with elsewhere() as name:
+        yield name
 
 
 def known() -> dict[str, Entry]:
@@ -138,3 +140,15 @@ def test_a_class_without_a_paper_has_none() -> None:
 
     Plain.__module__ = __name__
     assert entry(Plain).paper == "" and entry(Plain).family == ELSEWHERE
+
+
+def test_a_method_from_elsewhere_joins_the_matrix(low_norm: str) -> None:
+    """Its names are those that are registered, and what they must do a registered one does."""
+    assert low_norm in runpy.run_path(str(Path(method_cases.__file__)))["NAMES"]
+    bound = method_cases.small_method(low_norm, {}).bind(method_cases.model(), method_cases.TOKENIZER)
+    tried = 0
+    for name, check in vars(test_method_matrix).items():
+        if name.startswith("test_") and list(inspect.signature(check).parameters) == ["method"]:
+            check(bound)
+            tried += 1
+    assert tried >= 4

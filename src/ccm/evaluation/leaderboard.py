@@ -329,10 +329,11 @@ def table(
     )
 
 
-def _place(row: Row) -> tuple[bool, bool, float, str]:
+def _place(row: Row) -> tuple[int, float, str]:
     """The ends first, then what is within the budget, then the rest, each by what it gains."""
-    end = row.method in ENDS
-    return not end, not (end or row.within), row.gain if end else -row.gain, row.method
+    if row.method in ENDS:
+        return ENDS.index(row.method) - len(ENDS), 0.0, ""
+    return int(not row.within), -row.gain, row.method
 
 
 def _rounded(number: float | None) -> float | None:
