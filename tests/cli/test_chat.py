@@ -57,7 +57,7 @@ def test_wide_letters_count_twice() -> None:
 
 def test_control_c_ends_an_answer_that_has_begun_and_takes_back_one_that_has_not() -> None:
     ids = torch.zeros(1, 3, dtype=torch.long)
-    stop = Stop()
+    stop, before = Stop(), signal.getsignal(signal.SIGINT)
     with stop.heard():
         assert not stop(ids, None).any()
         with pytest.raises(KeyboardInterrupt):
@@ -67,7 +67,7 @@ def test_control_c_ends_an_answer_that_has_begun_and_takes_back_one_that_has_not
         assert stop(ids, None).all() and stop(ids, None).dtype == torch.bool
         with pytest.raises(KeyboardInterrupt):  # somebody is in a hurry
             os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_long_paste_is_shown_by_its_size_and_sent_whole() -> None:

@@ -252,6 +252,16 @@ def test_the_picture_is_drawn() -> None:
     assert report.draw([made_of(GOOD), replace(made_of(POOR), task="b")]).startswith(b"\x89PNG")
 
 
+def test_the_page_of_this_project_is_made_of_its_results() -> None:
+    """``ccm leaderboard --out results/leaderboard --page docs/leaderboard.md``"""
+    root = Path(__file__).parents[2]
+    if not (file := root / "results" / "leaderboard.json").is_file():
+        pytest.skip("it is not measured yet")
+    stored = json.loads(file.read_text())
+    made = report.page(stored, from_json(stored), "leaderboard.png")
+    assert made == (root / "docs" / "leaderboard.md").read_text()
+
+
 # ---------------------------------------------------------------------- the command
 
 

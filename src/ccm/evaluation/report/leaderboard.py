@@ -146,7 +146,13 @@ def draw(tables: Sequence[Table]) -> bytes:
             axes.set(title=f"{each.task}{worth}, n = {each.n}", xlabel="KV read (MB)", xlim=(-0.1, None))
             axes.set_ylabel("nats a token over no memory" if place == 1 else "")
             axes.axhline(0, color="0.85", lw=1, zorder=0)
-        figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=3, frameon=False)
+        figure.legend(
+            drawn.values(),
+            drawn.keys(),
+            loc="outside lower center",
+            ncols=min(3, 1 + len(tables)),
+            frameon=False,
+        )
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
     return buffer.getvalue()
