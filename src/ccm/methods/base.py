@@ -528,10 +528,10 @@ class Run:
     def logits(self, ids: Sequence[int], begin: int = 1) -> Tensor:
         """Logits (T, V) of live tokens that read what the run holds; the run does not change.
 
-        ``begin``: how many of them are read; the others are written (:meth:`ccm.Reader.logits`).
+        ``begin``: how many of them are read; the others are written (:meth:`ccm.Reader.logits`), so a method that
+        chooses by the prompt does not know them.
         """
-        read = ids[:begin] if self.reader.two_sided else ids
-        return self.reader.logits([list(ids)], self.recall([list(read)]), begin=begin)[0]
+        return self.reader.logits([list(ids)], self.recall([list(ids[:begin])]), begin=begin)[0]
 
     def resize(self, entries: int) -> None:
         """Keep at most so many entries from now on.
