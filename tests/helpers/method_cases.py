@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from ccm.methods.base import METHODS
 from ccm.methods.compressed import Compressed, Trained
 
 TOKENIZER = tiny_tokenizer()
+#: Methods whose package is not installed here.
+ABSENT = () if find_spec("kvpress") else ("kvpress",)
 #: One name for each method.
-NAMES = sorted({METHODS[name].name for name in list_methods()})
+NAMES = sorted({METHODS[name].name for name in list_methods()} - set(ABSENT))
 _SMALL = {"sink": 2, "window": 6, "tokens": 8, "slots": 2, "block": 4, "every": 2, "max_tokens": 4}
 #: Methods whose sizes are what they are.
 _AS_THEY_ARE = ("none", "full", "ape")
