@@ -30,7 +30,7 @@ from ccm.training.engines import Engine, make_engine
 from ccm.training.targets import Row
 
 #: How many rows of each source.
-ROWS = {"facts": 24, "coqa": 12, "chitchat": 16, "topical-chat": 8}
+ROWS = {"coqa": 8, "chitchat": 12, "facts": 24}
 FIGURE = "2 slots and 2 words"
 SIZES = {"slots": 2, "words": 2}
 ADAPTER, BESIDE = "ccm-concat", "slots 4"
@@ -96,9 +96,9 @@ def main() -> None:
     def of(_: Engine, part: Any) -> list[Score]:
         return [lived(method, row) for row in part]
 
-    for name, most in ROWS.items():
-        for count in range(1, min(most, given.limit or most) + 1):  # stored row by row
-            own.measure(engine, name, rows[name], FIGURE, Measure(of), count)
+    for count in range(1, 1 + (given.limit or max(ROWS.values()))):  # stored row by row, sources in turn
+        for name, most in ROWS.items():
+            own.measure(engine, name, rows[name], FIGURE, Measure(of), min(count, most))
     stores = [Figures.open(RESULTS / f"held_out_{name}.json") for name in ("baselines", "ccm-chat")]
     sys.stdout.write(json.dumps(compared(rows, own, stores), indent=1) + "\n")
 

@@ -2,8 +2,8 @@
 
 Slots say what was told about what, and words say it exactly. The slots are also the index: the segment that a
 question is about is the one to whose slots its last tokens attend, in 69 of 72 questions about told facts. Words cost
-nothing while nobody asks for them, because their ids alone are kept: eight bytes a token, where a slot of the
-embedded model has 46 kB. What is read is bounded, so many words for every segment that has slots.
+nothing while nobody asks for them, because their ids alone are kept. What is read is bounded: so many words for every
+segment that has slots (docs/decisions.md, measured).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..parts import Part, behind
 from ..recall.retrieve_text import bm25
 
 #: Newest tokens whose words are looked for, those of them whose attention counts, and the longest piece of old text.
-ASKED, ATTENDING, PIECE = 24, 8, 32
+ASKED, ATTENDING, PIECE = 24, 8, 16
 
 
 @register("slots-and-words")
