@@ -31,10 +31,11 @@ ASKED, ATTENDING, PIECE = 24, 8, 16
 @register("slots-and-words")
 @dataclass(frozen=True, kw_only=True)
 class SlotsAndWords(Compressed):
-    """Few slots for every segment, and of all old text the words that the newest text asks for.
+    """Few slots, and old words that are asked for.
 
-    A row's slots are [learned | words]. Its notes are the number of words, and for every token so far 2 id, or
-    2 id + 1 where a segment begins.
+    CCM's slots (Kim et al., ICLR 2024, arXiv 2312.03414) are the index, and all old text stays as token ids. A row's
+    slots are [learned | words]. Its notes are the number of words, and for every token so far 2 id, or 2 id + 1 where
+    a segment begins.
 
     Attributes:
         words: tokens of old text that are read for every segment that has slots.

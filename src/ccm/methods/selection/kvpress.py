@@ -32,7 +32,9 @@ from .evict import Evict
 @register("kvpress")
 @dataclass(frozen=True, kw_only=True)
 class KVPress(Evict):
-    """A scoring press of NVIDIA's kvpress, in an environment of its own (`make kvpress-env`).
+    """A scoring press of NVIDIA's kvpress.
+
+    Devoto et al., 2025, arXiv 2510.00636. It has an environment of its own (`make kvpress-env`).
 
     Attributes:
         press: its class, such as SnapKVPress.
