@@ -30,7 +30,7 @@ from ccm.training.engines import Engine, make_engine
 from ccm.training.targets import Row
 
 #: How many rows of each source.
-ROWS = {"coqa": 24, "chitchat": 12, "facts": 24}
+ROWS = {"facts": 24, "coqa": 24, "chitchat": 24}
 FIGURE = "2 slots and 2 words"
 SIZES = {"slots": 2, "words": 2}
 ADAPTER, BESIDE = "ccm-concat", "slots 4"
