@@ -10,10 +10,11 @@ VLLM := .venv-vllm
 QUANT := .venv-quant
 DOCS := .venv-docs
 LLAMA := .venv-llama
+KVPRESS := .venv-kvpress
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo report bench-serving test test-slow test-oldest test-newest test-ray ray-env test-vllm vllm-env test-quant quant-env test-llama llama-env docs package release lint types clean
+.PHONY: help demo report bench-serving test test-slow test-oldest test-newest test-ray ray-env test-vllm vllm-env test-quant quant-env test-llama llama-env test-kvpress kvpress-env docs package release lint types clean
 
 help: ## show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
@@ -63,6 +64,11 @@ test-llama: $(LLAMA)/.installed ## run the tests of the engine on llama.cpp, in 
 
 llama-env: $(LLAMA)/.installed ## make that environment
 
+test-kvpress: $(KVPRESS)/.installed ## run the tests of the bridge to kvpress, in an environment of their own
+	$(KVPRESS)/bin/python -m pytest tests/methods/test_kvpress.py
+
+kvpress-env: $(KVPRESS)/.installed ## make that environment
+
 docs: $(DOCS)/.installed ## build the documentation site into build/site; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet --strict
 
@@ -80,7 +86,7 @@ types: $(STAMP) ## check the type annotations
 	$(BIN)/mypy
 
 clean: ## remove the environment, caches and build outputs
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(RAY) $(VLLM) $(QUANT) $(DOCS) $(LLAMA) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(RAY) $(VLLM) $(QUANT) $(DOCS) $(LLAMA) $(KVPRESS) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch is asked for by itself, so that a CPU build that the machine provides is taken when there is one.
@@ -122,6 +128,15 @@ $(DOCS)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(DOCS)
 	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 		$$(sed -n 's/^docs = \[\(.*\)\]/\1/p' pyproject.toml | tr -d '",') build ruff twine
+	@touch $@
+
+# kvpress asks for an older transformers, which it does not need: it comes without its packages but for two.
+$(KVPRESS)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(KVPRESS)
+	$(KVPRESS)/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(KVPRESS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e . \
+		cachetools datasets fire pytest pytest-timeout
+	$(KVPRESS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps kvpress==0.5.5
 	@touch $@
 
 # llama.cpp is compiled for this processor.

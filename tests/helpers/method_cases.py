@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from ccm.methods.spec import parse
 
 TOKENIZER = tiny_tokenizer()
 EXAMPLE = Path(__file__).parents[2] / "examples" / "extending" / "low_norm.py"
+#: Methods whose package is not installed here.
+ABSENT = () if find_spec("kvpress") else ("kvpress",)
 #: One name for each method.
-NAMES = sorted({METHODS[name].name for name in list_methods()})
+NAMES = sorted({METHODS[name].name for name in list_methods()} - set(ABSENT))
 _SMALL = {"sink": 2, "window": 6, "tokens": 8, "slots": 2, "block": 4, "every": 2, "max_tokens": 4}
 #: Methods whose sizes are what they are.
 _AS_THEY_ARE = ("none", "full", "ape")

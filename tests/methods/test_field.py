@@ -198,3 +198,12 @@ def test_every_method_stands_on_the_page_of_papers() -> None:
     assert named == methods
     without = [row for row in rows if "`" not in row[2] and row[2].strip() != "runs"]
     assert without and all(row[2].strip() == "no" and len(row[3].strip()) > 10 for row in without)
+
+
+def test_every_paper_of_the_field_has_its_place() -> None:
+    """119 abstracts were read; each is a row of the page, or in a sentence that says why it is none."""
+    page = " ".join(Path(__file__).parents[2].joinpath("docs/papers.md").read_text().split()).lower()
+    lines = Path(__file__).with_name("papers.txt").read_text().splitlines()
+    names = [line.split(" | ")[0] for line in lines]
+    assert len(set(names)) == 119
+    assert [name for name in names if name.lower() not in page] == []

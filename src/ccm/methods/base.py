@@ -530,10 +530,10 @@ class Run:
 
         Args:
             ids: token ids.
-            begin: how many of them an encoder-decoder reads; it writes the others.
+            begin: how many of them an encoder-decoder reads; it writes the others, so a method that chooses by the
+                prompt does not know them.
         """
-        read = ids[:begin] if self.reader.two_sided else ids
-        return self.reader.logits([list(ids)], self.recall([list(read)]), begin=begin)[0]
+        return self.reader.logits([list(ids)], self.recall([list(ids[:begin])]), begin=begin)[0]
 
     def resize(self, entries: int) -> None:
         """Keep at most so many entries from now on.

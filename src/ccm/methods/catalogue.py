@@ -52,7 +52,7 @@ FAMILIES = (
     Family(
         "Trained memories",
         "An adapter makes the slots. It belongs to one model, and `ccm train` makes one for yours.",
-        ("compressed", "baselines"),
+        ("compressed", "baselines", "hybrid"),
     ),
     Family(
         "Entries that are made",

@@ -10,10 +10,13 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from ...core.memory import Row
 from ..base import register
 from ..text.told import Told
+
+_Word = TypeVar("_Word", int, str)
 
 
 @register("retrieve-text")
@@ -64,13 +67,13 @@ class RetrieveText(Told):
 
 
 def bm25(
-    blocks: Sequence[Counter[int]], asked: Sequence[int], k: float = 1.5, b: float = 0.75
+    blocks: Sequence[Counter[_Word]], asked: Sequence[_Word], k: float = 1.5, b: float = 0.75
 ) -> list[float]:
     """How well each block answers: sum over words of idf(w) n (k + 1) / (n + k (1 - b + b length / mean length))."""
     mean = sum(map(Counter.total, blocks)) / max(1, len(blocks))
     held = Counter(word for block in blocks for word in block)
 
-    def count(block: Counter[int]) -> float:
+    def count(block: Counter[_Word]) -> float:
         worn = k * (1 - b + b * block.total() / mean)
         return sum(
             math.log(1 + (len(blocks) - held[word] + 0.5) / (held[word] + 0.5)) * n * (k + 1) / (n + worn)

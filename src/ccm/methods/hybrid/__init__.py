@@ -1,0 +1,1 @@
+"""Hybrids: learned slots and old words in one budget of bytes."""
