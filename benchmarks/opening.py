@@ -87,7 +87,7 @@ def opening(memory: str | None = None, alone: int = len(FACTS), together: int = 
         alone: so many of the facts, each in a chat of its own.
         together: so many of them in one chat; 0 leaves it out.
     """
-    model, tokenizer = ccm.load_default_model()
+    model, tokenizer = ccm.load_model(decode_in="auto")
     fresh = ccm.Session.open(model, tokenizer, memory)
     rows: list[dict[str, Any]] = []
     held: dict[str, dict[Way, int]] = {}

@@ -69,6 +69,7 @@ def test_every_option_arrives_in_its_field(monkeypatch):
         dtype="float16",
         load_in="8bit",
         device_map="auto",
+        decode_in="float16",
         threads=3,
         slots=5,
         sink=6,
