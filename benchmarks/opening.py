@@ -1,6 +1,7 @@
 """The first thing that people try: a fact is told in a chat, and asked back.
 
-The embedded model with the memory and the settings that ``ccm chat`` ships with answers every message. Each of ten
+The embedded model with the settings that ``ccm chat`` ships with answers every message, once with its memory and once
+with that of the server. Each of ten
 facts has a chat of its own, and is asked for at once and after four exchanges about something else. Then all ten are
 told in one chat, and asked for at its end. Every question is answered three ways: from the memory, from the full
 context, from nothing. The facts were written down before any of them was tried; an answer is right if it has the
@@ -24,6 +25,7 @@ import ccm
 from ccm.chat.messages import Message
 from ccm.cli.repl import MAX_TOKENS
 from ccm.comparison import WAYS, Compared, Comparison, Way
+from ccm.methods.default import ADAPTER, TALKING
 from ccm.models.generation import own_drawing
 from ccm.models.load import DEFAULT_MODEL
 
@@ -49,6 +51,8 @@ BETWEEN = (
 )
 #: When each question is asked: in a chat of its own, or in that of all facts.
 TIMES = ("at once", "after four exchanges", "ten in one chat")
+#: Of ``ccm chat``, and of the server.
+MEMORIES = (TALKING, ADAPTER)
 SEED = 0
 
 
@@ -79,11 +83,11 @@ class Chat:
         return self.comparison.ask(question, self.said, ways=ways, seed=SEED, max_new_tokens=MAX_TOKENS)
 
 
-def opening(memory: str | None = None, alone: int = len(FACTS), together: int = len(FACTS)) -> dict[str, Any]:
+def opening(memory: str, alone: int = len(FACTS), together: int = len(FACTS)) -> dict[str, Any]:
     """Tell, talk on, and ask back.
 
     Args:
-        memory: as ``--memory``; None is the one that is shipped.
+        memory: as ``--memory``.
         alone: so many of the facts, each in a chat of its own.
         together: so many of them in one chat; 0 leaves it out.
     """
@@ -136,8 +140,7 @@ if __name__ == "__main__":
     given = arguments.parse_args()
     torch.set_num_threads(given.threads)
     few = given.limit or len(FACTS)
-    result = opening(given.memory, few, few)
     if given.memory or given.limit:
-        print(result)
+        print(opening(given.memory or TALKING, few, few))
     else:
-        store("opening", result)
+        store("opening", {"memories": {memory: opening(memory) for memory in MEMORIES}})

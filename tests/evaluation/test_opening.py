@@ -24,17 +24,21 @@ def test_the_stored_answers_are_what_they_are_counted_as(
     monkeypatch.delitem(sys.modules, "opening", raising=False)
     import opening
 
-    assert [(row["told"], row["asked"], row["expected"]) for row in stored["facts"]] == list(opening.FACTS)
-    for row in stored["facts"]:
-        for time, answers in row["answers"].items():
-            assert answers["none"] == row["none"]
-            assert row["right"][time] == {
-                way: opening.right(text, row["expected"]) for way, text in answers.items()
-            }
-    assert tuple(stored["right"]) == opening.TIMES
-    for time, counted in stored["right"].items():
-        for way, count in counted.items():
-            assert count == sum(row["right"][time][way] for row in stored["facts"])
+    assert tuple(stored["memories"]) == opening.MEMORIES
+    for name, found in stored["memories"].items():
+        assert found["memory"].startswith(f"{name}:sink=4,window=64")
+        told = [(row["told"], row["asked"], row["expected"]) for row in found["facts"]]
+        assert told == list(opening.FACTS)
+        for row in found["facts"]:
+            for time, answers in row["answers"].items():
+                assert answers["none"] == row["none"]
+                assert row["right"][time] == {
+                    way: opening.right(text, row["expected"]) for way, text in answers.items()
+                }
+        assert tuple(found["right"]) == opening.TIMES
+        for time, counted in found["right"].items():
+            for way, count in counted.items():
+                assert count == sum(row["right"][time][way] for row in found["facts"])
     assert not opening.right("My dog is called Bella.", "Biscuit") and opening.right("To peanut.", "peanuts")
 
 
@@ -48,15 +52,15 @@ def test_the_opening_comes_out_as_stored(stored: dict, monkeypatch: pytest.Monke
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import opening
 
-    before = torch.get_num_threads()
+    found, before = stored["memories"][opening.TALKING], torch.get_num_threads()
     torch.set_num_threads(stored["environment"]["threads"])
     try:
-        again = opening.opening(alone=4)
+        again = opening.opening(opening.TALKING, alone=4)
     finally:
         torch.set_num_threads(before)
     for time, counted in again["right"].items():
-        assert again["kv_bytes"][time]["memory"] <= stored["kv_bytes"][time]["memory"] * 1.2
+        assert again["kv_bytes"][time]["memory"] <= found["kv_bytes"][time]["memory"] * 1.2
         for way, count in counted.items():
-            rows = stored["facts"][: 4 if time != opening.TIMES[2] else None]
+            rows = found["facts"][: 4 if time != opening.TIMES[2] else None]
             assert abs(count - sum(row["right"][time][way] for row in rows)) <= 2, (time, way)
-    assert again["settings"] == stored["settings"] and again["memory"] == stored["memory"]
+    assert again["settings"] == found["settings"] and again["memory"] == found["memory"]

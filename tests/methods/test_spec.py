@@ -18,7 +18,7 @@ from ccm.files import adapter_folder
 from ccm.methods import get_method, list_methods, open_method, register, spec
 from ccm.methods.base import METHODS, Method
 from ccm.methods.compressed import CCMConcat
-from ccm.methods.default import CHAT, checked, default_memory, saved_memory
+from ccm.methods.default import CHAT, checked, default_memory, for_talking, saved_memory
 from ccm.methods.references import NoContext
 from ccm.methods.spec import parse
 from ccm.session import Session
@@ -227,6 +227,13 @@ def test_the_adapter_of_a_model_is_its_default(
     assert {name: getattr(method, name) for name in CHAT} == CHAT
     assert open_method("default:window=8", tiny()).window == 8
     assert default_memory(tiny_model(seed=1)) != "ccm-chat", "one for other weights is none"
+
+
+def test_a_chat_reads_words_beside_the_slots(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapter_folder, "find", lambda name: adapter)
+    assert for_talking(parse("default:window=8"), tiny()).text == "slots-and-words:window=8"
+    assert for_talking(parse("snapkv"), tiny()).text == "snapkv"
+    assert for_talking(parse("default"), tiny_model(seed=1)).text == "default", "no adapter, no slots to ask"
 
 
 def test_an_adapter_has_a_window_in_conversations_unless_it_is_told(adapter: Path) -> None:

@@ -68,15 +68,13 @@ def chat(
     opening: Future[Opened] = Future()
 
     def moved(method: Method) -> Method:
-        if llama is None:
-            return method
         from ..serving.llama.reader import in_llama
 
-        return in_llama(method, llama, positions=llama_context, kind=llama_type)
+        return in_llama(method, str(llama), positions=llama_context, kind=llama_type)
 
     def work() -> None:
         try:
-            opening.set_result(_open(loading, named, load, system, moved))
+            opening.set_result(_open(loading, named, load, system, None if llama is None else moved))
         except BaseException as error:
             opening.set_exception(error)
 
@@ -101,11 +99,11 @@ def _open(
     named: str | None,
     load: Path | None,
     system: str | None,
-    moved: Callable[[Method], Method],
+    moved: Callable[[Method], Method] | None,
 ) -> Opened:
-    """The model and the session, as they were asked for, where ``moved`` brings the method."""
+    """The model and the session, as they were asked for; ``moved`` brings the method elsewhere."""
     loading.check()
-    from ..methods.default import checked, open_method, saved_memory
+    from ..methods.default import checked, for_talking, open_method, saved_memory
     from ..session import Session
     from .repl import Opened
 
@@ -117,7 +115,10 @@ def _open(
     if load and named is None:
         spec = saved_memory(load)
     language_model, tokenizer = loading.load(spinner=not is_interactive())
-    method = moved(open_method(spec, language_model, tokenizer))
+    if moved is None:
+        method = open_method(for_talking(spec, language_model), language_model, tokenizer)
+    else:  # another reader cannot say which slots a question attends to
+        method = moved(open_method(spec, language_model, tokenizer))
 
     def begin() -> Session:
         session = Session(method, tokenizer)

@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 DEFAULT = "default"
 #: The shipped adapter for conversations; it is taken for the model that it was trained on.
 ADAPTER = "ccm-chat"
+#: The same adapter in ``ccm chat``: a question also reads the old words that it asks for. It names more of what was
+#: told (docs/decisions.md, measured), and a turn takes a third longer.
+TALKING = "slots-and-words"
 #: The best memory that needs no training.
 UNTRAINED = "attention-matching"
 #: The same where no tokens show what they ask for: of encoder-decoders.
@@ -71,6 +74,13 @@ def named(spec: Spec, model: PreTrainedModel) -> Spec:
         return spec
     best = default_memory(model)
     return replace(spec, text=best + spec.text.removeprefix(DEFAULT), name=best)
+
+
+def for_talking(spec: Spec, model: PreTrainedModel) -> Spec:
+    """The memory that ``ccm chat`` takes: :data:`TALKING` where the default would be its adapter."""
+    if spec.name != DEFAULT or default_memory(model) != ADAPTER:
+        return spec
+    return replace(spec, text=TALKING + spec.text.removeprefix(DEFAULT), name=TALKING)
 
 
 def with_window(method: Method) -> Method:
