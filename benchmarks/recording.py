@@ -35,6 +35,8 @@ SCRIPT = (
 #: Seconds: what is more is a pause of the viewer's; the longest gap as recorded, and as shown; between two keys.
 PAUSE, GAP, STEP, KEY = 0.3, 0.1, 0.05, 0.03
 _CODE, _SPINNER = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\s"), re.compile("[\u2800-\u28ff]")
+#: Browsers draw several blanks as one, but for this kind.
+_BLANK = "\u00a0"
 _COLOURS = {
     "default": "#d6dae1",
     "black": "#1b1f27",
@@ -130,7 +132,7 @@ def draw(cast: Path, file: Path) -> None:
     file.write_text(
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" '
         f'height="{height:g}" font-family="ui-monospace, Menlo, Consolas, DejaVu Sans Mono, monospace" '
-        f'font-size="13" xml:space="preserve"><title>ccm chat</title>'
+        f'font-size="13"><title>ccm chat</title>'
         f'<rect width="100%" height="100%" rx="8" fill="{_BACK}"/>{body}</svg>\n'
     )
 
@@ -147,7 +149,7 @@ def _line(screen: pyte.Screen, y: int) -> str:
             weight = ' font-weight="bold"' if bold else ""
             drawn += (
                 f'<tspan x="{_EDGE + left * _WIDE:g}" textLength="{len(text) * _WIDE:g}" fill="{fill}"{weight}>'
-                f"{escape(text)}</tspan>"
+                f"{escape(text).replace(' ', _BLANK)}</tspan>"
             )
         x += len(run)
     return drawn
