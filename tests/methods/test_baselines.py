@@ -22,8 +22,8 @@ from ccm.errors import ConfigError, MismatchError
 from ccm.methods.base import METHODS
 from ccm.methods.baselines import BASELINES as COMPRESSORS
 from ccm.methods.baselines.pooling import TAPS, Pooling, bounds, chunks
-from ccm.methods.summary import OPENING, ROLE
 from ccm.methods.synthesis.mean_pool import pooled
+from ccm.methods.text.summary import OPENING, ROLE
 from ccm.training import TrainConfig, load_recipe
 from ccm.training.recursion import parallel_losses
 

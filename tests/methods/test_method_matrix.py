@@ -18,7 +18,7 @@ from ccm.methods import Method
 from ccm.methods.base import METHODS
 from ccm.methods.compressed import Compressed, Trained
 from ccm.methods.selection.evict import Evict
-from ccm.methods.summary import Summary
+from ccm.methods.text.summary import Summary
 from ccm.serving.engine import PaddedEngine
 
 FAMILIES = ["llama", "gemma3_text", "gpt_neox"]  # plain; layers that slide; partial rotary

@@ -58,7 +58,7 @@ FAMILIES = (
         "Entries that are made",
         "These need no training. Slots are computed anew from the entries that they stand for: fitted, merged, "
         "averaged or filtered.",
-        ("attention_matching", "synthesis"),
+        ("synthesis",),
     ),
     Family(
         "Entries that are chosen",
@@ -68,12 +68,12 @@ FAMILIES = (
     Family(
         "Entries that are looked up",
         "These need no training. Everything is kept, and the prompt says what is read.",
-        ("retrieve", "recall"),
+        ("recall",),
     ),
     Family(
         "Text in place of entries",
         "These need no training. What leaves the window stays as words.",
-        ("summary", "text"),
+        ("text",),
     ),
     Family(
         "Yardsticks",

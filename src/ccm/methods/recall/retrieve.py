@@ -14,12 +14,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..core.memory import KV, Memory, Row
-from ..core.reader import Ids
-from .base import register
-from .parts import RAW, Part, behind
-from .references import FullContext
-from .scores import scoring
+from ...core.memory import KV, Memory, Row
+from ...core.reader import Ids
+from ..base import register
+from ..parts import RAW, Part, behind
+from ..references import FullContext
+from ..scores import scoring
 
 
 @register("retrieve")

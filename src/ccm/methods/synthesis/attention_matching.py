@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..core.memory import KV, Row
-from ..core.reader import Reader
-from .base import Method, register
+from ...core.memory import KV, Row
+from ...core.reader import Reader
+from ..base import Method, register
 from .matching import match
 
 #: What the model asks whatever was said: read once. Its last tokens, and what a query of theirs counts beside one of

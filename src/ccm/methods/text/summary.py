@@ -13,15 +13,15 @@ from typing import Any, ClassVar
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..chat.messages import Message
-from ..chat.template import template_of
-from ..chat.turns import render
-from ..core.memory import KV, Memory, Row
-from ..core.reader import Ids, Reader
-from ..core.window import joined
-from ..errors import ConfigError
-from .base import Method, register, texts
-from .parts import RAW, Part, behind
+from ...chat.messages import Message
+from ...chat.template import template_of
+from ...chat.turns import render
+from ...core.memory import KV, Memory, Row
+from ...core.reader import Ids, Reader
+from ...core.window import joined
+from ...errors import ConfigError
+from ..base import Method, register, texts
+from ..parts import RAW, Part, behind
 
 #: Who says the summary, and how it begins.
 ROLE, OPENING = "system", "Summary of the conversation so far: "

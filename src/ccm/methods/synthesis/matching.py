@@ -19,9 +19,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..core.memory import KV, Row
-from ..core.reader import Reader
-from .scores import weights
+from ...core.memory import KV, Row
+from ...core.reader import Reader
+from ..scores import weights
 
 #: What an old slot counts when keys are picked: a share of the mean weight of an entry.
 HELD = 0.3
