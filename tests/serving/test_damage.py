@@ -140,7 +140,8 @@ def begin(talk: Talk) -> tuple[list[Any], list[Any], str]:
 # ------------------------------------------------------------------ values in the database
 
 COLUMNS = {
-    "ccm_versions": ("payload", "metadata", "digest", "created"),
+    "ccm_versions": ("recipe", "payload", "metadata", "digest", "created"),
+    "ccm_parts": ("part", "name"),
     "ccm_transcripts": ("entry", "digest", "place"),
     "ccm_sessions": ("version", "updated", "nbytes", "lines"),
 }
@@ -161,8 +162,8 @@ def restore(database: sqlite3.Connection, kept: dict[str, list[tuple[Any, ...]]]
 def hurt(database: sqlite3.Connection, rng: random.Random) -> None:
     """Damage one value of the victim."""
     table = rng.choice(sorted(COLUMNS))
-    column = "payload" if rng.random() < 0.4 else rng.choice(COLUMNS[table])
-    table = "ccm_versions" if column == "payload" else table
+    column = "part" if rng.random() < 0.4 else rng.choice(COLUMNS[table])
+    table = "ccm_parts" if column == "part" else table
     rows = database.execute(f"SELECT rowid, {column} FROM {table} WHERE session = ?", [VICTIM]).fetchall()
     row, value = rows[-1] if rng.random() < 0.6 else rng.choice(rows)  # most often the newest
     new: Any

@@ -46,7 +46,7 @@ MIGRATIONS: list[list[str]] = [
         "ALTER TABLE ccm_versions ADD COLUMN recipe {text} NOT NULL DEFAULT ''",
         """CREATE TABLE ccm_parts (
             tenant {text} NOT NULL, session {text} NOT NULL, name {text} NOT NULL, part {blob} NOT NULL,
-            nbytes BIGINT NOT NULL, PRIMARY KEY (tenant, session, name))""",
+            PRIMARY KEY (tenant, session, name))""",
     ],
 ]
 
@@ -380,7 +380,7 @@ class SqlStore(Store):
     @staticmethod
     def _share(run: Run, tenant: str, session: str, parts: dict[str, bytes]) -> int:
         """Add the parts that are not there, remove those that no version has any more; bytes that this adds."""
-        rows = run(f"SELECT name, nbytes FROM ccm_parts WHERE {_OF}", tenant, session)
+        rows = run(f"SELECT name, LENGTH(part) FROM ccm_parts WHERE {_OF}", tenant, session)
         there: dict[str, int] = {name: size for name, size in rows}
         if not there and not parts:
             return 0
@@ -388,8 +388,8 @@ class SqlStore(Store):
         used = {name for (recipe,) in recipes for name in split(str(recipe))}
         new, gone = sorted(set(parts) - set(there)), sorted(set(there) - used)
         run.many(
-            "INSERT INTO ccm_parts (tenant, session, name, part, nbytes) VALUES (?, ?, ?, ?, ?)",
-            [(tenant, session, name, parts[name], len(parts[name])) for name in new],
+            "INSERT INTO ccm_parts (tenant, session, name, part) VALUES (?, ?, ?, ?)",
+            [(tenant, session, name, parts[name]) for name in new],
         )
         run.many(
             f"DELETE FROM ccm_parts WHERE {_OF} AND name = ?", [(tenant, session, name) for name in gone]
