@@ -24,7 +24,7 @@ import ccm
 from ccm.cli import app, main
 from ccm.files.adapter_folder import shipped_adapters
 from ccm.methods import list_methods
-from ccm.methods.default import checked
+from ccm.methods.default import TALKING, checked
 from ccm.serving.api import create_app
 from ccm.training import load_recipe
 
@@ -294,10 +294,10 @@ def test_the_figures_of_the_readme_are_those_that_are_stored() -> None:
     seconds = json.loads((ROOT / "results" / "serving" / "first_token.json").read_text())["seconds"]
     for name in ("late", "stateless"):
         assert f"{seconds[name]['median']:.2f} s" in text
-    opening = json.loads((ROOT / "results" / "opening.json").read_text())
+    opening = json.loads((ROOT / "results" / "opening.json").read_text())["memories"][TALKING]
     assert len(opening["facts"]) == 10
     lines = [f"| facts named, of ten | {' | '.join(opening['right'])} |", "|---|---|---|---|"]
-    for way, said in (("none", "nothing"), ("memory", "**the memory**"), ("full", "the full context")):
+    for way, said in (("none", "nothing"), ("memory", "**`ccm chat`**"), ("full", "the full context")):
         cells = [str(counted[way]) for counted in opening["right"].values()]
         if way != "none":
             bytes_held = [held[way] for held in opening["kv_bytes"].values()]
