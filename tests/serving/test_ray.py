@@ -42,7 +42,9 @@ def store() -> Iterator[str]:
 @pytest.fixture(scope="module")
 def server(folder, store) -> Iterator[RayServer]:
     pytest.importorskip("ray", reason="Ray is not installed here: make test-ray")
-    running = RayServer.start(folder, store, "--replicas", "2", "--batch", "4", "--drain", "60")
+    # to be compared with one process: another batch must not round to another float16
+    exact = ("--precision", "float32", "--decode-in", "model")
+    running = RayServer.start(folder, store, "--replicas", "2", "--batch", "4", "--drain", "60", *exact)
     running.wait_for_replicas(2)
     yield running
     running.stop()
@@ -52,7 +54,7 @@ def alone(folder: Path, path: Path, questions: list[str], max_tokens: int) -> li
     """The answers of one process that has the conversation to itself."""
     model, tokenizer = ccm.load_model(str(folder / "model"))
     compressor = Compressor.from_pretrained(model, str(folder / "tiny"))
-    settings = Settings("tiny")
+    settings = Settings("tiny", precision="float32")
     service = Service(
         as_method(compressor, tokenizer, **SIZES),
         tokenizer,
