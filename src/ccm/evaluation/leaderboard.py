@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from importlib.util import find_spec
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 from ..errors import CCMError, ConfigError
 from ..files.adapter_folder import has_first_stage, shipped_adapters
 from ..methods import Method
+from ..methods.base import METHODS
 from ..methods.catalogue import catalogue
 from ..methods.catalogue import entry as entry_of
 from ..methods.compressed import Trained
@@ -56,9 +58,12 @@ def default_methods() -> tuple[list[str], dict[str, str]]:
     }
     names = [*ENDS, *(name for name, tuned in adapters.items() if not tuned)]
     for entry in entries:
-        if entry.trained or entry.name in names:
+        if entry.name in names or entry.name in left_out:
             continue
-        if "writing" in entry.asks:
+        package = METHODS[entry.name].package
+        if package and find_spec(package) is None:
+            left_out[entry.name] = f"it needs the package {package}, which is not installed here"
+        elif "writing" in entry.asks:
             left_out[entry.name] = "the model writes for it, which takes minutes: name it with --methods"
         else:
             names.append(entry.name)

@@ -42,6 +42,7 @@ class KVPress(Evict):
     """
 
     queries: ClassVar[int] = -1
+    package: ClassVar[str] = "kvpress"
     press: str = "SnapKVPress"
     options: dict[str, Any] = field(default_factory=dict)
 
