@@ -11,7 +11,7 @@ import torch
 from tiny import random_rows, tiny_compressor, tiny_tokenizer
 
 from ccm.errors import DataError
-from ccm.methods.attention_matching import AttentionMatching
+from ccm.methods.synthesis.attention_matching import AttentionMatching
 from ccm.training.engines import Lean, Padded
 from ccm.training.targets import NONE, TEXT, Row
 

@@ -13,8 +13,8 @@ from ccm import get_method
 from ccm.core.memory import KV, Row
 from ccm.core.window import joined
 from ccm.errors import ConfigError
-from ccm.methods import matching
 from ccm.methods.scores import scoring, weights
+from ccm.methods.synthesis import matching
 
 #: Plain; a few layers that slide; soft caps; partial rotary; learned sinks.
 FAMILIES = ["llama", "gemma3_text", "gemma2", "gpt_neox", "gpt_oss"]
