@@ -1,8 +1,8 @@
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -47,6 +47,14 @@ def test_cache_dir_follows_the_environment(monkeypatch, tmp_path):
     assert packages.cache_dir() == tmp_path / "xdg" / "ccm"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert packages.cache_dir() == Path.home() / ".cache" / "ccm"
+
+
+def test_looking_for_pip_leaves_setuptools_usable():
+    """``ccm doctor`` and a compiled training step share a process, and compiling imports setuptools."""
+    pytest.importorskip("setuptools")
+    looks = "from ccm.models import packages; packages.has_pip(); import setuptools"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", looks], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_installed_package_wins(cache):
@@ -111,7 +119,7 @@ def test_pip_failures_say_what_to_do(cache, monkeypatch, stderr, error, words):
 
 
 def test_no_pip(cache, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(packages, "has_pip", lambda: False)
     with pytest.raises(MissingPackageError, match="has no pip"):
         packages.fetch("not-there", "1.0", MEMBER)
 

