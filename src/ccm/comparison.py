@@ -46,7 +46,7 @@ class Comparison:
 
     def __init__(self, session: Session):
         self.session = session
-        self._read: list[Message] = []  # what the full context holds
+        self._read: list[Message] = []  # what the full context holds, behind what is pinned
         self._full = self._on("full")
 
     def ask(
@@ -90,7 +90,8 @@ class Comparison:
             return self.session.fork()
         if way == "none":
             return self._on("none")
-        if self._read != list(said[: len(self._read)]):  # something was taken back
+        gone = self._read != list(said[: len(self._read)])  # something was taken back
+        if gone or self._full.pins != self.session.pins:
             self._full, self._read = self._on("full"), []
         for message in said[len(self._read) :]:
             self._full.append(message)
@@ -99,6 +100,8 @@ class Comparison:
 
     def _on(self, name: str) -> Session:
         session = self.session
-        return Session(
-            get_method(name).bind(session.method.reader.model, session.tokenizer), session.tokenizer
-        )
+        method = get_method(name).bind(session.method.reader.model, session.tokenizer)
+        made = Session(method, session.tokenizer)
+        for text in session.pins if name == "full" else ():
+            made.pin(text)
+        return made

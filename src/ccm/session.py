@@ -28,7 +28,7 @@ from .methods import Method, as_method, open_method
 from .methods.accounting import counters, in_words, say_losses
 from .methods.answering import written
 from .methods.base import segments_of
-from .methods.inside import TURNS, Inside, Said, as_saved, look, read_by, saved
+from .methods.inside import TURNS, Inside, Said, as_saved, look, read_by, saved, saved_pins
 from .methods.picture import picture
 from .methods.spec import parse
 from .models.load import load_tokenizer
@@ -49,6 +49,7 @@ class Session:
     Attributes:
         last: the newest answer, with its thoughts and the calls of tools that it asks for.
         said: the newest turns, each with the beginning of its text and its tokens; for pictures, not for the memory.
+        pins: what was pinned, oldest first.
 
     Example:
         >>> session = ccm.Session.open(model, tokenizer)
@@ -70,6 +71,7 @@ class Session:
         self.turns = 0
         self.last: Answer | None = None
         self.said: tuple[Said, ...] = ()
+        self.pins: tuple[str, ...] = ()
         self.template = template_of(tokenizer)
         self.dialogues = Dialogues(self.template)
         self.dialogue = self.dialogues.begin(tools)
@@ -122,6 +124,28 @@ class Session:
         message = text if isinstance(text, Message) else Message(role, text)
         self._take(self._step(message), message, on_read=on_read)
         self.turns += 1
+
+    def pin(self, text: str) -> None:
+        """Keep a text in front of everything, word for word and for as long as the memory lives.
+
+        It is read once, as system text where the chat template has some. What the memory holds already was read
+        without it and stays as it is.
+
+        Raises:
+            ConfigError: empty text, or one that does not fit the model's context beside the memory at its largest.
+                The session is unchanged.
+        """
+        pinned = self.method.pin(self.memory, self.dialogues.alone(text))
+        self._have_pinned(pinned, (*self.pins, text))
+
+    def pin_as(self, other: Session) -> None:
+        """Have pinned what another session with the same memory has, and nothing else."""
+        self._have_pinned(other.memory, other.pins)
+
+    def _have_pinned(self, memory: Memory, pins: tuple[str, ...]) -> None:
+        self.memory, self.pins = self.memory.pinned_as(memory), pins
+        if self._before is not None:
+            self._before = self._before.pinned_as(memory)
 
     def generate(
         self,
@@ -236,7 +260,7 @@ class Session:
     def inside(self) -> Inside:
         """Which turns each entry of the memory stands for."""
         (row,) = self.method.recall(self.memory).rows
-        return look(self.method, row, self.said)
+        return look(self.method, row, self.said, pins=self.pins)
 
     def ask(self, text: str, **generate_kwargs: Any) -> Inside:
         """Write an answer to ``text``, and say which entries it reads. Neither text nor answer is remembered.
@@ -253,9 +277,8 @@ class Session:
         answer = twin._written(head, None, generate_kwargs)[0].content
         if not (ids := self.template.encode(answer)):
             raise ConfigError(f"the model's answer to {text[:40]!r} is empty: ask something else")
-        return look(
-            self.method, twin.memory.rows[0], twin.said, read_by(self.method, twin.memory, head, ids), answer
-        )
+        reading = read_by(self.method, twin.memory, head, ids)
+        return look(self.method, twin.memory.rows[0], twin.said, reading, answer, self.pins)
 
     def __repr__(self) -> str:
         name = f"{self.method.title} on {base_name(self.method.reader.model)}"
@@ -271,11 +294,12 @@ class Session:
         twin = Session(self.method, self.tokenizer)
         twin.memory, twin.turns, twin.last = self.memory, self.turns, self.last
         twin.dialogue, twin._before, twin.said = self.dialogue, self._before, self.said
+        twin.pins = self.pins
         return twin
 
     def reset(self) -> None:
-        """Forget everything."""
-        self.memory, self.turns, self.last, self.said = self.method.empty(), 0, None, ()
+        """Forget everything, also what is pinned."""
+        self.memory, self.turns, self.last, self.said, self.pins = self.method.empty(), 0, None, (), ()
         self.dialogue, self._before = self.dialogues.begin(self.dialogue.tools), self.memory
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -290,6 +314,7 @@ class Session:
             "turns": self.turns,
             "dialogue": self.dialogue.as_dict(),
             "said": as_saved(self.said),
+            "pins": self.pins,
         }
         self.memory.save(path, {"session": json.dumps(state)})
 
@@ -307,7 +332,7 @@ class Session:
         try:
             state = json.loads(metadata["session"])
             session = cls(method, tokenizer, **_options(state))
-            session.turns, session.said = state["turns"], saved(state)
+            session.turns, session.said, session.pins = state["turns"], saved(state), saved_pins(state)
             session.dialogue = session.dialogues.kept(state, memory.rows[0].seen)
         except (KeyError, TypeError, ValueError) as error:
             raise MemoryFileError(f"{path} holds a memory but no session ({error})") from error

@@ -89,14 +89,15 @@ def test_a_long_paste_is_shown_by_its_size_and_sent_whole() -> None:
 @pytest.mark.parametrize(
     ("held", "limit", "cells"),
     [
-        ((0, 0, 0), 100, "░" * 20),
-        ((4, 40, 36), 80, "█" * 20),
-        ((1, 0, 9), 100, "██" + "░" * 18),
-        ((0, 0, 50), None, "█" * 20),
+        ((0, 0, 0, 0), 100, "░" * 20),
+        ((0, 4, 40, 36), 80, "█" * 20),
+        ((0, 1, 0, 9), 100, "██" + "░" * 18),
+        ((0, 0, 0, 50), None, "█" * 20),
+        ((20, 0, 0, 5), 100, "█" * 5 + "░" * 15),
     ],
 )
 def test_the_bar_is_as_long_as_what_is_held(held: tuple[int, ...], limit: int | None, cells: str) -> None:
-    parts = bar(dict(zip(("sink", "slots", "window"), held, strict=True)), limit, 20)
+    parts = bar(dict(zip(("pinned", "sink", "slots", "window"), held, strict=True)), limit, 20)
     assert "".join(text for _, text in parts) == cells
     for (_, text), count in zip(parts, held, strict=False):
         assert bool(text) == bool(count), "what there is is seen, however little"
@@ -191,3 +192,15 @@ def test_a_system_text_later_on(
     shown = piped(model, monkeypatch, capsys, "/system\n/system Be brief.\nHello.\n/history\n/history x\n")
     assert "no system text" in shown and "Be brief." in shown.split("no system text")[1]
     assert "1  system" in shown and "history: got 'x'" in shown
+
+
+def test_a_pin_is_shown_and_is_not_taken_back(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed = "/pin\nHello.\n/pin Be brief.\n/memory\n/undo\n/memory\n/pin   \n/reset\n/pin\n"
+    shown = piped(model, monkeypatch, capsys, typed)
+    assert shown.count("nothing is pinned") == 2, "at the beginning, and after /reset"
+    before, after = shown.split("taken back: 0 turns are left")
+    for part in (before, after):
+        assert " pinned" in part and "■ pinned 0–" in part and "Be brief." in part
+    assert "■ window" in before and "■ window" not in after

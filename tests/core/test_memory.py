@@ -273,6 +273,7 @@ def test_sizes_are_measured_bytes():
     assert memory.length * compressor.kv_bytes_per_token() == memory.nbytes
     assert describe(memory) == [
         {
+            "pinned": 0,
             "sink": 3,
             "slots": 2,
             "window": 5,
@@ -399,8 +400,8 @@ def test_a_file_of_a_newer_version_is_named_as_that(file, tmp_path):
     newer = written(rows=json.dumps([{**row, "forgotten": 3} for row in rows]))
     with pytest.raises(MemoryFileError, match="written by a newer ccm: row 0 counts 'forgotten'"):
         Memory.load(newer)
-    with pytest.raises(MemoryFileError, match="written by a newer ccm: its format is 'ccm-memory/3'"):
-        Memory.load(written(format="ccm-memory/3"))
+    with pytest.raises(MemoryFileError, match="written by a newer ccm: its format is 'ccm-memory/4'"):
+        Memory.load(written(format="ccm-memory/4"))
 
 
 def test_missing_and_foreign_files_are_refused(tmp_path, compressor):

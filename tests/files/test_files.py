@@ -76,7 +76,7 @@ def test_a_plain_memory_is_written_as_it_always_was():
     assert metadata["format"] == "ccm-memory/1" and len(memory) == 2
     assert counters(memory.rows[0]) == {
         "segments": (3,), "steps": 3, "tokens": 15, "dropped": 0, "merged": 10, "merged_segments": 2,
-        "recent": (5,), "notes": (),
+        "recent": (5,), "notes": (), "pinned": 0,
     }  # fmt: skip
     assert memory.dumps() == golden("memory-1.ccm")
     session, metadata = Memory.load(GOLDEN / "session-1.ccm")
@@ -130,6 +130,23 @@ def test_a_snapshot_that_lies_entry_behind_entry_is_read():
     assert codec.encode(whole, "float16", [2, 0])[0] == golden("snapshot-3-float16.bin")
 
 
+def test_pins_are_kept_in_format_3():
+    """And in snapshots of format 4."""
+    plain, _ = Memory.load(GOLDEN / "memory-2.ccm")
+    memory, metadata = Memory.load(GOLDEN / "memory-3.ccm")
+    assert metadata["format"] == "ccm-memory/3" and [row.pinned for row in memory.rows] == [2, 0]
+    assert memory.rows[0].sink.length == plain.rows[0].sink.length + 2
+    assert same(
+        plain,
+        replace(memory, rows=(memory.rows[0].with_pins(memory.rows[0].pins.slice(0, 0)), memory.rows[1])),
+    )
+    assert memory.dumps() == golden("memory-3.ccm")
+    snapshot = golden("snapshot-4-float16.bin")
+    assert header(snapshot)["__metadata__"]["format"] == "ccm-snapshot/4"
+    assert [row.pinned for row in codec.decode(snapshot)[0].rows] == [2, 0]
+    assert codec.encode(memory, "float16", [2, 0])[0] == snapshot
+
+
 def test_a_session_of_an_earlier_release_goes_on():
     tokenizer = tiny_tokenizer()
     model = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=512)
@@ -142,7 +159,7 @@ def test_a_session_of_an_earlier_release_goes_on():
 
 def test_the_fields_of_a_row_are_those_of_the_format():
     """A new field of a row needs a new version of the format, and a golden file."""
-    assert memory_file.NEWEST == {memory_file.FILE: 2, memory_file.SNAPSHOT: 3}
+    assert memory_file.NEWEST == {memory_file.FILE: 3, memory_file.SNAPSHOT: 4}
     assert {f.name for f in fields(Row)} == {*memory_file.PARTS, *memory_file.COUNTS, *memory_file.LISTS}
 
 
@@ -269,7 +286,7 @@ def read(name: str, data: bytes) -> Memory:
 
 
 NEWER: dict[str, Callable[[dict[str, str], list[dict[str, Any]]], None]] = {
-    "version": lambda m, r: m.update(format=m["format"][:-1] + "4"),
+    "version": lambda m, r: m.update(format=m["format"][:-1] + "5"),
     "far version": lambda m, r: m.update(format=m["format"][:-1] + "120"),
     "counter": lambda m, r: r[-1].update(forgotten=3),
 }

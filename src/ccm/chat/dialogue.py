@@ -255,6 +255,19 @@ class Dialogues:
             replace(dialogue, taken=whole), anew, None, whole if anew else whole[len(taken) :], tuple(head)
         )
 
+    def alone(self, text: str) -> tuple[int, ...]:
+        """Token ids of a text that stands in front of any dialogue: system text, or a user's where there is none.
+
+        Raises:
+            ConfigError: empty text.
+        """
+        if not text.strip():
+            raise ConfigError("there is nothing to pin: got an empty text")
+        with suppress(ConfigError):
+            if ids := self.add(self.begin(), Message("system", text)).ids:
+                return ids
+        return self.add(self.begin(), Message("user", text)).ids
+
     # ------------------------------------------------------------------ renderings
 
     def _past(self, dialogue: Dialogue) -> list[Message]:

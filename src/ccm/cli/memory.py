@@ -107,14 +107,15 @@ def _saved(file: Path, method: Any) -> Inside:
     """A saved session taken apart, without its model."""
     from ..core.memory import Memory
     from ..errors import MemoryFileError
-    from ..methods.inside import look, saved
+    from ..methods.inside import look, saved, saved_pins
 
     kept, metadata = Memory.load(file)
     try:
-        turns = saved(json.loads(metadata["session"]))
+        state = json.loads(metadata["session"])
+        turns, pins = saved(state), saved_pins(state)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise MemoryFileError(f"{file} holds a memory but no session ({error})") from error
-    return look(method, kept.rows[0], turns)
+    return look(method, kept.rows[0], turns, pins=pins)
 
 
 #: How dark a cell of the heat map is.

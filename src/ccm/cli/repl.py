@@ -39,6 +39,7 @@ HELP = {
     "/memory": "what the memory holds, and which turns it stands for",
     "/history [N]": "the last turns",
     "/set [NAME VALUE]": "temperature, top_p, top_k, min_p, repetition_penalty, max_tokens, seed",
+    "/pin [TEXT]": "keep a text in front of everything, word for word and for good",
     "/system [TEXT]": "say how the model is to answer, from here on",
     "/save FILE": "write the session to a file",
     "/load FILE": "go on from a file",
@@ -220,8 +221,8 @@ class Repl:
         opened = self.opening.result()
         session = self.talk.session if self.talks else opened.session
         stats = session.stats()
-        cells = "".join(text for _, text in screen.bar(stats, opened.method.limit, 24))
-        most = screen.most(opened.method)
+        cells = "".join(text for _, text in screen.bar(stats, screen.limit(session), 24))
+        most = screen.most(session)
         return f"{cells} {decimal(stats['nbytes'])}{f' of at most {most}' if most else ''} · {opened.method.title}"
 
     # ------------------------------------------------------------------ answers
@@ -299,15 +300,14 @@ class Repl:
         self.console.print(screen.side_by_side(answers, WAYS))
 
     def _meter(self) -> str:
-        from ..methods.accounting import reach_in_words
+        from ..methods.accounting import entries_in_words, reach_in_words
 
         stats = self.session.stats()
         full, held = stats["full_context_nbytes"], stats["nbytes"]
         if not held:
             return f"[nothing is kept · full context {decimal(full)}]"
-        parts = [f"{stats[name]} {name}" for name in ("sink", "slots", "window") if stats[name]]
         return (
-            f"[{' + '.join(parts)}: {decimal(held)} · {stats['tokens_folded']} tokens folded · "
+            f"[{entries_in_words(stats)}: {decimal(held)} · {stats['tokens_folded']} tokens folded · "
             f"{reach_in_words(stats)} · "
             f"full context {decimal(full)}, {full / held:.1f}×]"
         )
@@ -337,7 +337,10 @@ class Repl:
     def _taken_back(self) -> tuple[Session, list[Message] | None]:
         if not self.talk.before:
             raise ConfigError(f"there is nothing to take back: the last {UNDO} exchanges of this run can be")
-        return self.talk.before[-1]
+        session, said = self.talk.before[-1]
+        session = session.fork()
+        session.pin_as(self.session)  # what is pinned since then stays
+        return session, said
 
     def _compare(self, question: str) -> None:
         if not question:
@@ -366,6 +369,11 @@ class Repl:
 
             torch.manual_seed(int(seed))
 
+    def _pin(self, text: str) -> None:
+        if text:
+            self.session.pin(text)
+        self._say("\n".join(self.session.pins) or "nothing is pinned; /pin TEXT pins a text")
+
     def _system(self, text: str) -> None:
         from ..chat.messages import Message
 
@@ -390,11 +398,11 @@ class Repl:
 
         session = self.session
         stats, inside = session.stats(), session.inside()
-        self._say(screen.budget(session.method))
+        self._say(screen.budget(session))
         self.console.print(
-            screen.memory_bar(stats, session.method.limit, min(60, self.console.width)), highlight=False
+            screen.memory_bar(stats, screen.limit(session), min(60, self.console.width)), highlight=False
         )
-        if inside.turns:
+        if inside.parts:
             self.console.print(inside_table(inside))
         self._say(self._meter())
 

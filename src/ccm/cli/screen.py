@@ -13,15 +13,15 @@ from .. import __version__
 
 if TYPE_CHECKING:
     from ..comparison import Compared, Way
-    from ..methods import Method
     from ..methods.inside import Said
+    from ..session import Session
 
 EMBEDDED = (
     "This embedded model is very small (135 million parameters): it shows what a memory does, and knows little. "
     "Your own model: ccm chat --model FOLDER"
 )
 #: Parts of a memory, with their colours, and what is free.
-_PARTS = {"sink": "yellow", "slots": "blue", "window": "green"}
+_PARTS = {"pinned": "magenta", "sink": "yellow", "slots": "blue", "window": "green"}
 
 
 def banner(model: str | None, memory: str | None) -> Text:
@@ -35,16 +35,24 @@ def banner(model: str | None, memory: str | None) -> Text:
     return text.append("/help lists the commands · Ctrl-C stops an answer · Ctrl-D leaves", "dim")
 
 
-def most(method: Method) -> str:
+def limit(session: Session) -> int | None:
+    """Most entries of a session's memory; None: it grows with what is said."""
+    own = session.method.limit
+    return None if own is None else own + session.memory.rows[0].pinned
+
+
+def most(session: Session) -> str:
     """The bytes that the memory has at most; empty if it grows with what is said."""
-    return "" if method.limit is None else decimal(method.limit * method.reader.kv_bytes_per_token())
+    entries = limit(session)
+    return "" if entries is None else decimal(entries * session.method.reader.kv_bytes_per_token())
 
 
-def budget(method: Method) -> str:
+def budget(session: Session) -> str:
     """Which memory it is, and how large it may become."""
-    if method.limit is None:
-        return f"memory {method.text}: grows with what is said"
-    return f"memory {method.text}: at most {method.limit} entries, {most(method)}, however long you talk"
+    name = f"memory {session.method.text}"
+    if (entries := limit(session)) is None:
+        return f"{name}: grows with what is said"
+    return f"{name}: at most {entries} entries, {most(session)}, however long you talk"
 
 
 def bar(stats: Mapping[str, int], limit: int | None, width: int) -> list[tuple[str, str]]:

@@ -16,7 +16,7 @@ def put(row: Row, block: KV, rule: Rule, sink: int) -> Row:
     gone = recent[: max(0, len(recent) - rule.apart(step))]  # they have no slots of their own now
     dropped, merged = (gone, ()) if rule.drops_after else ((), gone)
     return Row(
-        sink=row.window.slice(0, min(sink, length)) if step == 1 else row.sink,
+        sink=KV.cat((row.sink, row.window.slice(0, min(sink, length)))) if step == 1 else row.sink,
         slots=KV(*(rule.update(old, new, step) for old, new in zip(row.slots, block, strict=True))),
         window=row.window.slice(length),
         segments=row.segments[1:],
@@ -26,6 +26,7 @@ def put(row: Row, block: KV, rule: Rule, sink: int) -> Row:
         merged=row.merged + sum(merged),
         merged_segments=row.merged_segments + len(merged),
         recent=recent[len(gone) :],
+        pinned=row.pinned,
     )
 
 

@@ -60,7 +60,8 @@ class Row:
     """The memory of one conversation: [sink | slots | recent window].
 
     Attributes:
-        sink: the first raw tokens, once their segment is folded.
+        sink: raw tokens that stay: those that are pinned, then the first ones of the text, once they have left the
+            window.
         slots: the folded past, in fp32.
         window: raw tokens that are not folded yet.
         segments: token counts of the raw segments in the window, oldest first.
@@ -72,6 +73,7 @@ class Row:
         recent: token counts of the segments that have slots of their own, oldest first; empty with a rule that gives
             every segment its own.
         notes: what a method remembers beside keys and values: token ids, or numbers of blocks.
+        pinned: how many of the first tokens of the sink are pinned. They are no part of the text.
     """
 
     sink: KV
@@ -85,6 +87,27 @@ class Row:
     merged_segments: int = 0
     recent: tuple[int, ...] = ()
     notes: tuple[int, ...] = ()
+    pinned: int = 0
+
+    @property
+    def pins(self) -> KV:
+        """What is pinned, (L, H, N, D)."""
+        return self.sink.slice(0, self.pinned)
+
+    @property
+    def sunk(self) -> int:
+        """Tokens of the text that are in the sink."""
+        return self.sink.length - self.pinned
+
+    @property
+    def bare(self) -> Row:
+        """What is pinned alone: the row before anything was said."""
+        return Row(self.pins, self.slots.slice(0, 0), self.window.slice(0, 0), pinned=self.pinned)
+
+    def with_pins(self, pins: KV) -> Row:
+        """The row with these entries (L, H, N, D) pinned, in place of those that were."""
+        sink = KV.cat((pins, self.sink.slice(self.pinned)))
+        return replace(self, sink=sink, pinned=pins.length)
 
     @property
     def seen(self) -> int:
@@ -161,6 +184,11 @@ class Memory:
     def nbytes(self) -> int:
         """Bytes of all tensors held, measured."""
         return sum(kv.nbytes for row in self.rows for kv in (row.sink, row.slots, row.window))
+
+    def pinned_as(self, other: Memory) -> Memory:
+        """The memory with what is pinned in another one: pins are read behind each other alone, so they fit any."""
+        pairs = zip(self.rows, other.rows, strict=True)
+        return replace(self, rows=tuple(row.with_pins(like.pins) for row, like in pairs))
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Memory:
         """On a device, its raw tokens in a model's type; slots are fp32 everywhere. Itself if that is so."""

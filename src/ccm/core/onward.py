@@ -74,10 +74,10 @@ class Course:
         self.row, self.turn, self.n, self.rule, self.sink = row, turn, n, rule, sink
         begun = [row.window, *([] if turn.read is None else [turn.read])]
         self.raw = KV.cat(begun)
-        self.known = KV.cat([row.sink.slice(0, row.sink.length if row.steps else 0), self.raw])
+        self.known = KV.cat([row.sink, self.raw])
         self.lengths = [*row.segments, *map(len, turn.segments)]
         self._starts = [sum(self.lengths[:i]) for i in range(len(self.lengths) + 1)]
-        self.held = row.sink.length if row.steps else min(sink, self.lengths[0])
+        self.held = row.sink.length if row.steps else row.pinned + min(sink, self.lengths[0])
         self.tokens: list[Token] = []
         self.spans: list[slice] = []  # columns of the text of each segment of the turn
         self.groups: list[slice] = []  # and of each group of COMP tokens
@@ -106,7 +106,7 @@ class Course:
 
     def moved(self, seen: int) -> int:
         """From a position in the text to one behind the slots, for who sees so many folds."""
-        held = self.held if self.row.steps + seen else 0
+        held = self.held if self.row.steps + seen else self.row.pinned
         return held + self.sizes[seen] + self.drifts[seen] - self._starts[seen]
 
     def _fold(self, folds: int) -> None:
@@ -127,21 +127,23 @@ class Course:
         return len(self.columns) - 1
 
     @property
-    def places(self) -> list[Column]:
-        """Columns of the sink: one a token for everybody who stands where the slots have moved as far."""
-        found: list[Column] = []
-        first = 0 if self.row.steps else 1  # before the first fold it is text
+    def places(self) -> list[tuple[int, Column]]:
+        """Columns of the sink, each with its token: one for all who stand where the slots have moved as far."""
+        found: list[tuple[int, Column]] = []
         for drift in sorted(set(self.drifts)):
-            those = [seen for seen, moved in enumerate(self.drifts) if moved == drift and seen >= first]
-            if those:
-                found += [(those[0], those[-1], drift + i) for i in range(self.held)]
+            those = [seen for seen, moved in enumerate(self.drifts) if moved == drift]
+            for i in range(self.held):
+                # before the first fold it is text, but for what is pinned
+                whose = [seen for seen in those if self.row.steps + seen or i < self.row.pinned]
+                if whose:
+                    found.append((i, (whose[0], whose[-1], drift + i)))
         return found
 
     def sources(self, width: int) -> list[tuple[int]]:
         """Where these are in known text of that width, and the tokens behind it."""
-        # before the first fold the sink is the beginning of the text
-        begin = [i if i < self.known.length else width + i - self.known.length for i in range(self.held)]
-        return [(begin[i % self.held],) for i in range(len(self.places))]
+        # before the first fold the sink goes on with the beginning of the text
+        known = self.known.length
+        return [(i if i < known else width + i - known,) for i, _ in self.places]
 
     @property
     def comp(self) -> list[tuple[int]]:
@@ -279,7 +281,7 @@ def _plan(
     position = behind if one_frame else text
     known, whose, at = _known(courses, one_frame, rotary, dtype)
     width = known[0][0].shape[2]
-    sinks = [course.places for course in courses]
+    sinks = [[column for _, column in course.places] for course in courses]
     source = _grid([course.sources(width) for course in courses], (0,)).squeeze(-1).to(device)
     comp = _grid([course.comp for course in courses], (0,)).squeeze(-1).to(device)
     columns = torch.cat([_grid(sinks, NOBODY), _grid([course.columns for course in courses], NOBODY)], dim=1)

@@ -9,6 +9,7 @@ A form is written in the lowest version that can say what there is, and read in 
     2    and its notes
     3    a snapshot that holds entry behind entry, so that two versions of a memory have long parts in common; slots
          that are running means, which keep all bits, are apart
+    3    a file, 4 a snapshot: and how many tokens of the sink are pinned
 
 A row is plain here: the fields of :class:`ccm.core.memory.Row` by name, a part of it as a pair of keys and values.
 """
@@ -30,15 +31,17 @@ from torch import Tensor
 from ..errors import ConfigError, MemoryFileError, UnknownNameError
 
 FILE, SNAPSHOT = "ccm-memory", "ccm-snapshot"
-NEWEST = {FILE: 2, SNAPSHOT: 3}
+NEWEST = {FILE: 3, SNAPSHOT: 4}
 #: Precisions of a snapshot: all bits; half of fp32's, float16 unless a value is too large for it; a quarter with one
 #: fp32 scale per layer, head and channel.
 PRECISIONS = ("float32", "float16", "bfloat16", "int8")
 PARTS = ("sink", "slots", "window")
-COUNTS = ("steps", "tokens", "dropped", "merged", "merged_segments")
+COUNTS = ("steps", "tokens", "dropped", "merged", "merged_segments", "pinned")
 LISTS = ("segments", "recent", "notes")
 #: Counters that a row may lack: they came later, and are 0 or empty then.
-LATER = {"merged", "merged_segments", "notes"}
+LATER = {"merged", "merged_segments", "notes", "pinned"}
+#: What is not written where it is 0 or empty, so that older releases read it.
+SPARED = ("notes", "pinned")
 #: Most bytes of what comes from outside.
 MOST = 1 << 28
 
@@ -122,7 +125,7 @@ def snapshot_bytes(
 
 
 def _counters(row: PlainRow) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if name not in PARTS and (name != "notes" or value)}
+    return {name: value for name, value in row.items() if name not in PARTS and (name not in SPARED or value)}
 
 
 def _tensors(rows: Sequence[PlainRow]) -> Iterator[tuple[str, Tensor]]:
@@ -141,7 +144,8 @@ def _written(
     form: str, rows: Sequence[PlainRow], tensors: dict[str, Tensor], metadata: dict[str, str]
 ) -> bytes:
     """As safetensors writes them, but for the order of the metadata, which is another one there every time."""
-    version = NEWEST[form] if form == SNAPSHOT else 2 if any(row.get("notes") for row in rows) else 1
+    pinned, noted = (any(row.get(name) for row in rows) for name in ("pinned", "notes"))
+    version = NEWEST[form] if pinned else 3 if form == SNAPSHOT else 2 if noted else 1
     metadata = {"format": f"{form}/{version}", **metadata}
     header: dict[str, Any] = {"__metadata__": {**metadata, "digest": content_digest(tensors, metadata)}}
     body, end = [], 0
@@ -372,6 +376,8 @@ def _check(rows: Any, precision: Any, specs: dict[str, Any], apart: bool) -> Non
             frame = frame or (layers, heads, channels)
             if frame != (layers, heads, channels):
                 raise _bad("layers, heads or channels differ between its parts")
+            if part == "sink" and row.get("pinned", 0) > tokens:
+                raise _bad(f"row {r}: more is pinned than its sink holds")
             if part == "window" and sum(row["segments"]) != tokens:
                 raise _bad(f"row {r}: its segments are not its window")
         if apart and (exact := [f"{r}.{_MEANS}.{half}" for half in _HALVES])[0] in specs:

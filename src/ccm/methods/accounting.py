@@ -9,6 +9,7 @@ from rich.filesize import decimal
 
 from ..core.memory import Memory
 from . import Method
+from .parts import PINNED
 
 log = logging.getLogger(__name__)
 
@@ -17,7 +18,8 @@ def describe(memory: Memory) -> list[dict[str, Any]]:
     """Counters and sizes of each row, for people and for JSON."""
     return [
         {
-            "sink": row.sink.length,
+            "pinned": row.pinned,
+            "sink": row.sunk,
             "slots": row.slots.length,
             "window": row.window.length,
             "steps": row.steps,
@@ -43,7 +45,8 @@ def counters(memory: Memory, method: Method) -> dict[str, int]:
     """
     row = memory.rows[0]
     return {
-        "sink": row.sink.length,
+        "pinned": row.pinned,
+        "sink": row.sunk,
         "slots": row.slots.length,
         "window": row.window.length,
         "tokens_seen": row.seen,
@@ -54,7 +57,7 @@ def counters(memory: Memory, method: Method) -> dict[str, int]:
         "reach": row.reach,
         "reach_when_full": method.apart(row),
         "nbytes": memory.nbytes,
-        "full_context_nbytes": row.seen * method.reader.kv_bytes_per_token(),
+        "full_context_nbytes": (row.pinned + row.seen) * method.reader.kv_bytes_per_token(),
     }
 
 
@@ -79,8 +82,14 @@ def in_words(stats: dict[str, int]) -> str:
     full, held = stats["full_context_nbytes"], stats["nbytes"]
     if not held:
         return f"nothing is kept, full context {decimal(full)}"
-    parts = " + ".join(f"{stats[name]} {name}" for name in ("sink", "slots", "window") if stats[name])
-    return f"{parts}: {decimal(held)}, full context {decimal(full)}; {reach_in_words(stats)}"
+    return (
+        f"{entries_in_words(stats)}: {decimal(held)}, full context {decimal(full)}; {reach_in_words(stats)}"
+    )
+
+
+def entries_in_words(stats: dict[str, int]) -> str:
+    """How many entries each part of a memory has, from its :func:`counters`."""
+    return " + ".join(f"{stats[name]} {name}" for name in (PINNED, "sink", "slots", "window") if stats[name])
 
 
 def _about(count: int) -> str:

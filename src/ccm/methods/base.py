@@ -31,7 +31,7 @@ from ..core.reader import Ids, Reader
 from ..core.window import joined, without
 from ..errors import ConfigError, MemoryFileError, UnsupportedModelError
 from ..files.fingerprint import mismatch, model_fingerprint
-from .parts import RAW, Part, behind
+from .parts import RAW, Part, behind, pinned
 
 #: Longest segment folded at once, in tokens.
 LONGEST = 128
@@ -351,7 +351,7 @@ class Method:
 
     def _sinking(self, row: Row, leaving: KV) -> int:
         """Tokens of what leaves that the sink still takes."""
-        return min(max(0, self.sink - row.sink.length), leaving.length)
+        return min(max(0, self.sink - row.sunk), leaving.length)
 
     @staticmethod
     def _left(row: Row, leaving: KV, sink: int) -> Row:
@@ -370,7 +370,7 @@ class Method:
     @staticmethod
     def _counted(row: Row) -> Row:
         """The row with what is merged: the tokens before its window that have no slot of their own."""
-        whole = row.tokens <= row.sink.length + row.slots.length
+        whole = row.tokens <= row.sunk + row.slots.length
         merged = 0 if whole else row.tokens - row.slots.length
         return replace(row, merged=merged, merged_segments=row.steps if merged else 0)
 
@@ -395,6 +395,38 @@ class Method:
         """
         raise NotImplementedError
 
+    @torch.no_grad()
+    def pin(self, memory: Memory, ids: Sequence[int]) -> Memory:
+        """Keep a text in front of everything, raw and for good, whatever becomes of the rest.
+
+        It is read behind what is pinned already, and behind nothing else. What is there already stays as it was read.
+
+        Args:
+            memory: of B conversations.
+            ids: token ids of the text.
+
+        Raises:
+            ConfigError: no text, or one that does not fit the model's context beside the memory at its largest.
+            MismatchError: the memory was made by another model or method.
+        """
+        self.check(memory)
+        if not ids:
+            raise ConfigError("got an empty text to pin; give at least one token")
+        held = max(row.length - row.pinned for row in self.recall(memory).rows)
+        most, pinned = max(held, self.limit or 0), max(row.pinned for row in memory.rows)
+        segment = 2 * self.longest + self.behind  # one that is answered stays beside the window
+        room = self.reader.context - pinned - most - segment - 1
+        if len(ids) > room:
+            raise ConfigError(
+                f"a pin of {len(ids)} tokens does not fit, {max(0, room)} would: the model's context of "
+                f"{self.reader.context} also holds {pinned} pinned ones, the memory ({most}) and the newest text "
+                f"({segment}); pin less, or take a smaller memory"
+            )
+        bare = replace(memory, rows=tuple(row.bare for row in memory.rows))
+        read = self.reader.read([list(ids)] * len(memory), bare)
+        pairs = zip(memory.rows, read, strict=True)
+        return replace(memory, rows=tuple(row.with_pins(KV.cat((row.pins, kv))) for row, kv in pairs))
+
     # ------------------------------------------------------------------ read
 
     def recall(self, memory: Memory, ids: Ids | None = None) -> Memory:
@@ -413,14 +445,13 @@ class Method:
             row: of one conversation.
             lengths: tokens of each segment since the beginning, if they are known.
         """
-        sink = row.sink.length
-        found = behind([], "sink", RAW, sink, (0, sink))
+        found = behind(pinned(row), "sink", RAW, row.sunk, (0, row.sunk))
         found = self._between(row, found, lengths)
         return behind(found, "window", RAW, row.window.length, (row.tokens, row.seen))
 
     def _between(self, row: Row, found: list[Part], lengths: Sequence[int]) -> list[Part]:
         """The parts up to the sink, and what the slots stand for: here, all of them for all that left the window."""
-        return behind(found, "slots", self.made, row.slots.length, (row.sink.length, row.tokens))
+        return behind(found, "slots", self.made, row.slots.length, (row.sunk, row.tokens))
 
     # ------------------------------------------------------------------ sizes
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..core.memory import Memory, Row
 from ..core.reader import Reader
 from .base import Method
-from .parts import RAW, Part
+from .parts import PINNED, RAW, Part
 from .scores import weights
 
 #: What a saved session knows of its turns: the newest so many, and of each so many characters.
@@ -61,6 +61,18 @@ def saved(state: Mapping[str, Any]) -> tuple[Said, ...]:
         if not isinstance(turn.text, str | None):
             raise TypeError(f"a turn that says {type(turn.text).__name__}")
     return turns
+
+
+def saved_pins(state: Mapping[str, Any]) -> tuple[str, ...]:
+    """What was pinned, from a session file's state; older files have none.
+
+    Raises:
+        TypeError: it is not as it was written.
+    """
+    pins = tuple(state.get("pins", ()))
+    if not all(isinstance(text, str) for text in pins):
+        raise TypeError("pins that are no texts")
+    return pins
 
 
 @dataclass(frozen=True)
@@ -136,6 +148,7 @@ class Inside:
         layers: (start, stop) of each layer group; empty without a reading.
         read: share of attention of each layer group: to each part, and last to prompt and answer themselves.
         answer: that read it.
+        pins: what is pinned.
     """
 
     turns: tuple[Said, ...]
@@ -143,6 +156,7 @@ class Inside:
     layers: tuple[tuple[int, int], ...] = ()
     read: tuple[tuple[float, ...], ...] = ()
     answer: str | None = None
+    pins: tuple[str, ...] = ()
 
     def lines(self) -> list[Line]:
         """What a picture shows, top to bottom."""
@@ -153,10 +167,8 @@ class Inside:
             pairs, lambda pair: (pair[0].kind, pair[0].how, pair[0].turns)
         ):
             parts, shares = zip(*group, strict=True)
-            entries, tokens = (
-                (parts[0].entries[0], parts[-1].entries[1]),
-                sum(_length(p.tokens) for p in parts),
-            )
+            entries = parts[0].entries[0], parts[-1].entries[1]
+            tokens = _length(entries) if kind == PINNED else sum(_length(p.tokens) for p in parts)
             found.append(Line(kind, how, entries, turns, tokens, tuple(map(sum, zip(*shares, strict=True)))))
         if self.read:
             end = self.parts[-1].entries[1] if self.parts else 0
@@ -172,12 +184,18 @@ class Inside:
             "layers": [list(group) for group in self.layers],
             "read": [list(shares) for shares in self.read],
             "answer": self.answer,
+            "pins": list(self.pins),
             "lines": lines,
         }
 
 
 def look(
-    method: Method, row: Row, turns: Sequence[Said], reading: Reading | None = None, answer: str | None = None
+    method: Method,
+    row: Row,
+    turns: Sequence[Said],
+    reading: Reading | None = None,
+    answer: str | None = None,
+    pins: Sequence[str] = (),
 ) -> Inside:
     """Take a memory apart.
 
@@ -187,6 +205,7 @@ def look(
         turns: what was said, oldest first; where that is less than the memory was made of, it is the newest part.
         reading: of an answer.
         answer: its text.
+        pins: what is pinned, as far as it is known.
     """
     row = row if reading is None else reading.row
     whole = sum(turn.tokens for turn in turns) == row.seen
@@ -195,7 +214,7 @@ def look(
     end = max((part.tokens[1] for part in parts), default=0)
     placed = tuple(piece for part in parts for piece in _placed(part, _starts(turns, end)))
     if reading is None:
-        return Inside(tuple(turns), placed)
+        return Inside(tuple(turns), placed, pins=tuple(pins))
     layers = groups(len(reading.weights))
     bounds = [part.entries for part in placed]
     held = bounds[-1][1] if bounds else 0
@@ -204,7 +223,7 @@ def look(
         tuple(float(reading.weights[a:b, start:stop].sum(1).mean()) for start, stop in bounds)
         for a, b in layers
     )
-    return Inside(tuple(turns), placed, layers, read, answer)
+    return Inside(tuple(turns), placed, layers, read, answer, tuple(pins))
 
 
 def cut(tokens: int, longest: int) -> list[int]:
@@ -232,7 +251,7 @@ def _placed(part: Part, starts: Sequence[int]) -> Iterator[Part]:
     first, last = part.tokens
     count = len(starts) - 1
     own = [i for i in range(count) if starts[i] < last and starts[i + 1] > first]
-    if part.how != RAW:
+    if part.how != RAW or part.kind == PINNED:
         yield replace(part, turns=(own[0], own[-1] + 1) if own else (0, 0))
         return
     begin = part.entries[0] - first

@@ -7,9 +7,10 @@ from html import escape
 
 from ..errors import MissingPackageError, StorageError
 from .inside import Inside, Line
+from .parts import PINNED
 
 #: One colour for each kind of entry, the same in every picture.
-COLOURS = {"sink": "#9a7b2f", "slots": "#2f6296", "window": "#5b8f6b", "prompt": "#8a8f98"}
+COLOURS = {PINNED: "#a4527a", "sink": "#9a7b2f", "slots": "#2f6296", "window": "#5b8f6b", "prompt": "#8a8f98"}
 
 
 def place(line: Line) -> str:
@@ -24,13 +25,13 @@ def meaning(inside: Inside, line: Line) -> str:
     """Which turns these entries stand for, and how."""
     if line.kind == "prompt":
         return "its place, and what is written of it"
-    return f"{speaker(inside, line)}, {line.how}"
+    return ", ".join(filter(None, (speaker(inside, line), line.how)))
 
 
 def speaker(inside: Inside, line: Line) -> str:
     """Which turns these are."""
     first, last = line.turns
-    if line.kind == "prompt":
+    if line.kind in ("prompt", PINNED):
         return ""
     if first == last:
         return "earlier text"
@@ -38,7 +39,9 @@ def speaker(inside: Inside, line: Line) -> str:
 
 
 def words(inside: Inside, line: Line, width: int = 60) -> str:
-    """The beginning of what was said, where a line is one turn."""
+    """The beginning of what was said, where a line is one turn; or of what is pinned."""
+    if line.kind == PINNED:
+        return shorter(" · ".join(inside.pins), width)
     first, last = line.turns
     return shorter(inside.turns[first].text or "", width) if last - first == 1 else ""
 

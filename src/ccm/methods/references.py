@@ -61,7 +61,7 @@ class FullContext(Method):
         prompts = [[]] * len(memory) if ids is None else texts(ids)
         rows = []
         for row, prompt in zip(memory.rows, prompts, strict=True):
-            (read,) = self.reader.read([[*row.notes, *prompt]])
+            (read,) = self.reader.read([[*row.notes, *prompt]], replace(memory, rows=(row.bare,)))
             whole = read.slice(0, len(row.notes))
-            rows.append(replace(row, sink=whole.slice(0, 0), slots=row.slots.slice(0, 0), window=whole))
+            rows.append(replace(row, sink=row.pins, slots=row.slots.slice(0, 0), window=whole))
         return replace(memory, rows=tuple(rows))

@@ -69,6 +69,7 @@ class Gisting(Trained):
             if not text:
                 raise ConfigError("got an empty segment; give at least one token")
             history = (*row.notes, *text)
-            (made,) = self.reader.compress([history], slots=self.slots).rows
+            before = replace(memory, rows=(row.bare,))
+            (made,) = self.reader.compress([history], before, slots=self.slots).rows
             rows.append(replace(made, notes=history))
         return replace(memory, rows=tuple(rows))

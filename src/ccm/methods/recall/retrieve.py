@@ -77,7 +77,7 @@ class Retrieve(FullContext):
 
     def _between(self, row: Row, found: list[Part], lengths: Sequence[int]) -> list[Part]:
         """The blocks that were chosen, each as it was said; all of them where nothing was left out."""
-        sink, between = row.sink.length, row.tokens - row.sink.length
+        sink, between = row.sunk, row.tokens - row.sunk
         if row.slots.length == between:
             return behind(found, "slots", RAW, between, (sink, row.tokens))
         for number in row.notes:

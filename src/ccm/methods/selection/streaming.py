@@ -30,7 +30,7 @@ class StreamingLLM(NoContext):
     def recall(self, memory: Memory, ids: Ids | None = None) -> Memory:
         if self.read_sink is None:
             return memory
-        rows = [replace(row, sink=row.sink.slice(0, self.read_sink)) for row in memory.rows]
+        rows = [replace(row, sink=row.sink.slice(0, row.pinned + self.read_sink)) for row in memory.rows]
         return replace(memory, rows=tuple(rows))
 
     def sized(self, entries: int) -> dict[str, int]:

@@ -45,7 +45,7 @@ class MeanPool(Method):
 
     def _between(self, row: Row, found: list[Part], lengths: Sequence[int]) -> list[Part]:
         """As many means for every segment as it has tokens, and no more than there are slots for one."""
-        parts, start, left = found, 0, row.sink.length
+        parts, start, left = found, 0, row.sunk
         for length in lengths[: row.steps]:
             sunk = min(left, length)  # the sink takes the first tokens
             means = min(self.slots, length - sunk)

@@ -21,7 +21,7 @@ from ...core.reader import Ids, Reader
 from ...core.window import joined
 from ...errors import ConfigError
 from ..base import Method, register, texts
-from ..parts import RAW, Part, behind
+from ..parts import RAW, Part, behind, pinned
 
 #: Who says the summary, and how it begins.
 ROLE, OPENING = "system", "Summary of the conversation so far: "
@@ -78,7 +78,7 @@ class Summary(Method):
 
     def parts(self, row: Row, lengths: Sequence[int] = ()) -> list[Part]:
         written = row.segments[0] if row.notes and row.notes[0] else 0
-        found = behind([], "window", "summary", written, (0, row.tokens))
+        found = behind(pinned(row), "window", "summary", written, (0, row.tokens))
         newest = row.window.length - written
         return behind(found, "window", RAW, newest, (row.tokens, row.tokens + newest))
 
@@ -104,7 +104,7 @@ class Summary(Method):
         written = self._write(said, recent, segments) or said
         turn = render(self.tokenizer, ROLE, OPENING + written, "").ids if written else ()
         summary = tuple(self.tokenizer.encode(written, add_special_tokens=False))
-        (read,) = self.reader.read([[*turn, *text]])
+        (read,) = self.reader.read([[*turn, *text]], Memory((row.bare,), self.fingerprint()))
         return replace(
             row,
             window=read,
