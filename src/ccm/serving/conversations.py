@@ -11,7 +11,7 @@ from typing import Any
 from ..chat.messages import Message
 from ..core.memory import Memory
 from ..errors import ConfigError, MemoryFileError
-from ..methods.inside import Inside, Said, as_saved, look
+from ..methods.inside import Inside, Said, as_saved, look, saved_pins
 from . import resends, transcript
 from .engine import Engine, EngineError, Job, Result
 from .records import Records, State, new_id
@@ -32,6 +32,7 @@ class View:
         created, updated, expires: seconds since the epoch; None: it does not expire.
         stored_nbytes: bytes in the store.
         metadata: the caller's own.
+        pins: what is pinned, as far as texts are kept.
         stats: the number of turns beside the counters of :func:`ccm.methods.accounting.counters`.
         precision: type of the stored memory.
         error: relative error of the stored keys and values, by the precision.
@@ -45,6 +46,7 @@ class View:
     expires: float | None
     stored_nbytes: int
     metadata: dict[str, str]
+    pins: list[str]
     stats: dict[str, int]
     precision: str
     error: dict[str, float]
@@ -98,6 +100,7 @@ class Conversations:
             expires=info.expires,
             stored_nbytes=info.nbytes,
             metadata=dict(kept.get("user", {})),
+            pins=list(kept.get("pins", ())),
             stats=dict(kept.get("stats") or self.records.stats(self.records.method.empty())),
             precision=kept.get("dtype", self.settings.precision),
             error=dict(kept.get("error") or {"keys": 0.0, "values": 0.0}),
@@ -128,7 +131,7 @@ class Conversations:
         entries = transcript.current(await self.records.entries(tenant, state))
         method = self.records.method
         (row,) = method.recall(state.memory).rows
-        return look(method, row, _turns(entries))
+        return look(method, row, _turns(entries), pins=state.pins)
 
     async def reading(self, tenant: str, session: str) -> Inside:
         """Which entries the newest answer read: the memory from before it, and one pass of the model over both.
@@ -163,7 +166,7 @@ class Conversations:
         found = results[0].reading
         if found is None:
             raise EngineError("the engine was told to stop before the answer was read: ask again")
-        return look(method, found.row, _turns(known[: answers[-1]]), found, answer.content)
+        return look(method, found.row, _turns(known[: answers[-1]]), found, answer.content, state.pins)
 
     async def update(self, tenant: str, session: str, metadata: dict[str, str]) -> View:
         """Put the caller's metadata in place of the old."""
@@ -192,6 +195,27 @@ class Conversations:
             await self._take_in(tenant, replace(state, told=True), messages)
         return await self.view(tenant, session)
 
+    async def pin(self, tenant: str, session: str, text: str) -> View:
+        """Keep a text in front of everything, word for word and for good (``Method.pin``).
+
+        Raises:
+            ConfigError: empty text, or one that does not fit the model's context beside the memory.
+            BusyError: a turn of this conversation is running.
+        """
+        self.running.check()
+        with self.running.alone(tenant, session):
+            state = await self.records.load(tenant, session)
+            ids = await asyncio.to_thread(self.records.dialogues.alone, text)
+
+            async def commit(result: Result) -> Outcome:
+                after = replace(state, pins=(*state.pins, text))
+                await self.records.commit(tenant, after, result.memory, state.dialogue, (), ())
+                return Outcome("", "stop", 0, 0, 0)
+
+            job = Job(state.memory, pins=(ids,))
+            await Turn(self.engine, job, commit, self.running.count()).finish()
+        return await self.view(tenant, session)
+
     async def fork(
         self, tenant: str, session: str, new: str | None = None, version: int | None = None
     ) -> View:
@@ -209,6 +233,7 @@ class Conversations:
             "turns": state.turns,
             "dialogue": state.dialogue.as_dict(),
             "said": as_saved(_turns(entries)),
+            "pins": state.pins,
         }
         return await asyncio.to_thread(state.memory.dumps, {"session": json.dumps(kept)})
 
@@ -223,12 +248,12 @@ class Conversations:
         try:
             kept = json.loads(metadata.get("session", "{}"))
             turns = kept.get("turns", 0)
-            dialogue = self.records.dialogues.kept(kept, memory.rows[0].seen)
+            dialogue, pins = self.records.dialogues.kept(kept, memory.rows[0].seen), saved_pins(kept)
         except (ValueError, AttributeError, KeyError, TypeError, ConfigError) as error:
             raise MemoryFileError(f"the file's session is not readable ({error})") from error
         if not isinstance(turns, int) or not 0 <= turns < 1 << 53:
             raise MemoryFileError(f"the file claims {str(turns)[:20]!r} turns, expected a count")
-        state = State(session or new_id("conv"), 0, self.records.checked(memory), dialogue, turns)
+        state = State(session or new_id("conv"), 0, self.records.checked(memory), dialogue, turns, pins=pins)
         await self.records.create(tenant, state)
         return await self.view(tenant, state.session)
 
@@ -273,7 +298,9 @@ class Conversations:
             await self.records.commit(tenant, state, result.memory, dialogue, messages, lengths)
             return Outcome("", "stop", 0, 0, 0)
 
-        job = Job(state.memory, rendering.segments)
+        alone = self.records.dialogues.alone
+        pins = tuple(map(alone, () if state.memory.rows[0].pinned else state.pins))  # to be read anew
+        job = Job(state.memory, rendering.segments, pins=pins)
         await Turn(self.engine, job, commit, self.running.count()).finish()
 
 

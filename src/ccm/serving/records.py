@@ -41,6 +41,7 @@ class State:
         aside: the request is no part of the conversation. Nothing is committed.
         drop: versions that the commit removes.
         told: what is taken in is not answered.
+        pins: what is pinned, as far as texts are kept.
     """
 
     session: str
@@ -53,6 +54,7 @@ class State:
     aside: bool = False
     drop: tuple[int, ...] = ()
     told: bool = False
+    pins: tuple[str, ...] = ()
 
 
 class Records:
@@ -83,13 +85,13 @@ class Records:
         if snapshot is None:
             return self.new(session)
         kept = snapshot.metadata
-        user = dict(kept.get("user", {}))
+        user, pins = dict(kept.get("user", {})), tuple(kept.get("pins", ()))
         if anew:
-            return State(session, snapshot.version, self.method.empty(), metadata=user)
+            return State(session, snapshot.version, self.method.empty(), metadata=user, pins=pins)
         memory, _ = await asyncio.to_thread(codec.decode, snapshot.payload)
         memory = self.checked(memory)
         dialogue = self.dialogues.kept(kept, memory.rows[0].seen)
-        return State(session, snapshot.version, memory, dialogue, kept["stats"]["turns"], user)
+        return State(session, snapshot.version, memory, dialogue, kept["stats"]["turns"], user, pins=pins)
 
     async def begin(
         self, tenant: str, session: str, create: bool, version: int | None, branch: bool
@@ -174,7 +176,7 @@ class Records:
         """
         say_losses(state.memory, memory, self.method)
         texts = self.settings.texts
-        cuts = [*(None for _ in messages[1:]), cut]
+        cuts = [*(None for _ in messages[1:]), cut][: len(messages)]
         notes = (
             transcript.note(message, tokens, texts, state.told, end)
             for message, tokens, end in zip(messages, lengths, cuts, strict=True)
@@ -216,4 +218,5 @@ class Records:
         stats = self.stats(state.memory, state.turns)
         kept = {**encoded, "adapter": self.settings.adapter, "user": state.metadata, "stats": stats}
         kept["dialogue"] = state.dialogue.as_dict()
+        kept["pins"] = state.pins if self.settings.texts else ()
         return Snapshot(payload, kept, cuts=codec.cuts(payload))

@@ -44,7 +44,7 @@ async def compare(
         taken = Taken(0 if plan is None else plan.matched, ephemeral=True)
         return state, messages if plan is None else plan.append, taken
     if plan is None and resend == "rebuild":
-        nothing = records.method.empty()
+        nothing = records.method.empty().pinned_as(state.memory)
         empty = replace(state, memory=nothing, dialogue=Dialogue(), turns=0, entries=(transcript.RESET,))
         return empty, messages, Taken(rewound=len(known), rebuilt=len(messages))
     if plan is None:
@@ -142,7 +142,8 @@ async def rewound(
         )
     # versions that know what is taken back make room for others; the newest stays for a while, to fork from
     drop = {v for v in kept if v < state.version} - {v for _, v in found}
-    state = replace(state, memory=base.memory, dialogue=base.dialogue, turns=base.turns, drop=tuple(drop))
+    memory = base.memory.pinned_as(state.memory)  # pins are not taken back
+    state = replace(state, memory=memory, dialogue=base.dialogue, turns=base.turns, drop=tuple(drop))
     return replace(state, entries=(transcript.rewind(first),)), again
 
 

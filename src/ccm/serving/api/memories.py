@@ -14,7 +14,7 @@ from ..conversations import View
 from ..service import Service
 from .common import ServiceDep, Session, Tenant
 from .errors import ApiError
-from .schemas import ForkBody, SessionId
+from .schemas import ForkBody, PinBody, SessionId
 
 router = APIRouter(prefix="/v1/memories", tags=["memories"])
 
@@ -85,6 +85,12 @@ async def delete(session: Session, service: ServiceDep, tenant: Tenant) -> dict[
     """Forget a conversation: memory, versions and texts."""
     await service.delete(tenant, session)
     return {"id": session, "object": "memory.deleted", "deleted": True}
+
+
+@router.post("/{session}/pins")
+async def pin(session: Session, service: ServiceDep, tenant: Tenant, body: PinBody) -> dict[str, Any]:
+    """Keep a text in front of everything, word for word, for as long as the conversation lives."""
+    return await _shown(service, tenant, await service.pin(tenant, session, body.text))
 
 
 @router.post("/{session}/fork")

@@ -248,6 +248,12 @@ class ItemsBody(Body):
     items: list[SaidItem] = Field(min_length=1, max_length=20_000)
 
 
+class PinBody(Body):
+    """A text that is to be pinned."""
+
+    text: str
+
+
 class ForkBody(Body):
     """The id of the copy, and the version that it is taken from."""
 

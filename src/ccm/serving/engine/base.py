@@ -117,6 +117,7 @@ class Job:
     Attributes:
         memory: of one conversation; what the turn begins with.
         segments: token ids that are taken in before the answer, each at most ``Method.longest`` long.
+        pins: token ids of texts that are pinned before all that.
         prompt: token ids that the answer follows, read beside the memory; empty: nothing is written.
         sampling: of the answer.
         remember: what becomes of the answer, from its text; None: it is not taken in. It is called on the engine's
@@ -130,6 +131,7 @@ class Job:
     sampling: Sampling = Sampling()
     remember: Callable[[str], Kept] | None = None
     answer: tuple[int, ...] = ()
+    pins: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,7 @@ class Running:
     memory: Memory
     segments: list[tuple[int, ...]]
     prompt: list[int]
+    pins: list[tuple[int, ...]]
     token: int = -1
     finish_reason: str = ""
     known: Known | None = None
@@ -140,7 +141,7 @@ class FoldingEngine(Engine, Generic[R]):
                 f"the prompt has {len(job.prompt)} tokens, the model's context is {self.context}: shorten it, or "
                 "name a conversation, whose past is folded"
             )
-        for ids in (*job.segments, job.prompt, job.answer):
+        for ids in (*job.pins, *job.segments, job.prompt, job.answer):
             if ids:
                 self.method.reader.check_ids(torch.tensor(ids))
         running = self._accept(
@@ -152,6 +153,7 @@ class FoldingEngine(Engine, Generic[R]):
             memory=job.memory,
             segments=list(job.segments),
             prompt=list(job.prompt),
+            pins=list(job.pins),
         )
         with self._lock:
             if self._closed:
@@ -201,6 +203,7 @@ class FoldingEngine(Engine, Generic[R]):
                 self._beat = time.monotonic()
                 for running in [r for r in (*self._active, *self._waiting) if r.ticket.cancelled]:
                     self._leave(running)
+                self._do(self._pin, [r for r in self._active if r.pins])
                 self._do(self._take_in, self._foldable())
                 for running in self._to_end():
                     running.prompt, running.finish_reason = [], "stopped"
@@ -265,6 +268,16 @@ class FoldingEngine(Engine, Generic[R]):
             running.listener(event)
 
     # ------------------------------------------------------------------ steps
+
+    def _pin(self, rows: list[R]) -> None:
+        """What is to be pinned."""
+        for running in rows:
+            try:
+                for ids in running.pins:
+                    running.memory = self.method.pin(running.memory, ids)
+                running.pins = []
+            except ConfigError as error:  # it does not fit the context
+                self._leave(running, error)
 
     def _foldable(self) -> list[R]:
         """Jobs with segments that fit into one pass; those whose memory has no room for their next one have left."""

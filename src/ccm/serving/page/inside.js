@@ -2,7 +2,7 @@
 
 // Inside a memory: its entries by what they stand for, and how much of each an answer has read.
 
-const KINDS = { sink: "sink: first tokens", slots: "slots", window: "window: word for word" };
+const KINDS = { pinned: "pinned", sink: "sink: first tokens", slots: "slots", window: "window: word for word" };
 
 /** Which entries these are. */
 function place({ kind, entries: [first, last] }) {
@@ -13,6 +13,7 @@ function place({ kind, entries: [first, last] }) {
 /** Which turns they stand for. */
 function speakers({ kind, how, turns: [first, last] }, all) {
   if (kind === "prompt") return "its place, and what is written of it";
+  if (kind === "pinned") return `read in front of everything, ${how}`;
   if (first === last) return `earlier text, ${how}`;
   if (last - first > 1) return `turns ${first + 1}–${last}, ${how}`;
   return `turn ${last}, ${WHO[all[first].role] ?? all[first].role}, ${how}`;
@@ -40,12 +41,13 @@ function strip(inside, peeking) {
       piece.style.flexGrow = line.entries[1] - line.entries[0];
       piece.dataset.turns = line.turns.join(" ");
       piece.setAttribute("aria-label", `${place(line)}: ${speakers(line, inside.turns)}`);
-      peeking(piece, () => [place(line), speakers(line, inside.turns), said(line, inside.turns)]);
+      peeking(piece, () => [place(line), speakers(line, inside.turns), said(line, inside)]);
       return piece;
     });
 }
 
-function said({ turns: [first, last] }, all) {
+function said({ kind, turns: [first, last] }, { turns: all, pins }) {
+  if (kind === "pinned") return pins.join(" · ");
   return last - first === 1 ? all[first].text ?? "" : "";
 }
 
@@ -57,7 +59,7 @@ function heat(inside, peeking) {
   const head = node("tr", node("th", "layers"), ...inside.layers.map(([a, b]) => node("th", `${a + 1}–${b}`)));
   const rows = inside.lines.map((line) => {
     const name = node("th", place(line));
-    name.append(node("small", said(line, inside.turns) || speakers(line, inside.turns)));
+    name.append(node("small", said(line, inside) || speakers(line, inside.turns)));
     const row = node(
       "tr",
       name,
@@ -71,7 +73,7 @@ function heat(inside, peeking) {
     );
     row.className = line.kind;
     row.dataset.turns = line.turns.join(" ");
-    peeking(row, () => [place(line), speakers(line, inside.turns), said(line, inside.turns)]);
+    peeking(row, () => [place(line), speakers(line, inside.turns), said(line, inside)]);
     return row;
   });
   const answer = node("blockquote", inside.answer);

@@ -223,7 +223,7 @@ function meter({ stats, precision, error }) {
     ["held", bytes(held)],
     ["full context", bytes(full)],
     ["slots", stats.slots],
-    ["raw tokens", stats.sink + stats.window],
+    ["raw tokens", (stats.pinned ?? 0) + stats.sink + stats.window],
     ["tokens folded", stats.tokens_folded],
     ["tokens seen", stats.tokens_seen],
     ["turns", stats.turns],
