@@ -54,6 +54,6 @@ class Pooled(Baseline):
 @register("compressive")
 @dataclass(frozen=True, kw_only=True)
 class Compressive(Trained):
-    """n pooled keys and values for every segment (Rae et al., ICLR 2020, arXiv 1911.05507)."""
+    """n pooled keys and values a segment (Rae et al., ICLR 2020, arXiv 1911.05507)."""
 
     made_by: ClassVar[type[Baseline]] = Pooled

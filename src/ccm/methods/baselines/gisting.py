@@ -48,12 +48,13 @@ class Whole(Alone):
 @register("gisting")
 @dataclass(frozen=True, kw_only=True)
 class Gisting(Trained):
-    """n slots in all, made anew at every step.
+    """n slots in all, made anew every step.
 
     They are made from the whole history, which is in the row's notes. Mu et al., NeurIPS 2023, arXiv 2304.08467.
     """
 
     made_by: ClassVar[type[Baseline]] = Whole
+    verbatim: ClassVar[bool] = True
 
     def fold(
         self,

@@ -32,7 +32,7 @@ class Alone(Baseline):
 @register("gisting-online")
 @dataclass(frozen=True, kw_only=True)
 class GistingOnline(Trained):
-    """n slots a segment, each compressed alone.
+    """n slots a segment, each made alone.
 
     Gisting, Mu et al., NeurIPS 2023, arXiv 2304.08467, as CCM's authors compare with it.
     """

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ ASKED, ATTENDING, PIECE = 24, 8, 16
 @register("slots-and-words")
 @dataclass(frozen=True, kw_only=True)
 class SlotsAndWords(Compressed):
-    """Few slots, and old words that are asked for.
+    """Few slots, and the old words asked for.
 
     CCM's slots (Kim et al., ICLR 2024, arXiv 2312.03414) are the index, and all old text stays as token ids. A row's
     slots are [learned | words]. Its notes are the number of words, and for every token so far 2 id, or 2 id + 1 where
@@ -41,6 +42,7 @@ class SlotsAndWords(Compressed):
         words: tokens of old text that are read for every segment that has slots.
     """
 
+    verbatim: ClassVar[bool] = True
     adapter: str = "ccm-chat"
     slots: int | None = 2
     words: int = 2
