@@ -133,15 +133,15 @@ def test_a_snapshot_that_lies_entry_behind_entry_is_read():
 def test_pins_are_kept_in_format_3():
     """And in snapshots of format 4."""
     plain, _ = Memory.load(GOLDEN / "memory-2.ccm")
-    memory, metadata = Memory.load(GOLDEN / "memory-3.ccm")
+    memory, metadata = Memory.load(GOLDEN / "memory-3-pins.ccm")
     assert metadata["format"] == "ccm-memory/3" and [row.pinned for row in memory.rows] == [2, 0]
     assert memory.rows[0].sink.length == plain.rows[0].sink.length + 2
     assert same(
         plain,
         replace(memory, rows=(memory.rows[0].with_pins(memory.rows[0].pins.slice(0, 0)), memory.rows[1])),
     )
-    assert memory.dumps() == golden("memory-3.ccm")
-    snapshot = golden("snapshot-4-float16.bin")
+    assert memory.dumps() == golden("memory-3-pins.ccm")
+    snapshot = golden("snapshot-4-pins.bin")
     assert header(snapshot)["__metadata__"]["format"] == "ccm-snapshot/4"
     assert [row.pinned for row in codec.decode(snapshot)[0].rows] == [2, 0]
     assert codec.encode(memory, "float16", [2, 0])[0] == snapshot

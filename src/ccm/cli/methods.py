@@ -82,7 +82,7 @@ def _list(entries: list[Entry], broken: dict[str, str]) -> None:
         console.print(Text(family.said.replace("`", "")))
         table = Table(box=None, padding=(0, 1, 0, 0), show_header=False, pad_edge=False)
         table.add_column(no_wrap=True, min_width=max(len(entry.name) for entry in entries))
-        table.add_column(min_width=min(44, max(len(entry.keeps) for entry in entries)))
+        table.add_column(min_width=min(36, max(len(entry.keeps) for entry in entries)))
         table.add_column(no_wrap=True, min_width=max(len(word) for word in SLOTS), style="dim")
         table.add_column(no_wrap=True, style="dim")
         for entry in group:

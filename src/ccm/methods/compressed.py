@@ -259,7 +259,7 @@ class CCM(Compressed):
 @register("ccm-concat")
 @dataclass(frozen=True, kw_only=True)
 class CCMConcat(Compressed):
-    """CCM-concat: n slots for every segment (Kim et al., ICLR 2024, arXiv 2312.03414)."""
+    """CCM-concat: n slots for each segment (Kim et al., ICLR 2024, arXiv 2312.03414)."""
 
 
 @register("ccm-merge")

@@ -32,7 +32,7 @@ ASKED, ATTENDING, PIECE = 24, 8, 16
 @register("slots-and-words")
 @dataclass(frozen=True, kw_only=True)
 class SlotsAndWords(Compressed):
-    """Few slots, and the old words asked for.
+    """Few slots, and old words asked for.
 
     CCM's slots (Kim et al., ICLR 2024, arXiv 2312.03414) are the index, and all old text stays as token ids. A row's
     slots are [learned | words]. Its notes are the number of words, and for every token so far 2 id, or 2 id + 1 where
