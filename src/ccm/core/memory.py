@@ -102,7 +102,8 @@ class Row:
     @property
     def bare(self) -> Row:
         """What is pinned alone: the row before anything was said."""
-        return Row(self.pins, self.slots.slice(0, 0), self.window.slice(0, 0), pinned=self.pinned)
+        nothing = self.sink.slice(0, 0)
+        return Row(self.pins, nothing.to(torch.float32), nothing, pinned=self.pinned)
 
     def with_pins(self, pins: KV) -> Row:
         """The row with these entries (L, H, N, D) pinned, in place of those that were."""
