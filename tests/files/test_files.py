@@ -20,6 +20,7 @@ from ccm.errors import MemoryFileError, MismatchError
 from ccm.files import memory_file
 from ccm.files.fingerprint import mismatch
 from ccm.methods import as_method
+from ccm.methods.bits.codes import get_code
 from ccm.serving.store import codec
 from ccm.session import Session
 
@@ -99,6 +100,31 @@ def test_notes_are_kept_in_format_2():
     assert codec.decode(golden("snapshot-2-int8.bin"))[0].rows[0].notes == (17, 3, 4)
     assert memory.to("cpu", torch.bfloat16).rows[0].notes == (17, 3, 4)
     assert Memory.stack([memory, plain]).rows[0].notes == (17, 3, 4)
+
+
+def test_codes_are_kept_in_formats_3_and_4():
+    """As they are, at any precision of a snapshot."""
+    plain, _ = Memory.load(GOLDEN / "memory-2.ccm")
+    memory, metadata = Memory.load(GOLDEN / "memory-3.ccm")
+    assert metadata["format"] == "ccm-memory/3" and memory.dumps() == golden("memory-3.ccm")
+    for row, floats in zip(memory.rows, plain.rows, strict=True):
+        for codes, numbers in zip(row.slots, floats.slots, strict=True):
+            assert codes.dtype == torch.uint8
+            back = get_code("int4").decode(codes, numbers.shape[3])
+            assert torch.allclose(
+                back, numbers, atol=0.13 * float(numbers.abs().max() if numbers.numel() else 0)
+            )
+    for precision in codec.DTYPES:
+        back, _ = codec.decode(codec.encode(memory, precision)[0])
+        assert [row.slots.keys.dtype for row in back.rows] == [torch.uint8] * 2
+        assert all(
+            torch.equal(x, y)
+            for a, b in zip(memory.rows, back.rows, strict=True)
+            for x, y in zip(a.slots, b.slots, strict=True)
+        )
+    stored, _ = codec.decode(golden("snapshot-4-float16.bin"))
+    assert same(stored, codec.decode(codec.encode(memory, "float16")[0])[0])
+    assert memory.to("cpu", torch.bfloat16).rows[0].slots.keys.dtype == torch.uint8
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])

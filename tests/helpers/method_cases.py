@@ -17,6 +17,7 @@ from ccm import get_method, list_methods
 from ccm.core.compressor import CompressorConfig
 from ccm.methods import Method
 from ccm.methods.base import METHODS
+from ccm.methods.bits.packed import Packed
 from ccm.methods.compressed import Compressed, Trained
 from ccm.methods.spec import parse
 
@@ -27,6 +28,8 @@ ABSENT = () if find_spec("kvpress") else ("kvpress",)
 #: One name for each method.
 NAMES = sorted({METHODS[name].name for name in list_methods()} - set(ABSENT))
 _SMALL = {"sink": 2, "window": 6, "tokens": 8, "slots": 2, "block": 4, "every": 2, "max_tokens": 4}
+#: Of the memory that another one packs.
+_PACKED = {"slots": 2}
 #: Methods whose sizes are what they are.
 _AS_THEY_ARE = ("none", "full", "ape")
 
@@ -71,4 +74,6 @@ def small_method(name: str, adapters: dict[str, str], **changes: Any) -> Method:
     if name not in _AS_THEY_ARE and (name not in adapters or issubclass(kind, Compressed)):
         own = {field.name for field in fields(kind)}
         options |= {option: value for option, value in _SMALL.items() if option in own}
+    if kind is Packed:
+        options["options"] = _PACKED
     return get_method(name, **options | changes)

@@ -16,6 +16,7 @@ from ccm.core.memory import Memory
 from ccm.errors import ConfigError, MismatchError
 from ccm.methods import Method
 from ccm.methods.base import METHODS
+from ccm.methods.bits.packed import Packed
 from ccm.methods.compressed import Compressed, Trained
 from ccm.methods.selection.evict import Evict
 from ccm.methods.text.summary import Summary
@@ -95,8 +96,11 @@ def test_a_batch_is_as_each_alone(method: Method) -> None:
             other.tokens,
             other.notes,
         )
-        for x, y in zip(parts(memory, r), parts(alone), strict=True):
-            assert torch.allclose(x, y, atol=2e-3)  # soft prompts feed on their own rounding
+        one, atol = memory[r], 2e-3  # soft prompts feed on their own rounding
+        if isinstance(method, Packed):  # a code may be rounded to the number beside
+            one, alone, atol = method.expanded(one), method.expanded(alone), 2e-2
+        for x, y in zip(parts(one), parts(alone), strict=True):
+            assert torch.allclose(x, y, atol=atol)
 
 
 def test_it_goes_on_from_a_file(method: Method, tmp_path: Path) -> None:

@@ -268,3 +268,21 @@ def test_families_that_cannot_carry_a_memory_are_refused(tmp_path):
     hf.GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=20).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match="gpt2"):
         plan(Load(1, 2), model=str(tmp_path), measured=False)
+
+
+@pytest.mark.parametrize("of", ["attention-matching", "adapter"])
+def test_codes_are_planned_as_they_are_held(of: str, tmp_path: Path) -> None:
+    folders = saved(tmp_path, rule="concat", slots=2)
+    of = folders[1] if of == "adapter" else of
+    memory = f"packed:of={of},code=int4,sink=2,window=16"
+    made = plan(Load(7, 9, 20), model=folders[0], memory=memory, gpu_memory=10**7, measured=False)
+    session = Session.open(base(), tiny_tokenizer(), memory=memory)
+    for turn in range(9):
+        session.memory = session._folded(session.memory, tuple((turn * 20 + i) % 90 + 3 for i in range(20)))
+    stats = session.stats()
+    assert made["memory_kv_bytes"] == stats["nbytes"] == session.memory.nbytes
+    held = next(f for f in made.sections["A conversation"] if f.name == "memory_kv_bytes").note
+    assert held == f"{stats['sink']} sink, {stats['slots']} slots in codes, {stats['window']} window"
+    data, _ = codec.encode(session.memory, "float16")
+    header = int.from_bytes(data[:8], "little") + 8
+    assert made["snapshot_bytes"] == len(data) - header

@@ -62,7 +62,7 @@ class Row:
     Attributes:
         sink: raw tokens that stay: those that are pinned, then the first ones of the text, once they have left the
             window.
-        slots: the folded past, in fp32.
+        slots: the folded past, in fp32; or in codes, of a method that says so (``Method.width``).
         window: raw tokens that are not folded yet.
         segments: token counts of the raw segments in the window, oldest first.
         steps: segments folded so far (t).
@@ -192,11 +192,12 @@ class Memory:
         return replace(self, rows=tuple(row.with_pins(like.pins) for row, like in pairs))
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Memory:
-        """On a device, its raw tokens in a model's type; slots are fp32 everywhere. Itself if that is so."""
+        """On a device, its raw tokens in a model's type; slots are fp32 everywhere, or codes. Itself if so."""
         rows = []
         for row in self.rows:
             sink, window = row.sink.to(device, dtype), row.window.to(device, dtype)
-            slots = row.slots.to(device, torch.float32)
+            held = row.slots.keys.dtype
+            slots = row.slots.to(device, torch.float32 if held.is_floating_point else held)
             same = sink is row.sink and slots is row.slots and window is row.window
             rows.append(row if same else replace(row, sink=sink, slots=slots, window=window))
         same = all(new is old for new, old in zip(rows, self.rows, strict=True))

@@ -9,7 +9,8 @@ A form is written in the lowest version that can say what there is, and read in 
     2    and its notes
     3    a snapshot that holds entry behind entry, so that two versions of a memory have long parts in common; slots
          that are running means, which keep all bits, are apart
-    3    a file, 4 a snapshot: and how many tokens of the sink are pinned
+    3    a file, 4 a snapshot: and slots that are codes, which lie there as they are at any precision; how many tokens
+         of the sink are pinned
 
 A row is plain here: the fields of :class:`ccm.core.memory.Row` by name, a part of it as a pair of keys and values.
 """
@@ -52,7 +53,9 @@ _MEANS = "means"
 #: Entries of a part of a snapshot, on average.
 _PART = 4
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_DTYPES = _FLOATS | {"I8": torch.int8}
+#: Of a memory at work: numbers, and codes in place of slots.
+_HELD = _FLOATS | {"U8": torch.uint8}
+_DTYPES = _HELD | {"I8": torch.int8}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _LONGEST_HEADER = 1 << 22
 # Layers, heads, tokens, channels: far above any model, far below what makes an empty tensor expensive.
@@ -133,9 +136,9 @@ def _tensors(rows: Sequence[PlainRow]) -> Iterator[tuple[str, Tensor]]:
         for part in PARTS:
             for half, tensor in zip(_HALVES, row[part], strict=True):
                 name = f"{r}.{part}.{half}"
-                if tensor.dtype not in _FLOATS.values():
+                if tensor.dtype not in _HELD.values():
                     raise ConfigError(
-                        f"memory {name}: got {tensor.dtype}, expected one of {list(_FLOATS.values())}"
+                        f"memory {name}: got {tensor.dtype}, expected one of {list(_HELD.values())}"
                     )
                 yield name, tensor.detach().cpu().contiguous()
 
@@ -144,8 +147,9 @@ def _written(
     form: str, rows: Sequence[PlainRow], tensors: dict[str, Tensor], metadata: dict[str, str]
 ) -> bytes:
     """As safetensors writes them, but for the order of the metadata, which is another one there every time."""
+    coded = any(row["slots"][0].dtype == torch.uint8 for row in rows)
     pinned, noted = (any(row.get(name) for row in rows) for name in ("pinned", "notes"))
-    version = NEWEST[form] if pinned else 3 if form == SNAPSHOT else 2 if noted else 1
+    version = NEWEST[form] if coded or pinned else 3 if form == SNAPSHOT else 2 if noted else 1
     metadata = {"format": f"{form}/{version}", **metadata}
     header: dict[str, Any] = {"__metadata__": {**metadata, "digest": content_digest(tensors, metadata)}}
     body, end = [], 0
@@ -204,7 +208,9 @@ def cuts(data: bytes) -> tuple[int, ...]:
 
 
 def _packed(x: Tensor, precision: str) -> dict[str, Tensor]:
-    """One tensor (L, H, N, D) as it is stored, by suffix of its name."""
+    """One tensor (L, H, N, D) as it is stored, by suffix of its name; codes as they are."""
+    if not x.is_floating_point():
+        return {"": x}
     if precision == "int8":
         top = x.float().abs().amax(2, keepdim=True) if x.shape[2] else x.float()
         scale = (top / 127).clamp_min(torch.finfo(torch.float32).tiny)
@@ -364,7 +370,7 @@ def _check(rows: Any, precision: Any, specs: dict[str, Any], apart: bool) -> Non
                 expected.add(tensor)
                 shape = _shape(tensor, specs[tensor], stored)
                 shapes.add(shape)
-                if precision == "int8":
+                if stored == "I8":
                     expected.add(f"{tensor}.scale")
                     layers, heads, tokens, channels = shape
                     scale = _shape(f"{tensor}.scale", specs[f"{tensor}.scale"], "F32")
@@ -374,7 +380,8 @@ def _check(rows: Any, precision: Any, specs: dict[str, Any], apart: bool) -> Non
                 raise _bad(f"keys and values of row {r}, {part}, differ in shape")
             layers, heads, tokens, channels = shapes.pop()
             frame = frame or (layers, heads, channels)
-            if frame != (layers, heads, channels):
+            coded = part == "slots" and stored == "U8"  # as many bytes as a code makes of the channels
+            if frame != (layers, heads, frame[2] if coded else channels) or coded != (stored == "U8"):
                 raise _bad("layers, heads or channels differ between its parts")
             if part == "sink" and row.get("pinned", 0) > tokens:
                 raise _bad(f"row {r}: more is pinned than its sink holds")
@@ -404,13 +411,18 @@ def _is_count(value: Any) -> bool:
 
 def _name(code: str) -> str:
     """The name in torch of a dtype of safetensors."""
-    return str(_FLOATS[code]).removeprefix("torch.")
+    return str(_HELD[code]).removeprefix("torch.")
 
 
 def _stored(original: str, precision: str) -> str:
     """The dtype, in safetensors' words, in which a tensor lies there."""
-    names = {_name(code): code for code in _FLOATS}
-    return {"float32": names[original], "float16": "F16", "bfloat16": "BF16", "int8": "I8"}[precision]
+    names = {_name(code): code for code in _HELD}
+    kept = names[original]
+    return (
+        kept
+        if kept == "U8"
+        else {"float32": kept, "float16": "F16", "bfloat16": "BF16", "int8": "I8"}[precision]
+    )
 
 
 def _shape(tensor: str, spec: Any, dtype: str) -> tuple[int, int, int, int]:

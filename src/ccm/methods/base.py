@@ -496,6 +496,10 @@ class Method:
         context = self.reader.context
         return context if self.limit is None else min(self.limit - self.sink, context)
 
+    def width(self, channels: int) -> int | None:
+        """Bytes of a slot's key, or of its value, in one layer and head, if they are codes; None: they are fp32."""
+        return None
+
     def losses(self, before: Row, after: Row) -> str:
         """What a turn has lost that people should know; empty if there is nothing."""
         return ""
@@ -584,11 +588,17 @@ class Run:
     def kv_bytes(self) -> int:
         """Bytes of the keys and values that live tokens attend to: those of the tensors held, in the model's type.
 
-        ``memory.nbytes`` may be more: slots rest in float32, whatever the model's type is.
+        ``memory.nbytes`` may be more: slots rest in float32, whatever the model's type is. Slots in codes count as
+        these.
         """
-        parts = (kv for row in self.memory.rows for kv in (row.sink, row.slots, row.window))
-        numbers = sum(tensor.numel() for kv in parts for tensor in kv)
-        return numbers * self.reader.model.dtype.itemsize
+        layers, heads, channels = self.reader.kv_shape()
+        of_type = self.reader.model.dtype.itemsize
+        of_slot = self.method.width(channels) or channels * of_type
+        total = 0
+        for row in self.memory.rows:
+            raw = row.sink.length + row.window.length
+            total += 2 * layers * heads * (raw * channels * of_type + row.slots.length * of_slot)
+        return total
 
     def fork(self) -> Run:
         """An independent copy."""

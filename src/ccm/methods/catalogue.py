@@ -28,6 +28,7 @@ SLOTS = {
     "filtered": "the slow changes of many entries, in fewer",
     "chosen": "some of the entries as they were computed, the others let go",
     "kept": "the entries as they were computed",
+    "coded": "those of another memory in fewer bits",
     "written": "a text that the model writes itself, read anew",
     "retold": "fewer tokens of the old text, read anew by the model",
 }
@@ -69,6 +70,11 @@ FAMILIES = (
         "Entries that are looked up",
         "These need no training. Everything is kept, and the prompt says what is read.",
         ("recall",),
+    ),
+    Family(
+        "Fewer bits",
+        "These pack the slots of any other memory, trained or not.",
+        ("bits",),
     ),
     Family(
         "Text in place of entries",

@@ -16,6 +16,7 @@ from ..errors import ConfigError, MemoryFileError, UnknownNameError
 from ..files import adapter_folder
 from ..files.fingerprint import base_name
 from .base import Method
+from .bits.packed import Packed
 from .compressed import CCM, Compressed, Trained
 from .spec import Spec, is_file, parse
 
@@ -61,11 +62,16 @@ def checked(memory: str | Spec | None) -> Spec:
 
 def _holding(method: Method) -> Method:
     """Raises ConfigError for a memory that would have room for nothing."""
-    if not isinstance(method, Trained) and method.name != "none" and method.limit == 0:
+    if not isinstance(_inner(method), Trained) and method.name != "none" and method.limit == 0:
         raise ConfigError(
             f"method {method.name} keeps nothing with {method.text}: give it a window, or take none (no memory)"
         )
     return method
+
+
+def _inner(method: Method) -> Method:
+    """The method, or the one that it packs."""
+    return method.inner if isinstance(method, Packed) else method
 
 
 def named(spec: Spec, model: PreTrainedModel) -> Spec:
@@ -85,7 +91,7 @@ def for_talking(spec: Spec, model: PreTrainedModel) -> Spec:
 
 def with_window(method: Method) -> Method:
     """The same method; an adapter that does not say otherwise has the sink and the window of :data:`CHAT`."""
-    if not isinstance(method, Compressed):
+    if not isinstance(_inner(method), Compressed):
         return method
     sizes: dict[str, Any] = {name: n for name, n in CHAT.items() if getattr(method, name) is None}
     return replace(method, **sizes)

@@ -19,6 +19,7 @@ from ..core.memory import KV, Memory, Row
 from ..errors import ConfigError
 from ..methods import Method
 from ..methods.base import segments_of
+from ..methods.bits.packed import Packed
 from ..methods.spec import Spec
 from ..models.load import random_model
 from ..serving.store import Snapshot, open_store
@@ -176,4 +177,5 @@ def _memory(method: Method, shape: Shape, held: Held) -> Memory:
         segments=held.segments,
         steps=held.folds,
     )
-    return Memory((row,), method.fingerprint())
+    memory = Memory((row,), method.fingerprint())
+    return method.coded(memory) if isinstance(method, Packed) else memory

@@ -137,7 +137,8 @@ def plan(
     method = planned(spec, random_model(model_config, "meta"))
     held = after(load.turns, load.tokens, method)
     check_fits(held, method, shape)
-    nbytes = shape.kv_bytes(held.length + method.means(held.folds), torch.float16)
+    raw = held.sink + held.window + method.means(held.folds)
+    nbytes = held.slot_bytes(shape, torch.float16) + shape.kv_bytes(raw, torch.float16)
     sections = {
         "A conversation": list(_conversation(load, shape, held)),
         "GPUs": list(_gpus(load, shape, held, gpu_memory, where)),
@@ -173,7 +174,8 @@ def _conversation(load: Load, shape: Shape, held: Held) -> Iterator[Figure]:
         "calculated",
         "every layer holds every token",
     )
-    held_note = f"{held.sink} sink, {held.slots} slots in fp32, {held.window} window"
+    how = "fp32" if held.method.width(shape.size) is None else "codes"
+    held_note = f"{held.sink} sink, {held.slots} slots in {how}, {held.window} window"
     yield Figure("memory_kv_bytes", "KV bytes of the memory", kept, "bytes", "calculated", held_note)
     yield Figure("times_less", "times less", full / kept, "x", "calculated")
 

@@ -14,6 +14,7 @@ from ..errors import ConfigError
 from ..files.adapter_folder import CHANGEABLE, read_config
 from ..methods import Method
 from ..methods.baselines import BASELINES
+from ..methods.bits.packed import Packed
 from ..methods.compressed import Trained
 from ..methods.default import named, with_window
 from ..methods.spec import Spec
@@ -74,6 +75,7 @@ class Held:
         sink, slots, window: their sizes.
         segments: token counts of the raw segments in the window, oldest first.
         folds: segments folded so far.
+        method: that made it.
     """
 
     sink: int
@@ -81,6 +83,7 @@ class Held:
     window: int
     segments: tuple[int, ...]
     folds: int
+    method: Method
 
     @property
     def length(self) -> int:
@@ -88,8 +91,15 @@ class Held:
         return self.sink + self.slots + self.window
 
     def nbytes(self, shape: Shape) -> int:
-        """As ``Session.stats`` counts: slots are kept in fp32, raw tokens in the model's type."""
-        return shape.kv_bytes(self.slots, torch.float32) + shape.kv_bytes(self.sink + self.window)
+        """As ``Session.stats`` counts: slots are kept in fp32 or as codes, raw tokens in the model's type."""
+        return self.slot_bytes(shape, torch.float32) + shape.kv_bytes(self.sink + self.window)
+
+    def slot_bytes(self, shape: Shape, dtype: torch.dtype) -> int:
+        """Bytes of the slots in a type; of codes they are what they are."""
+        width = self.method.width(shape.size)
+        if width is None:
+            return shape.kv_bytes(self.slots, dtype)
+        return 2 * shape.layers * shape.heads * width * self.slots
 
 
 def after(turns: int, tokens: int, method: Method) -> Held:
@@ -100,7 +110,7 @@ def after(turns: int, tokens: int, method: Method) -> Held:
     raw: list[int] = []
     while sum(raw) < window:
         raw.insert(0, min(lengths[-1 - len(raw)], window - sum(raw)))
-    return Held(sink, slots, window, tuple(raw), len(lengths) - len(raw))
+    return Held(sink, slots, window, tuple(raw), len(lengths) - len(raw), method)
 
 
 def check_fits(held: Held, method: Method, shape: Shape) -> None:
@@ -125,6 +135,9 @@ def planned(spec: Spec, model: PreTrainedModel) -> Method:
     """
     spec = named(spec, model)
     method = with_window(spec.method())
+    if isinstance(method, Packed):
+        inner = planned(Spec(method.of, method.of, method.options), model)
+        return method.around(inner) if hasattr(inner, "reader") else method
     if not isinstance(method, Trained):  # its sizes are its own; a model without weights cannot be read
         return method if model.device.type == "meta" else method.bind(model)
     config = read_config(method.adapter or method.name)

@@ -1,0 +1,1 @@
+"""Fewer bits: memories whose slots are held as codes between the turns."""
