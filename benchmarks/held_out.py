@@ -170,7 +170,7 @@ def remembered(
     name: str,
     option: str | None,
     growing: bool = False,
-    **options: Any,
+    **options: int,
 ) -> list[Score]:
     """Rows lived through segment by segment under a method without training.
 

@@ -177,7 +177,7 @@ def test_at_equal_bytes_there_are_more_of_them() -> None:
     size = packed.reader.kv_shape()[2]
     plain = packed.inner.sized(65)["slots"]
     more = packed.resized(**packed.sized(65))
-    assert more.inner.slots == plain * size * 4 // get_code("int4").width(size) > 2 * plain
+    assert more.inner.slots == plain * size * 2 // get_code("int4").width(size) > 2 * plain
 
 
 @pytest.mark.parametrize("dtype", codec.DTYPES)

@@ -25,7 +25,7 @@ from ...files.fingerprint import mismatch
 from ..base import Method, register
 from ..parts import Part
 from ..spec import Spec
-from .codes import get_code
+from .codes import HALF, get_code
 
 #: Random tokens whose keys are the model's mean key.
 DRAWN = 256
@@ -189,11 +189,10 @@ class Packed(Method):
         return self.inner.sizes()
 
     def sized(self, entries: int) -> dict[str, Any]:
-        """As many more slots as fit into the bytes of those that are not packed, in the model's type."""
+        """As many more slots as fit into the bytes of those that are not packed, in 16 bits a number."""
         sizes = self.inner.sized(entries)
         channels = self.reader.kv_shape()[2]
-        times = channels * self.reader.model.dtype.itemsize / self.width(channels)
-        slots = int(sizes.pop(self.inner.most) * times)
+        slots = sizes.pop(self.inner.most) * channels * HALF // self.width(channels)
         return {**sizes, "options": {**self.options, self.inner.most: slots}}
 
     def check_plain(self, engine: str) -> None:
