@@ -19,6 +19,7 @@ import torch
 from transformers import DynamicCache
 
 from ..core.memory import KV, Memory, Row
+from ..core.room import CACHE
 from ..core.twin import kv_shape
 from ..errors import ConfigError
 from ..methods import Method, open_method
@@ -134,7 +135,7 @@ class _Transformers(Contender):
 
     def _read(self, cache: DynamicCache, ids: list[list[int]]) -> torch.Tensor:
         """The likeliest next token of each row, (B, 1)."""
-        out = self.model(input_ids=torch.tensor(ids), past_key_values=cache, logits_to_keep=1)
+        out = self.model(input_ids=torch.tensor(ids), logits_to_keep=1, **{CACHE: cache})
         return out.logits[:, -1].argmax(-1, keepdim=True)
 
     def _write(self, cache: DynamicCache, ids: list[list[int]]) -> list[float]:

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 from .attention import PLAN, RecurrentPlan
 from .memory import KV, Memory, Row
-from .room import ROOM, Roomy, roomy_cache
+from .room import CACHE, ROOM, Roomy, roomy_cache
 from .rotary import Rotary, unrotate
 
 
@@ -86,7 +86,7 @@ class Live:
         )
         plan = RecurrentPlan(adapter, gate, after.position, after.is_memory, after.valid)
         call = {"attention_mask": after.valid.long(), "position_ids": position, PLAN: plan}
-        return after, {"past_key_values": self.cache, **call}
+        return after, {CACHE: self.cache, **call}
 
     def grown(self) -> Live:
         """The rows with all that ``generate`` has put into the cache behind them since, a token of each at a time."""

@@ -28,6 +28,7 @@ from .attention import MaskedPlan, additive, heads, in_two_frames
 from .folding import put
 from .memory import KV, Memory, Row
 from .reader import Reader
+from .room import CACHE
 from .rotary import Rotary, Tables, rotate, unrotate
 from .rules import Rule
 from .window import joined, overflow
@@ -260,8 +261,7 @@ def take_in(
             inputs_embeds=embeds,
             attention_mask=plan.mask,
             position_ids=plan.position,
-            past_key_values=cache,
-            **{attention.PLAN: plan},
+            **{CACHE: cache, attention.PLAN: plan},
         )
     rows = []
     for r, course in enumerate(courses):

@@ -20,6 +20,7 @@ from .attention import Asked
 from .carrier import Carrier, Ids
 from .live import Live
 from .memory import KV, Memory
+from .room import CACHE
 from .rotary import unrotate
 
 __all__ = ["Ids", "Reader", "Known"]
@@ -155,7 +156,7 @@ class Reader(Carrier):
         if not generate_kwargs.get("use_cache", True):
             raise ConfigError("use_cache: got False, expected True: the memory is read from the cache")
         live, call = self.live(memory).ahead(mask, self.adapter)
-        setattr(call["past_key_values"], attention.PLAN, call.pop(attention.PLAN))
+        setattr(call[CACHE], attention.PLAN, call.pop(attention.PLAN))
         return self.model.generate(ids, **call, **generate_kwargs), live
 
     def step(

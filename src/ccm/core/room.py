@@ -5,10 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+#: What transformers calls a cache, where a model takes it and where it gives it back.
+CACHE = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
 #: Tokens for which there is room once a layer has grown.
 ROOM = 64
 

@@ -21,7 +21,7 @@ from ..core.attention import PLAN, RecurrentPlan
 from ..core.devices import is_spread
 from ..core.families import choose_backend, get_family
 from ..core.reader import Reader
-from ..core.room import Roomy
+from ..core.room import CACHE, Roomy
 from ..core.twin import VOCAB, build
 from ..models.placement import AUTO, OWN, can_pack
 from .shape import Unfit
@@ -179,7 +179,7 @@ def _tried(model: PreTrainedModel) -> float:
     worst = 0.0
     for column in range(12, 16):
         live, call = live.ahead(mask.new_ones(2, 1))
-        token, cache = ids[:, column : column + 1], call["past_key_values"]
+        token, cache = ids[:, column : column + 1], call[CACHE]
         found = step(token, call["position_ids"], call["attention_mask"], call[PLAN], cache).logits
         _back(cache)
         worst = max(worst, _misses(found, small(input_ids=token, **call).logits))

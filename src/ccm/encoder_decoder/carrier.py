@@ -22,6 +22,7 @@ from ..core.head import ParallelOutput, run_head
 from ..core.live import Live
 from ..core.memory import KV, Memory
 from ..core.reader import Ids
+from ..core.room import CACHE
 from ..core.segments import Layout
 from ..errors import ConfigError, UnsupportedModelError
 from .family import Unturned, distance_tables, find, kv_shape, moved, start_token
@@ -158,7 +159,7 @@ class EncoderDecoder(_Base):
         out = self.model.generate(
             encoder_outputs=BaseModelOutput(last_hidden_state=self._unread(valid)),
             attention_mask=valid.long(),
-            past_key_values=cache,
+            **{CACHE: cache},
             **generate_kwargs,
         )
         words = out if isinstance(out, Tensor) else out.sequences
@@ -220,8 +221,8 @@ class EncoderDecoder(_Base):
             input_ids=given,
             encoder_hidden_states=self._unread(valid),
             encoder_attention_mask=valid.long(),
-            past_key_values=cache,
             use_cache=True,
+            **{CACHE: cache},
         )
         hidden: Tensor = out.last_hidden_state
         return hidden
@@ -286,7 +287,7 @@ class EncoderDecoder(_Base):
         states = self.body(inputs_embeds=moved(self.body, embeds, place), **{PLAN: plan}).last_hidden_state
         start = torch.full((len(states), 1), start_token(self.model), device=states.device)
         out = self.model.get_decoder()(input_ids=start, encoder_hidden_states=states, use_cache=True)
-        crossed = out.past_key_values.cross_attention_cache.layers
+        crossed = getattr(out, CACHE).cross_attention_cache.layers
         return [*plan.made, *((layer.keys, layer.values) for layer in crossed)]
 
     # ------------------------------------------------------------------ whole rows

@@ -16,6 +16,7 @@ import torch
 from transformers import DynamicCache
 
 from ..core.memory import KV, Memory, Row
+from ..core.room import CACHE
 from ..errors import ConfigError
 from ..methods import Method
 from ..methods.base import segments_of
@@ -83,7 +84,7 @@ def speed(
     ids = torch.randint(words, (1, longest), device=device)
 
     def prefill() -> None:
-        model.base_model(input_ids=ids, past_key_values=DynamicCache(), use_cache=True)
+        model.base_model(input_ids=ids, use_cache=True, **{CACHE: DynamicCache()})
 
     (reading,) = _times(device, prefill)
     method = planned(spec, model)
