@@ -157,7 +157,9 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == (1 if failed else 0) and result["ok"] == (not failed)
     assert all(check["fix"] for check in failed)
     assert cli.main(["doctor"]) == code
-    assert "embedded model" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "embedded model" in printed
+    assert all(check["fix"] in printed for check in result["checks"] if not check["ok"])
 
 
 @pytest.fixture

@@ -29,12 +29,15 @@ def doctor(as_json: AsJson = False) -> None:
     if as_json:
         print(json.dumps({"ok": not broken, "checks": [asdict(check) for check in found]}))
     else:
-        table = Table("", "check", "found", "what to do", box=None, padding=(0, 1))
+        table = Table("", "check", "found", box=None, padding=(0, 1))
         for check in found:
             mark = ("✓", "green") if check.ok else ("✗", "red") if check.required else ("–", "yellow")
-            table.add_row(Text(*mark), check.name, Text(check.found), Text(check.fix))
+            table.add_row(Text(*mark), Text(check.name, no_wrap=True), Text(check.found))
         console = new_console()
         console.print(table)
+        for check in found:  # never cut: this is what is copied
+            if not check.ok:
+                console.print(f" {check.name}: {check.fix}", soft_wrap=True, highlight=False, markup=False)
         console.print(_next(found), soft_wrap=True, highlight=False, markup=False)
     if broken:
         raise typer.Exit(1)
