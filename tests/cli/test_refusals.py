@@ -120,6 +120,7 @@ LATER = [
     ("chat --device cuda:99", "cuda:99"),
     ("memory inspect run.yaml", "run.yaml: "),
     ("chat --load absent.ccm", "no memory file"),
+    ("chat --load me.ccm --compare", "no full context to compare with"),
 ]
 WALK = """
 import contextlib, io, json, sys

@@ -58,6 +58,11 @@ def chat(
     """Talk with a model whose memory does not grow with the conversation; /help inside lists the commands."""
     named = memory_name(memory, adapter, slots=slots, sink=sink, window=window)
     loading = Loading(model or llama, device, dtype, load_in, device_map, decode_in)
+    if load and compare:
+        raise ConfigError(
+            f"--compare: {load} keeps the beginning of each turn only, so there is no full context to compare with; "
+            "leave --compare or --load out"
+        )
     console, typed = new_console(), is_interactive()
     if is_typed():
         from .screen import banner

@@ -92,7 +92,10 @@ def find(body: nn.Module) -> nn.Module:
     """
     module: nn.Module | None = getattr(body, "rotary_emb", None)
     if module is None:
-        raise UnsupportedModelError(f"{type(body).__name__} has no rotary embedding to place slots with")
+        raise UnsupportedModelError(
+            f"{type(body).__name__} has no rotary embedding to place slots with; expected a causal language model "
+            "that has one, such as a Llama, Qwen, Mistral or Gemma"
+        )
     if kinds := [k for k in ("dynamic", "longrope") if k in str(getattr(module, "rope_type", ""))]:
         raise UnsupportedModelError(
             f"rotary embedding {kinds[0]!r} is not supported: its frequencies change with the length of the "
