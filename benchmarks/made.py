@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import held_out_rows
@@ -36,10 +37,10 @@ ROWS: dict[str, int] = {
     "none": 8,
     "full": 8,
     "streaming-llm": 8,
-    "attention-matching": 8,
     "ccm-concat": 8,
     "polished": 8,
-    "polished:lift=1": 8,
+    "attention-matching": 4,
+    "cartridge": 1,
 }
 #: Sources, and whether a question and its answer are a segment each.
 SOURCES = {"coqa": True, "facts": False}
@@ -81,7 +82,7 @@ def answered(figure: str, row: Row, apart: bool, compressor: Compressor, tokeniz
     entries = SINK + SLOTS * len(told)
     method = method_of(figure, entries, compressor, tokenizer)
     memory = method.empty()
-    for segment in told if method.whole else [sum(told, [])]:
+    for segment in told if method.whole else [list(chain(*told))]:
         memory = method.fold(memory, [segment])
     assert memory.length <= entries or figure == "full", "more bytes than the others"
     ids, mask = left_padded([ids for ids, _ in asked], compressor.model.device)

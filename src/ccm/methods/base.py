@@ -64,6 +64,8 @@ class Method:
     most: ClassVar[str] = ""
     #: Whether the model writes text for it, which takes seconds.
     writes: ClassVar[bool] = False
+    #: Whether every fold goes back through the model, which takes seconds to minutes.
+    learns: ClassVar[bool] = False
     #: A package that it needs and that comes with no extra.
     package: ClassVar[str] = ""
     #: What slots are of the text between sink and window (:attr:`ccm.methods.parts.Part.how`).

@@ -59,7 +59,7 @@ FAMILIES = (
     Family(
         "Entries that are made",
         "These need no training. Slots are computed anew from the entries that they stand for: fitted, merged, "
-        "averaged or filtered.",
+        "averaged, filtered or learned for their text.",
         ("synthesis",),
     ),
     Family(
@@ -139,6 +139,7 @@ class Entry:
 #: What each of :attr:`Entry.asks` means.
 ASKS = {
     "adapter": "training, once for each model",
+    "gradients": "steps of training in every fold, which take seconds to minutes",
     "queries": "what the newest text asks of old text",
     "words": "the text itself, beside keys and values",
     "writing": "the text, and a chat model that writes: seconds each time",
@@ -194,11 +195,13 @@ def _family(method: type[Method]) -> Family:
 def _asks(method: type[Method]) -> Iterable[str]:
     if issubclass(method, Trained):
         yield "adapter"
-    if method.queries:
+    if method.learns:
+        yield "gradients"
+    elif method.queries:
         yield "queries"
     if method.writes:
         yield "writing"
-    elif method.heard not in (Method.heard, FullContext.heard):
+    elif not method.learns and method.heard not in (Method.heard, FullContext.heard):
         yield "words"
 
 
