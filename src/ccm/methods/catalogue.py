@@ -139,7 +139,7 @@ class Entry:
 #: What each of :attr:`Entry.asks` means.
 ASKS = {
     "adapter": "training, once for each model",
-    "gradients": "steps of training in every fold, which take seconds to minutes",
+    "gradient": "steps of training in every fold, which take seconds to minutes",
     "queries": "what the newest text asks of old text",
     "words": "the text itself, beside keys and values",
     "writing": "the text, and a chat model that writes: seconds each time",
@@ -196,7 +196,7 @@ def _asks(method: type[Method]) -> Iterable[str]:
     if issubclass(method, Trained):
         yield "adapter"
     if method.learns:
-        yield "gradients"
+        yield "gradient"
     elif method.queries:
         yield "queries"
     if method.writes:
