@@ -77,7 +77,9 @@ class Polished(Compressed):
             return after
         found = self.reader.watch(ids, memory, mask)
         rows = zip(memory.rows, found, after.rows, strict=True)
-        return replace(after, rows=tuple(self.polish(row, text, asked, new) for row, (text, asked), new in rows))
+        return replace(
+            after, rows=tuple(self.polish(row, text, asked, new) for row, (text, asked), new in rows)
+        )
 
     @property
     def _together(self) -> bool:
