@@ -65,6 +65,8 @@ def default_methods() -> tuple[list[str], dict[str, str]]:
             left_out[entry.name] = f"it needs the package {package}, which is not installed here"
         elif "writing" in entry.asks:
             left_out[entry.name] = "the model writes for it, which takes minutes: name it with --methods"
+        elif "gradient" in entry.asks:
+            left_out[entry.name] = "every fold trains, which takes minutes: name it with --methods"
         else:
             names.append(entry.name)
     return names, left_out

@@ -66,6 +66,8 @@ class Method:
     writes: ClassVar[bool] = False
     #: Whether it keeps the text itself, as token ids; a method with a :meth:`heard` of its own need not say so.
     verbatim: ClassVar[bool] = False
+    #: Whether every fold goes back through the model, which takes seconds to minutes.
+    learns: ClassVar[bool] = False
     #: A package that it needs and that comes with no extra.
     package: ClassVar[str] = ""
     #: What slots are of the text between sink and window (:attr:`ccm.methods.parts.Part.how`).

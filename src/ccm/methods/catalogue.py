@@ -22,6 +22,8 @@ from .spec import list_methods, method_class
 #: What the slots of a method are (:attr:`ccm.methods.base.Method.made`), in a sentence each.
 SLOTS = {
     "folded": "written by an adapter that was trained for it",
+    "polished": "written by an adapter, their values solved for so that attention gives what it gave",
+    "learned": "found by gradient descent for this one text",
     "fitted": "chosen keys with values solved for, so that attention gives what it gave",
     "merged": "chosen entries, each the mean of itself and of the similar ones that had to go",
     "pooled": "means of several entries",
@@ -58,7 +60,7 @@ FAMILIES = (
     Family(
         "Entries that are made",
         "These need no training. Slots are computed anew from the entries that they stand for: fitted, merged, "
-        "averaged or filtered.",
+        "averaged, filtered or learned for their text.",
         ("synthesis",),
     ),
     Family(
@@ -143,6 +145,7 @@ class Entry:
 #: What each of :attr:`Entry.asks` means.
 ASKS = {
     "adapter": "training, once for each model",
+    "gradient": "steps of training in every fold, which take seconds to minutes",
     "queries": "what the newest text asks of old text",
     "words": "the text itself, beside keys and values",
     "writing": "the text, and a chat model that writes: seconds each time",
@@ -198,11 +201,13 @@ def _family(method: type[Method]) -> Family:
 def _asks(method: type[Method]) -> Iterable[str]:
     if issubclass(method, Trained):
         yield "adapter"
-    if method.queries:
+    if method.learns:
+        yield "gradient"
+    elif method.queries:
         yield "queries"
     if method.writes:
         yield "writing"
-    elif method.verbatim or method.heard not in (Method.heard, FullContext.heard):
+    elif method.verbatim or (not method.learns and method.heard not in (Method.heard, FullContext.heard)):
         yield "words"
 
 

@@ -1,1 +1,1 @@
-"""Synthesis: entries that stand for several, made without training."""
+"""Synthesis: entries that stand for several, made without an adapter."""
