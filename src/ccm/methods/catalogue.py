@@ -207,7 +207,7 @@ def _asks(method: type[Method]) -> Iterable[str]:
         yield "queries"
     if method.writes:
         yield "writing"
-    elif method.verbatim or (not method.learns and method.heard not in (Method.heard, FullContext.heard)):
+    elif method.verbatim or method.heard not in (Method.heard, FullContext.heard):
         yield "words"
 
 
