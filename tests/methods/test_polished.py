@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -115,9 +116,31 @@ def test_what_a_window_pushes_out_is_polished(tmp_path: Path) -> None:
     assert not torch.allclose(memory.rows[0].slots.values, learned.slots.values, atol=1e-3)
 
 
+def test_a_full_memory_has_its_newest_slots_polished(tmp_path: Path) -> None:
+    """The rule of the shipped adapter: old blocks merge as they do without it."""
+    alone, method = pair(tmp_path)
+    rule = {"rule": "bounded", "rule_options": {"blocks": 2}}
+    alone, method = (get_method(m.name, adapter=m.adapter, sink=2, window=0, **rule) for m in (alone, method))
+    alone = alone.bind(model(), TOKENIZER)
+    method = method.bind(alone.reader, TOKENIZER)
+    memory = method.empty()
+    for segment in TOLD[:2]:
+        memory = method.fold(memory, [segment])
+    learned, polished = (of.fold(memory, [TOLD[2]]).rows[0] for of in (alone, method))
+    assert memory.slots == learned.slots.length == polished.slots.length == 6
+    assert torch.equal(polished.slots.keys, learned.slots.keys)
+    assert torch.equal(polished.slots.values[:, :, :3], learned.slots.values[:, :, :3])
+    assert not torch.allclose(polished.slots.values[:, :, 3:], learned.slots.values[:, :, 3:], atol=1e-3)
+
+
+def test_the_shipped_adapter_is_polished(embedded: tuple[Any, Any]) -> None:
+    bound = get_method("polished").bind(*embedded)
+    assert bound.reader.rule.name in ("concat", "bounded") and bound.slots == bound.reader.config.slots
+
+
 def test_it_refuses_what_it_cannot_polish(tmp_path: Path) -> None:
     adapter = tiny_adapters(tmp_path, names=["ccm-merge"])["ccm-merge"]
-    with pytest.raises(ConfigError, match=r"got rule 'mean', expected 'concat'"):
+    with pytest.raises(ConfigError, match=r"got rule 'mean', expected 'concat' or 'bounded'"):
         get_method("polished", adapter=adapter).bind(model(), TOKENIZER)
     for lift in (0.0, -1.0, float("nan")):
         with pytest.raises(ConfigError, match="lift is"):

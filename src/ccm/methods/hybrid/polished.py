@@ -57,9 +57,10 @@ class Polished(Compressed):
                 f"method {self.name} goes by what tokens ask of what was read, and the decoder of an encoder-decoder "
                 "has asked nothing yet: expected one that does not, such as ccm-concat"
             )
-        if (rule := bound.reader.rule.name) != "concat":
+        if (rule := bound.reader.rule.name) not in ("concat", "bounded"):
             raise ConfigError(
-                f"method {self.name}: got rule {rule!r}, expected 'concat': slots that others join are not polished"
+                f"method {self.name}: got rule {rule!r}, expected 'concat' or 'bounded': a new segment must have "
+                "slots of its own"
             )
         return bound
 
@@ -94,11 +95,14 @@ class Polished(Compressed):
             queries: (L, Hq, w, D), position-free, of that text.
             after: as the adapter made it.
         """
-        n = after.slots.length - before.slots.length
+        n = min((after.steps - before.steps) * (self.slots or 0), after.slots.length)
         if not n:
             return after
-        sink, old, window = (kv.to(torch.float32) for kv in (after.sink, before.slots, after.window))
-        slots = after.slots.slice(old.length)
+        old, slots = (
+            after.slots.slice(0, -n),
+            after.slots.slice(-n),
+        )  # a full memory has merged some of the old ones
+        sink, window = (kv.to(torch.float32) for kv in (after.sink, after.window))
         raw = KV.cat((before.window, text)).to(torch.float32)
         leaving = raw.slice(sink.length - before.sink.length, raw.length - window.length)
         start, asked = sink.length + old.length, [(queries, 1.0)]
