@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import socket
+import threading
 import time
 from contextlib import suppress
 
@@ -151,12 +152,15 @@ def test_an_error_in_mid_stream_is_told(server, client, monkeypatch):
 
 def test_overload_and_limits(tmp_path):
     service = tiny_service(tmp_path, waiting=0, limits=Limits(sessions=1))
+    go_on = threading.Event()  # no answer ends before the next request is there
+    service.method.reader.model.register_forward_pre_hook(lambda *_: go_on.wait(30) and None)
     with serving(service, limits=HttpLimits(body=2000, seconds=0.5)) as running:
         client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="-", max_retries=0)
         streams = [ask(client, "go on", stream=True, max_tokens=400, temperature=1.9) for _ in range(4)]
         with pytest.raises(openai.RateLimitError) as caught:
             ask(client, "x")
         assert int(caught.value.response.headers["Retry-After"]) >= 1
+        go_on.set()
         for stream in streams:
             stream.close()
         with pytest.raises(openai.APIStatusError) as caught:

@@ -8,8 +8,8 @@ stays in a memory is rounded once, however often the memory is made anew.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,21 +24,24 @@ HALF = torch.float16.itemsize
 _LARGEST = torch.finfo(torch.float16).max
 
 
-class Code(Protocol):
+class Code(ABC):
     """A way to write vectors as bytes."""
 
+    @abstractmethod
     def width(self, channels: int) -> int:
         """Bytes of a vector of so many channels."""
 
+    @abstractmethod
     def encode(self, x: Tensor) -> Tensor:
         """(..., D) in fp32 -> (..., width) in uint8."""
 
+    @abstractmethod
     def decode(self, code: Tensor, channels: int) -> Tensor:
         """(..., width) in uint8 -> (..., D) in fp32; any bytes give numbers, if not always finite ones."""
 
 
 @dataclass(frozen=True)
-class Integers:
+class Integers(Code):
     """Whole numbers of a few bits, and a float16 scale for every :data:`GROUP` channels.
 
     The channel that is furthest from zero is the lowest whole number, so all of them are used::
@@ -78,7 +81,7 @@ class Integers:
 
 
 @dataclass(frozen=True)
-class Sparse:
+class Sparse(Code):
     """The channels that are furthest from zero as float16, and a bit for every channel that says which they are.
 
     Attributes:

@@ -32,7 +32,7 @@ ASKED, GENERAL = 64, 0.3
 @register("attention-matching", "am")
 @dataclass(frozen=True, kw_only=True)
 class AttentionMatching(Method):
-    """A number of slots, fitted to attention.
+    """Slots that are fitted to attention.
 
     They are fitted anew whenever text leaves the window.
     At equal bytes one sink token is better than four, and slots are better than a window (docs/decisions.md).

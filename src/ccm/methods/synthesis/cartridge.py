@@ -38,7 +38,7 @@ Passage = tuple[Sequence[int], int]
 @register("cartridge")
 @dataclass(frozen=True, kw_only=True)
 class Cartridge(AttentionMatching):
-    """Slots that are trained for their text.
+    """Slots trained for their text.
 
     Cartridges, Eyuboglu et al., 2025, arXiv 2506.06266. A step costs about three readings of what is recited, so a
     fold takes seconds to minutes on a processor (docs/decisions.md).

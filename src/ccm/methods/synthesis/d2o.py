@@ -23,7 +23,7 @@ from .merging import joined_to_nearest
 @register("d2o")
 @dataclass(frozen=True, kw_only=True)
 class D2O(Attended):
-    """Heavy hitters, similar ones merged in (D2O, Wan et al., ICLR 2025, arXiv 2406.13035)."""
+    """Heavy hitters, others merged in (D2O, Wan et al., ICLR 2025, arXiv 2406.13035)."""
 
     queries: ClassVar[int] = -1
     made: ClassVar[str] = "merged"

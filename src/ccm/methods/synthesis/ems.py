@@ -22,7 +22,7 @@ from .merging import joined_to_nearest
 @register("ems")
 @dataclass(frozen=True, kw_only=True)
 class EMS(Attended):
-    """Entries that count, similar ones merged in.
+    """Entries that count, others merged in.
 
     They count by the attention of the newest queries, or of all. EMS, Li et al., 2024, arXiv 2412.08521.
     """

@@ -22,7 +22,7 @@ from ..parts import Part, behind
 @register("mean-pool")
 @dataclass(frozen=True, kw_only=True)
 class MeanPool(Method):
-    """Means of keys and values over a segment.
+    """Means of keys and values a segment.
 
     Attributes:
         slots: means per segment; a shorter segment has one for each token.
