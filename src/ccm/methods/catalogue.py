@@ -22,7 +22,6 @@ from .spec import list_methods, method_class
 #: What the slots of a method are (:attr:`ccm.methods.base.Method.made`), in a sentence each.
 SLOTS = {
     "folded": "written by an adapter that was trained for it",
-    "polished": "written by an adapter, their values solved for so that attention gives what it gave",
     "learned": "found by gradient descent for this one text",
     "fitted": "chosen keys with values solved for, so that attention gives what it gave",
     "merged": "chosen entries, each the mean of itself and of the similar ones that had to go",

@@ -48,8 +48,7 @@ def match(reader: Reader, row: Row, held: KV, n: int, asked: Sequence[Asked]) ->
     """
     old = row.slots.length
     sink, window = (kv.to(torch.float32) for kv in (row.sink, row.window))
-    start = sink.length
-    rest, a = seen_by(reader, KV.cat((sink, held, window)), start, held.length, start + old, asked)
+    rest, a = _weights(reader, KV.cat((sink, held, window)), sink, held.length, old, asked)
     wanted, mass = a @ held.values, a.sum(-1, keepdim=True)
     size = held.values.square().mean((2, 3), keepdim=True).sqrt().clamp_min(1e-12)
     gram = a.mT @ a  # (L, H, N, N)
@@ -63,7 +62,7 @@ def match(reader: Reader, row: Row, held: KV, n: int, asked: Sequence[Asked]) ->
 
     beside = torch.cat([sink.values, window.values], dim=2)
     out = rest @ beside + wanted
-    rest, b = seen_by(reader, KV.cat((sink, kept, window)), start, n, start + n, asked)
+    rest, b = _weights(reader, KV.cat((sink, kept, window)), sink, n, n, asked)
     missing = b.mT @ (out - rest @ beside - b @ kept.values)
     gram = b.mT @ b
     drawn = torch.where(best < old, DRAWN * _mean(gram), 0.0)
@@ -120,23 +119,16 @@ def _columns(matrix: Tensor, index: Tensor) -> Tensor:
     return matrix.gather(3, index.unsqueeze(2).expand(-1, -1, matrix.shape[2], -1))
 
 
-def seen_by(
-    reader: Reader, kv: KV, start: int, count: int, memory: int, asked: Sequence[Asked]
+def _weights(
+    reader: Reader, kv: KV, sink: KV, count: int, memory: int, asked: Sequence[Asked]
 ) -> tuple[Tensor, Tensor]:
-    """Attention weights of all queries for ``count`` entries from ``start`` on, and before these for all others.
+    """Attention weights of all queries for sink and window, and for the ``count`` entries between: (L, H, q, N) each.
 
-    Args:
-        reader: the model.
-        kv: (L, H, N, D), position-free; every set of queries is placed behind it.
-        start, count: the entries that are told apart from the others.
-        memory: the first entries are sink and slots, which no sliding window drops.
-        asked: reference queries.
-
-    Returns:
-        (L, H, q, N - count) and (L, H, q, count), each query's times the root of what it counts.
+    The first ``memory`` entries behind the sink are slots, which no sliding window drops.
     """
+    start = sink.length
     parts = [
-        weights(reader, queries, kv.keys, memory=memory, start=kv.length).flatten(2, 3) * weight**0.5
+        weights(reader, queries, kv.keys, memory=start + memory, start=kv.length).flatten(2, 3) * weight**0.5
         for queries, weight in asked
     ]
     found = torch.cat(parts, dim=2).nan_to_num()  # a query that sees nothing of the memory asks nothing of it
