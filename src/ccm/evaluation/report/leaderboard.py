@@ -19,8 +19,8 @@ hand. `ccm methods` says what each memory is, and `ccm methods NAME` all of one.
 
 - **Share** is the recovered share with its 95 % interval, by bootstrap over items: 0 is no memory, 1 is full context.
   Few items leave wide intervals: where two of them overlap, the order says little.
-- **KV** is what a question reads, in keys and values, measured. A memory that needs more than the budget stands
-  below the others, with **more**.
+- **KV** is what a question reads, in keys and values, measured; of `packed` what it holds, which a question reads
+  unpacked. A memory that needs more than the budget stands below the others, with **more**.
 - **Fold** is the time to take in a segment. **First** is the time to the first token, over that of full context in
   the same run.
 - **\\*** marks the Pareto frontier: nothing with as few bytes is as good. It begins at no memory."""
