@@ -15,6 +15,7 @@ from ccm import Session, get_method
 from ccm.core.memory import Memory
 from ccm.errors import ConfigError, MismatchError
 from ccm.methods import Method
+from ccm.methods.accounting import most_nbytes
 from ccm.methods.base import METHODS
 from ccm.methods.bits.packed import Packed
 from ccm.methods.compressed import Compressed, Trained
@@ -73,7 +74,7 @@ def test_holds_what_it_says(method: Method) -> None:
             assert method.size(lengths) == (row.sink.length, row.slots.length, row.window.length)
         assert row.tokens + row.window.length == sum(lengths) or isinstance(method, Summary)
     if method.limit is not None:
-        assert memory.length <= method.limit
+        assert memory.length <= method.limit and memory.nbytes <= most_nbytes(memory, method)
         assert memory.length == method.limit or method.limit == 0 or method.name in ("ccm-merge", "gisting")
     elif not isinstance(method, Summary):
         assert sum(method.size(lengths * 2)) > memory.length

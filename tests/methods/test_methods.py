@@ -15,7 +15,7 @@ from ccm.core.compressor import Compressor
 from ccm.errors import ConfigError, UnknownNameError
 from ccm.evaluation.suites import parse_method
 from ccm.methods import Method, Run, register
-from ccm.methods.accounting import counters
+from ccm.methods.accounting import counters, most_nbytes
 from ccm.methods.base import METHODS
 from ccm.methods.references import NoContext
 
@@ -244,3 +244,14 @@ def test_reach_counts_tokens_that_have_an_entry_of_their_own(name, reach, full):
     assert (stats["reach"], stats["reach_when_full"]) == (reach, full)
     assert stats["tokens_merged"] == 40 - reach
     assert stats["segments_merged"] == (4 - bool(stats["window"]) if stats["tokens_merged"] else 0)
+
+
+def test_a_full_memory_of_a_16_bit_model_has_the_bytes_that_were_foretold() -> None:
+    """Its slots are fp32, so a chat said "1.4 MB of at most 1.2 MB"."""
+    small = model().to(torch.bfloat16)
+    method = get_method("attention-matching", slots=8, sink=2, window=6).bind(small, TOKENIZER)
+    memory = method.empty()
+    for segment in random_rows([[9] * 6])[0]:
+        memory = method.fold(memory, [segment])
+    assert memory.length == method.limit
+    assert memory.nbytes == most_nbytes(memory, method) > method.limit * method.reader.kv_bytes_per_token()

@@ -43,8 +43,10 @@ def limit(session: Session) -> int | None:
 
 def most(session: Session) -> str:
     """The bytes that the memory has at most; empty if it grows with what is said."""
-    entries = limit(session)
-    return "" if entries is None else decimal(entries * session.method.reader.kv_bytes_per_token())
+    from ..methods.accounting import most_nbytes
+
+    nbytes = most_nbytes(session.memory, session.method)
+    return "" if nbytes is None else decimal(nbytes)
 
 
 def budget(session: Session) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import torch
 from rich.filesize import decimal
 
 from ..core.memory import Memory
@@ -59,6 +60,19 @@ def counters(memory: Memory, method: Method) -> dict[str, int]:
         "nbytes": memory.nbytes,
         "full_context_nbytes": (row.pinned + row.seen) * method.reader.kv_bytes_per_token(),
     }
+
+
+def most_nbytes(memory: Memory, method: Method) -> int | None:
+    """Bytes that one conversation comes to at most, with what is pinned now; None: they grow with it.
+
+    Raw tokens are in the model's type; slots are fp32 or codes.
+    """
+    if method.limit is None:
+        return None
+    raw = min(method.sink + method.window, method.limit)
+    layers, heads, size = method.reader.kv_shape()
+    slot = 2 * layers * heads * (method.width(size) or size * torch.float32.itemsize)
+    return (raw + memory.rows[0].pinned) * method.reader.kv_bytes_per_token() + (method.limit - raw) * slot
 
 
 def say_losses(before: Memory, after: Memory, method: Method) -> None:
