@@ -103,7 +103,8 @@ class VllmEngine(FoldingEngine[_Answer]):
             raise ConfigError(
                 f"vLLM at {self.server.url} answers without the memory: start it with our connector (docs/scaling.md)"
             )
-        with self._staged(method.fold(method.empty(), [[0, 0]], answered=True)) as reference:
+        told = method.fold(method.empty(), [[0, 0]], answered=True)
+        with self._staged(method.recall(told)) as reference:
             if not answers(reference):
                 raise ConfigError(
                     f"vLLM at {self.server.url} cannot load a memory of this server: it must have the same model, "
