@@ -116,9 +116,8 @@ def draw(tables: Sequence[Table]) -> bytes:
         raise MissingPackageError(
             "figures need matplotlib: pip install 'compressed-context-memory[eval]'"
         ) from error
-    families = list(
-        dict.fromkeys(row.family for each in tables for row in each.rows if row.method not in ENDS)
-    )
+    # in the order of their names, so that a family keeps its colour from run to run
+    families = sorted({row.family for each in tables for row in each.rows if row.method not in ENDS})
     drawn: dict[str, Any] = {}
     with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(4.2 * len(tables) + 0.5, 4.4), layout="constrained")
@@ -143,7 +142,7 @@ def draw(tables: Sequence[Table]) -> bytes:
                 )  # fmt: skip
             axes.axvline(each.kv_bytes / 1e6, color="0.85", lw=1, zorder=0)
             worth = "" if each.kept else ": nothing to keep"
-            axes.set(title=f"{each.task}{worth}, n = {each.n}", xlabel="KV read (MB)", xlim=(-0.1, None))
+            axes.set(title=f"{each.task}{worth}, n = {each.n}", xlabel="KV (MB)", xlim=(-0.1, None))
             axes.set_ylabel("nats a token over no memory" if place == 1 else "")
             axes.axhline(0, color="0.85", lw=1, zorder=0)
         figure.legend(
