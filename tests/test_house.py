@@ -31,7 +31,7 @@ MAY = {
     "training": "errors hub core encoder_decoder decoding files chat models methods data planning evaluation",
     "evaluation": "errors registry core files chat models methods session data",
     "serving": "errors registry core files chat models methods session",
-    "bench": "__init__ errors core methods models serving",
+    "bench": "__init__ errors core decoding methods models serving",
     "cli": "errors registry core files chat models methods session comparison data planning training evaluation "
     "serving bench",
 }

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from passes import counted
 from tiny import saved_folder
 
 from ccm import cli
 from ccm.bench import contenders, page, run
 from ccm.bench.contenders import CONTENDERS, InMemory, Turn, history
-from ccm.bench.sizes import NAMES
+from ccm.bench.sizes import ANSWER, HEAD, NAMES, QUESTION
 from ccm.bench.worker import Commands
 
 TORCH = [name for name in NAMES if "llama" not in name]
@@ -51,6 +52,19 @@ def test_a_turn_goes_back_to_where_it_began(name, folder, small):
     if commands.about()["crowd"]:
         assert commands.answer(2)["tokens_per_second"] > 0
     assert commands.peak()["peak_bytes"] > 1e7
+
+
+@torch.inference_mode()
+def test_a_turn_is_that_of_a_session(folder, small):
+    """Answers are written by the step of decoding, and their first segment is not read a second time."""
+    commands = Commands(InMemory(folder, "default", 1))
+    commands.take(100)
+    reader = commands.contender.method.reader
+    with counted(reader) as passes:
+        commands.turn()
+    longest = commands.contender.method.longest
+    question, rest = QUESTION - longest, HEAD + ANSWER - 2 * longest
+    assert passes == [longest, question, HEAD, longest, rest]
 
 
 def test_what_a_full_cache_holds_is_the_history(folder, small):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from engine_contract import Heard, turn
+from passes import counted
 from tiny import TEMPLATE, scramble, tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 
@@ -17,7 +16,7 @@ from ccm.chat.answers import Answer
 from ccm.chat.messages import Message
 from ccm.core.compressor import Compressor, CompressorConfig
 from ccm.core.memory import Memory
-from ccm.core.reader import Known, Reader
+from ccm.core.reader import Known
 from ccm.methods import Method, as_method
 from ccm.methods.compressed import TOGETHER
 from ccm.serving.engine import Job, PaddedEngine, Sampling
@@ -66,23 +65,6 @@ def method_of(name: str, window: int, family: str = "llama", segment: int = 48) 
 def method(request: pytest.FixtureRequest) -> Method:
     name, window, family = request.param
     return method_of(name, window, family)
-
-
-@contextmanager
-def counted(reader: Reader) -> Iterator[list[int]]:
-    """Tokens of every pass of the model, all rows together."""
-    passes: list[int] = []
-
-    def count(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        given = [*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
-        rows, tokens = next(each for each in given if each is not None).shape[:2]
-        passes.append(rows * tokens)
-
-    hook = reader.body.register_forward_pre_hook(count, with_kwargs=True)
-    try:
-        yield passes
-    finally:
-        hook.remove()
 
 
 def close(a: Memory, b: Memory) -> None:

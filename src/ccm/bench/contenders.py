@@ -19,11 +19,15 @@ import torch
 from transformers import DynamicCache
 
 from ..core.memory import KV, Memory, Row
+from ..core.reader import Known
 from ..core.room import CACHE
 from ..core.twin import kv_shape
+from ..decoding import COPIES, decodes_from
 from ..errors import ConfigError
 from ..methods import Method, open_method
+from ..methods.base import segments_of
 from ..models.load import gguf_file, load_model
+from ..models.placement import AUTO
 from ..serving.engine import Engine, Job, Kept, PaddedEngine, Sampling
 from ..serving.engine.base import Event
 from ..serving.llama.layout import Layout, transposed_in
@@ -248,10 +252,13 @@ class InMemory(Contender):
 
     def __init__(self, model: str | None, llama: str, threads: int):
         super().__init__(model, llama, threads)
-        loaded, self.tokenizer = load_model(model)
+        loaded, self.tokenizer = load_model(model, decode_in=AUTO)  # as the commands do
         self.method = self._method(open_method(self.memory, loaded, self.tokenizer), llama)
         self.held: Memory = self.method.empty()
+        self.answered: tuple[int, ...] = ()
         self._parameters, self._vocabulary = _parameters(loaded), _vocabulary(loaded)
+        # decoding proves its step on the first tokens: these say something, random keys and values do not
+        self._written(self.held, self.tokenizer("Once upon a time, there was a")["input_ids"])
 
     def _method(self, method: Method, llama: str) -> Method:
         return method
@@ -271,28 +278,35 @@ class InMemory(Contender):
             steps=len(lengths) - len(newest),
             tokens=len(ids) - window,
         )
-        self.held = Memory((row,), self.method.fingerprint())
+        self.held, self.answered = Memory((row,), self.method.fingerprint()), ()
 
     def _random(self, entries: int) -> KV:
         layers, heads, size = self.method.reader.kv_shape()
         return KV(*(torch.randn(layers, heads, entries, size) for _ in range(2)))
 
-    def _folded(self, memory: Memory, ids: list[int], answered: bool = False) -> Memory:
-        longest = self.method.longest
-        for start in range(0, len(ids), longest):
-            last = start + longest >= len(ids)
-            memory = self.method.fold(memory, [ids[start : start + longest]], answered=answered and last)
-        return memory
+    def _folded(
+        self, memory: Memory, ids: Sequence[int], answered: bool = False, known: Known | None = None
+    ) -> Memory:
+        """As a session takes in a text, which is told of what was read already."""
+        segments = segments_of(ids, self.method.longest)
+        read = None if known is None else known.shared(memory, segments[0])
+        return self.method.take_in(memory, [segments], answered=[answered], read=[read])
+
+    def _written(
+        self, memory: Memory, head: list[int], streamer: _Streamer | None = None
+    ) -> tuple[tuple[int, ...], Known | None]:
+        """Head and greedy answer, and what was read to write it."""
+        options = {"max_new_tokens": ANSWER, "do_sample": False, "eos_token_id": None, "streamer": streamer}
+        out, kv = self.method.reader.write(head, self.method.recall(memory), **options)
+        ids = tuple(out[0].tolist())
+        return ids, None if kv is None else Known(memory, ids[: kv.length], kv)
 
     def turn(self, ids: list[int], head: list[int]) -> Turn:
         streamer = _Streamer(self.clock)
         began = self.clock()
         memory = self._folded(self.held, ids, answered=True)
-        recalled = self.method.recall(memory)
-        out = self.method.reader.generate(
-            [head], recalled, max_new_tokens=ANSWER, do_sample=False, eos_token_id=None, streamer=streamer
-        )
-        self._folded(memory, out[0].tolist())
+        written, known = self._written(memory, head, streamer)
+        self._folded(memory, written, known=known)
         ended = self.clock()
         return Turn.of(began, streamer.times[1:], ended)  # the first that it hears of is the prompt
 
@@ -318,14 +332,16 @@ class InMemory(Contender):
     def answer(self, count: int, ids: list[int], head: list[int]) -> float:
         import queue
 
-        longest, done = self.method.longest, queue.Queue[Event]()
-        parts = tuple(tuple(ids[i : i + longest]) for i in range(0, len(ids), longest))
+        done = queue.Queue[Event]()
+        if not self.answered:  # what all of them answer, as token ids that are remembered
+            self.answered, _ = self._written(self._folded(self.held, ids, answered=True), head)
+        kept = Kept(segments_of(self.answered, self.method.longest))
         job = Job(
             self.held,
-            parts,
+            segments_of(ids, self.method.longest),
             tuple(head),
             Sampling(max_tokens=ANSWER, temperature=0),
-            remember=lambda text: Kept(parts),  # an answer is about as long as a question
+            remember=lambda text: kept,
         )
         engine = self._engine(count)
         engine._ends = frozenset()  # so that all answers are of one length
@@ -351,7 +367,8 @@ class InMemory(Contender):
 
     @property
     def weight_bytes(self) -> int:
-        return self.parameters * self.method.reader.model.dtype.itemsize
+        model = self.method.reader.model
+        return self.parameters * COPIES.get(decodes_from(model) or "", model.dtype.itemsize)
 
     @property
     def parameters(self) -> int:

@@ -20,8 +20,9 @@ seconds are those of the processor, and what it did for others does not count. A
 values of the size that it leaves are put in place. Figures are medians; small numbers are
 the least and the most.
 
-- **ccm**: the default memory on transformers. **ccm in llama.cpp**: the same memory, read, folded and answered in
-  llama.cpp ([how](llama.md)).
+- **ccm**: the default memory on transformers, whose answers are read from a float16 copy of the weights, as
+  `ccm chat` and `ccm serve` do. **ccm in llama.cpp**: the same memory, read, folded and answered in llama.cpp
+  ([how](llama.md)).
 - **llama.cpp**: the same file with its keys and values kept. **full cache**: transformers with its cache kept.
 - **streaming-llm**: sink and window of as many entries as the memory has. **window**: the newest as many tokens, read
   anew in every turn. **resend**: the whole history, read anew in every turn."""
@@ -37,9 +38,9 @@ _PARTS = """\
 `decode`, behind {among:,} tokens, and `prefill` have the share that they reach of what the machine could do at
 most: the bytes of weights, keys and values that one token reads, over the measured bandwidth; two operations per
 weight and token, over the measured rate in float32. Weights in fewer bits than that may reach more than all of the
-second. `fold` takes 200 tokens into a full memory and stands beside a prefill of the same tokens. `restore` goes
-from the bytes of a memory to the first token behind it. Peak memory is that of the whole process, with the
-libraries and whatever else was measured in it."""
+second. `fold` takes 200 tokens into a full memory and stands beside a prefill of the same tokens behind nothing.
+`restore` goes from the bytes of a memory to the first token behind it. Peak memory is that of the whole process, with
+the libraries and whatever else was measured in it."""
 
 _MANY = """\
 ## Many at once

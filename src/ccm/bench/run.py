@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 #: What a quick run measures, and a whole one.
 HISTORIES = {True: (250, 1_000), False: (250, 1_000, 4_000, 16_000, 100_000)}
 CROWDS = {True: (1, 4), False: (1, 4, 16, 32)}
-REPEATS = {True: 2, False: 5}
+REPEATS = {True: 2, False: 3}
 #: History at which folds, restores and many at once are measured: the memory is full by then.
 AMONG = {True: 1_000, False: 4_000}
 #: Contenders that need llama-cpp-python.
@@ -122,9 +122,10 @@ def bench(
         for name in names:
             tell(f"{name}: loading")
             workers.append(stack.enter_context(working(name, model, llama, threads)))
-        limits = workers[0].do("limits")
+        found = []
         rows = {worker.name: {**worker.about, "turns": {}, "many": {}} for worker in workers}
         for tokens in HISTORIES[quick]:
+            found.append(workers[0].do("limits"))  # again and again: they move with the load as well
             able = [worker for worker in workers if worker.about["reach"] >= tokens]
             _turns(able, tokens, REPEATS[quick], rows, tell)
             if tokens == AMONG[quick]:
@@ -132,6 +133,7 @@ def bench(
                 _many(able, CROWDS[quick], REPEATS[quick], rows, tell)
         for worker in workers:
             rows[worker.name].update(worker.do("peak"))
+    limits = {name: statistics.median(each[name] for each in found) for name in found[0]}
     loads = [round(began, 2), round(os.getloadavg()[0], 2)]
     return {
         "task": "a turn of 24 tokens in and 32 out, and what it is made of",
@@ -188,7 +190,7 @@ def _many(
     for count in counts:
         tell(f"{count} at once")
         able = [worker for worker in workers if worker.about["crowd"] >= count]
-        for name, found in _interleaved(able, min(repeats, 3), "answer", count=count).items():
+        for name, found in _interleaved(able, min(repeats, 2), "answer", count=count).items():
             rows[name]["many"][str(count)] = found["tokens_per_second"]
 
 

@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.2}
 #: The same for copies of the weights.
 ROUNDED = {"float16": 0.05, "int8": 3.0}
+#: Bytes that a copy takes for each weight.
+COPIES = {"float16": 2, "int8": 1}
 #: Where "auto" makes a copy: of models with at most so many weights, which takes two bytes for each.
 SMALL = 1_000_000_000
 _MARK = "_ccm_decoder"
@@ -129,8 +131,8 @@ def _call(kwargs: Mapping[str, Any]) -> _Call | None:
     return _Call(ids, position, valid, plan, cache)
 
 
-def _weights(model: PreTrainedModel) -> str | None:
-    """From which weights a model decodes."""
+def decodes_from(model: PreTrainedModel) -> str | None:
+    """The copy of its weights that a model decodes from; None: the weights themselves."""
     wanted: str = getattr(model, "ccm_decode_in", OWN)
     if wanted != AUTO:
         return None if wanted == OWN else wanted
@@ -144,7 +146,7 @@ def _proved(model: PreTrainedModel, call: _Call, kwargs: Mapping[str, Any]) -> S
     A tiny model of its config shows that it is written out right, with padding, memories and windows; the model
     itself that its weights are.
     """
-    weights = _weights(model)
+    weights = decodes_from(model)
     try:
         step = Step(model, weights)
         _check(_tried(model), TOLERANCE[torch.float32])
