@@ -20,13 +20,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, final
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..core.memory import KV, Memory, Row
+from ..core.onward import Turn
 from ..core.reader import Ids, Reader
 from ..core.window import joined, without
 from ..errors import ConfigError, MemoryFileError, UnsupportedModelError
@@ -39,6 +40,27 @@ LONGEST = 128
 METHODS: dict[str, type[Method]] = {}
 _M = TypeVar("_M", bound="type[Method]")
 _Self = TypeVar("_Self", bound="Method")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One segment of each of B conversations, as :meth:`Method.folded` gets it.
+
+    Attributes:
+        ids, mask: (B, T) token ids, and false on padding at either side.
+        window: raw tokens that may stay; more than the method's own when the segment is answered next.
+        read: what is known of it, as of :meth:`Method.fold`.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    window: int
+    read: Sequence[KV | None] = ()
+
+    @property
+    def texts(self) -> list[list[int]]:
+        """The token ids of every row, without padding."""
+        return texts(self.ids, self.mask)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,6 +246,7 @@ class Method:
         """The memory of ``batch`` conversations before anything was said."""
         return replace(self.reader.empty(batch), fingerprint=self.fingerprint())
 
+    @final
     @torch.no_grad()
     def fold(
         self,
@@ -234,7 +257,7 @@ class Method:
         answered: bool = False,
         read: Sequence[KV | None] = (),
     ) -> Memory:
-        """Take in one segment per row: Mem(t) from Mem(t-1) and c(t).
+        """Take in one segment per row: Mem(t) from Mem(t-1) and c(t). A method says how by :meth:`folded`.
 
         Args:
             memory: of B conversations.
@@ -249,41 +272,13 @@ class Method:
             ConfigError: an empty segment, or one that does not fit the model's context beside the memory.
             MismatchError: the memory was made by another model or method.
         """
-        self.check(memory)
-        held = self.recall(memory)
-        found = (
-            self.reader.watch(ids, held, mask, self.queries)
-            if self.queries
-            else [(text, None) for text in self._texts(ids, held, mask, read)]
-        )
-        told = map(self.heard, memory.rows, texts(ids, mask))
-        rows = [joined(row, text, text.length) for row, (text, _) in zip(told, found, strict=True)]
-        room = self.longest if answered else 0
-        return replace(memory, rows=self.settled(rows, [asked for _, asked in found], room))
+        window = self.window + (self.longest if answered else 0)
+        segment = Segment(*self.reader.tokens(ids, mask), window, read)
+        self.check(memory, len(segment.ids))
+        return self.folded(memory, segment)
 
-    def heard(self, row: Row, ids: Sequence[int]) -> Row:
-        """The row before new text joins it; a method that needs the words puts their ids into its notes."""
-        return row
-
-    def _texts(self, ids: Ids, held: Memory, mask: Tensor | None, read: Sequence[KV | None]) -> list[KV]:
-        """Position-free keys and values (L, H, T, D) of the text of every row; what is known is not read again."""
-        if not any(read):
-            return self.reader.read(ids, held, mask)
-        known = [
-            row.window.slice(0, 0) if kv is None else kv for row, kv in zip(held.rows, read, strict=True)
-        ]
-        rests = [text[kv.length :] for text, kv in zip(texts(ids, mask), known, strict=True)]
-        if left := [r for r, rest in enumerate(rests) if rest]:
-            rows = (held.rows[r] for r in left)
-            behind = (
-                replace(row, window=KV.cat([row.window, known[r]])) for r, row in zip(left, rows, strict=True)
-            )
-            rest, shown = left_padded([rests[r] for r in left], self.reader.model.device)
-            new = self.reader.read(rest, replace(held, rows=tuple(behind)), shown)
-            for r, kv in zip(left, new, strict=True):
-                known[r] = KV.cat([known[r], kv])
-        return known
-
+    @final
+    @torch.no_grad()
     def take_in(
         self,
         memory: Memory,
@@ -302,19 +297,63 @@ class Method:
 
         Raises: as :meth:`fold`.
         """
+        self.check(memory, len(segments))
+        turns = []
+        for r, own in enumerate(segments):
+            last = self.window + (self.longest if answered and answered[r] else 0)
+            turns.append(Turn(own, [*[self.window] * (len(own) - 1), last], read[r] if read else None))
+        return self.taken_in(memory, turns)
+
+    def folded(self, memory: Memory, segment: Segment) -> Memory:
+        """The memory behind one segment per row. Here new text joins the window, and what no longer fits leaves it."""
+        held = self.recall(memory)
+        found = (
+            self.reader.watch(segment.ids, held, segment.mask, self.queries)
+            if self.queries
+            else [(text, None) for text in self._texts(held, segment)]
+        )
+        told = map(self.heard, memory.rows, segment.texts)
+        rows = [joined(row, text, text.length) for row, (text, _) in zip(told, found, strict=True)]
+        return replace(memory, rows=self.settled(rows, [asked for _, asked in found], segment.window))
+
+    def taken_in(self, memory: Memory, turns: Sequence[Turn]) -> Memory:
+        """The memory behind several segments per row: :meth:`folded` one by one, if a method has no shorter way."""
         rows = list(memory.rows)
-        for k in range(max(map(len, segments))):
-            ends = [k + 1 == len(own) and r < len(answered) and answered[r] for r, own in enumerate(segments)]
-            for last in (False, True):
-                some = [r for r, own in enumerate(segments) if k < len(own) and ends[r] == last]
-                if some:
-                    ids, mask = left_padded([segments[r][k] for r in some], self.reader.model.device)
-                    known = [read[r] for r in some] if read and k == 0 else ()
-                    before = replace(memory, rows=tuple(rows[r] for r in some))
-                    after = self.fold(before, ids, mask, answered=last, read=known)
-                    for r, row in zip(some, after.rows, strict=True):
-                        rows[r] = row
+        for k in range(max(len(turn.segments) for turn in turns)):
+            going = [r for r, turn in enumerate(turns) if k < len(turn.segments)]
+            for window in sorted({turns[r].windows[k] for r in going}):
+                some = [r for r in going if turns[r].windows[k] == window]
+                text = left_padded([turns[r].segments[k] for r in some], self.reader.model.device)
+                read = [turns[r].read for r in some] if k == 0 else ()
+                before = replace(memory, rows=tuple(rows[r] for r in some))
+                after = self.folded(before, Segment(*self.reader.tokens(*text), window, read))
+                for r, row in zip(some, after.rows, strict=True):
+                    rows[r] = row
         return replace(memory, rows=tuple(rows))
+
+    def heard(self, row: Row, ids: Sequence[int]) -> Row:
+        """The row before new text joins it; a method that needs the words puts their ids into its notes."""
+        return row
+
+    def _texts(self, held: Memory, segment: Segment) -> list[KV]:
+        """Position-free keys and values (L, H, T, D) of the text of every row; what is known is not read again."""
+        if not any(segment.read):
+            return self.reader.read(segment.ids, held, segment.mask)
+        known = [
+            row.window.slice(0, 0) if kv is None else kv
+            for row, kv in zip(held.rows, segment.read, strict=True)
+        ]
+        rests = [text[kv.length :] for text, kv in zip(segment.texts, known, strict=True)]
+        if left := [r for r, rest in enumerate(rests) if rest]:
+            rows = (held.rows[r] for r in left)
+            behind = (
+                replace(row, window=KV.cat([row.window, known[r]])) for r, row in zip(left, rows, strict=True)
+            )
+            rest, shown = left_padded([rests[r] for r in left], self.reader.model.device)
+            new = self.reader.read(rest, replace(held, rows=tuple(behind)), shown)
+            for r, kv in zip(left, new, strict=True):
+                known[r] = KV.cat([known[r], kv])
+        return known
 
     def portion(self, held: int, segments: Sequence[Sequence[int]]) -> int:
         """How many of the first segments :meth:`take_in` takes in with one call of the model.
@@ -325,18 +364,15 @@ class Method:
         """
         return 1
 
-    def settled(
-        self, rows: Sequence[Row], queries: Sequence[Tensor | None], room: int = 0
-    ) -> tuple[Row, ...]:
-        """The rows when all that does not fit the window, and ``room`` tokens more, has left it.
+    def settled(self, rows: Sequence[Row], queries: Sequence[Tensor | None], window: int) -> tuple[Row, ...]:
+        """The rows when all that does not fit a window of so many tokens has left it.
 
         Args:
             rows: of B conversations.
             queries: of each row (L, Hq, w, D), as :meth:`keep` gets them.
-            room: tokens that the window may have beyond its own.
+            window: raw tokens that may stay.
         """
         rows = list(rows)
-        window = self.window + room
         while full := [r for r, row in enumerate(rows) if row.window.length > window]:
             counts = [self._leaving(rows[r], window) for r in full]
             leaving = [rows[r].window.slice(0, count) for r, count in zip(full, counts, strict=True)]
@@ -519,7 +555,7 @@ def register(*names: str) -> Callable[[_M], _M]:
             if (other := METHODS.get(name, method).__module__) != method.__module__:
                 raise ConfigError(f"a method {name!r} is registered already, by {other}: take another name")
         if all(
-            getattr(method, hook) is getattr(Method, hook) for hook in ("fold", "settled", "kept", "keep")
+            getattr(method, hook) is getattr(Method, hook) for hook in ("folded", "settled", "kept", "keep")
         ):
             raise ConfigError(
                 f"method {names[0]!r} does not say what becomes of text that leaves its window: give it a 'keep'"
@@ -583,7 +619,7 @@ class Run:
             ConfigError: the method has no window of tokens that could be resized.
         """
         self.method = self.method.of_entries(entries)
-        rows = self.method.settled(self.held.rows, [None] * len(self.held))
+        rows = self.method.settled(self.held.rows, [None] * len(self.held), self.method.window)
         self.held = replace(self.held, rows=rows)
 
     @property

@@ -8,17 +8,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..core.compressor import Compressor
 from ..core.folding import counted
-from ..core.memory import KV, Memory, Row
+from ..core.memory import Memory, Row
 from ..core.onward import Turn
-from ..core.reader import Ids, Reader
+from ..core.reader import Reader
 from ..core.window import overflow
 from ..errors import ConfigError
-from .base import Method, register
+from .base import Method, Segment, register
 from .parts import Part, behind
 
 #: Tokens of several segments that are taken in together: from here on a pass is no cheaper for a token.
@@ -133,36 +132,15 @@ class Trained(Method):
     def sizes(self) -> dict[str, int]:
         return {"slots": self.slots or 0, **super().sizes()}
 
-    def fold(
-        self,
-        memory: Memory,
-        ids: Ids,
-        mask: Tensor | None = None,
-        *,
-        answered: bool = False,
-        read: Sequence[KV | None] = (),
-    ) -> Memory:
+    def folded(self, memory: Memory, segment: Segment) -> Memory:
         # what has slots only folds a question at once
-        window = self.window + (self.longest if answered and self.made_by.kind == "ccm" else 0)
-        return self.reader.compress(ids, memory, mask, slots=self.slots, sink=self.sink, window=window)
+        window = segment.window if self.made_by.kind == "ccm" else 0
+        sizes = {"slots": self.slots, "sink": self.sink, "window": window}
+        return self.reader.compress(segment.ids, memory, segment.mask, **sizes)
 
-    def take_in(
-        self,
-        memory: Memory,
-        segments: Sequence[Sequence[Sequence[int]]],
-        *,
-        answered: Sequence[bool] = (),
-        read: Sequence[KV | None] = (),
-    ) -> Memory:
-        if not self._together:
-            return super().take_in(memory, segments, answered=answered, read=read)
-        turns = []
-        for r, own in enumerate(segments):
-            windows = [self.window] * len(own)
-            windows[-1] += self.longest if answered and answered[r] else 0
-            turns.append(Turn(own, windows, read[r] if read else None))
-        if _folds_once(memory, turns):
-            return super().take_in(memory, segments, answered=answered)
+    def taken_in(self, memory: Memory, turns: Sequence[Turn]) -> Memory:
+        if not self._together or _folds_once(memory, turns):
+            return super().taken_in(memory, turns)
         return self.reader.take_in(memory, turns, slots=self.slots, sink=self.sink)
 
     @property

@@ -12,13 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from torch import Tensor
-
-from ...core.memory import KV, Memory
+from ...core.memory import Memory
 from ...core.reader import Ids
 from ...core.segments import Layout
 from ...errors import ConfigError
-from ..base import register, texts
+from ..base import Segment, register
 from ..compressed import Trained
 from .gisting_online import Alone
 from .recurrent import Baseline
@@ -56,19 +54,9 @@ class Gisting(Trained):
     made_by: ClassVar[type[Baseline]] = Whole
     verbatim: ClassVar[bool] = True
 
-    def fold(
-        self,
-        memory: Memory,
-        ids: Ids,
-        mask: Tensor | None = None,
-        *,
-        answered: bool = False,
-        read: Sequence[KV | None] = (),
-    ) -> Memory:
+    def folded(self, memory: Memory, segment: Segment) -> Memory:
         rows = []
-        for row, text in zip(memory.rows, texts(ids, mask), strict=True):
-            if not text:
-                raise ConfigError("got an empty segment; give at least one token")
+        for row, text in zip(memory.rows, segment.texts, strict=True):
             history = (*row.notes, *text)
             before = replace(memory, rows=(row.bare,))
             (made,) = self.reader.compress([history], before, slots=self.slots).rows

@@ -22,7 +22,7 @@ from ...core.memory import KV, Memory, Row
 from ...core.reader import Ids, Reader
 from ...errors import ConfigError, MemoryFileError
 from ...files.fingerprint import mismatch
-from ..base import Method, register
+from ..base import Method, Segment, register
 from ..parts import Part
 from ..spec import Spec
 from .codes import HALF, get_code
@@ -139,23 +139,12 @@ class Packed(Method):
     def empty(self, batch: int = 1) -> Memory:
         return self.coded(self.inner.empty(batch))
 
-    def fold(
-        self,
-        memory: Memory,
-        ids: Ids,
-        mask: Tensor | None = None,
-        *,
-        answered: bool = False,
-        read: Sequence[KV | None] = (),
-    ) -> Memory:
-        self.check(memory)
-        return self.coded(self.inner.fold(self.expanded(memory), ids, mask, answered=answered, read=read))
+    def folded(self, memory: Memory, segment: Segment) -> Memory:
+        return self.coded(self.inner.folded(self.expanded(memory), segment))
 
-    def settled(
-        self, rows: Sequence[Row], queries: Sequence[Tensor | None], room: int = 0
-    ) -> tuple[Row, ...]:
+    def settled(self, rows: Sequence[Row], queries: Sequence[Tensor | None], window: int) -> tuple[Row, ...]:
         before = self.expanded(Memory(tuple(rows), self.fingerprint()))
-        return self.coded(replace(before, rows=self.inner.settled(before.rows, queries, room))).rows
+        return self.coded(replace(before, rows=self.inner.settled(before.rows, queries, window))).rows
 
     def recall(self, memory: Memory, ids: Ids | None = None) -> Memory:
         return self.inner.recall(self.expanded(memory), ids)

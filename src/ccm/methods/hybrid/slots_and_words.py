@@ -14,12 +14,13 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+
 
 from ...core.memory import KV, Memory, Row
+from ...core.onward import Turn
 from ...core.reader import Ids
 from ...core.window import overflow
-from ..base import Method, register, texts
+from ..base import Method, Segment, register, texts
 from ..compressed import Compressed
 from ..inside import attended
 from ..parts import Part, behind
@@ -53,28 +54,13 @@ class SlotsAndWords(Compressed):
 
     # ------------------------------------------------------------------ write
 
-    def fold(
-        self,
-        memory: Memory,
-        ids: Ids,
-        mask: Tensor | None = None,
-        *,
-        answered: bool = False,
-        read: Sequence[KV | None] = (),
-    ) -> Memory:
-        after = super().fold(_learned(memory), ids, mask, answered=answered, read=read)
-        return self._noted(memory, after, [[text] for text in texts(ids, mask)])
+    def folded(self, memory: Memory, segment: Segment) -> Memory:
+        after = super().folded(_learned(memory), segment)
+        return self._noted(memory, after, [[text] for text in segment.texts])
 
-    def take_in(
-        self,
-        memory: Memory,
-        segments: Sequence[Sequence[Sequence[int]]],
-        *,
-        answered: Sequence[bool] = (),
-        read: Sequence[KV | None] = (),
-    ) -> Memory:
-        after = super().take_in(_learned(memory), segments, answered=answered, read=read)
-        return self._noted(memory, after, segments)
+    def taken_in(self, memory: Memory, turns: Sequence[Turn]) -> Memory:
+        after = super().taken_in(_learned(memory), turns)
+        return self._noted(memory, after, [turn.segments for turn in turns])
 
     def _noted(self, before: Memory, after: Memory, segments: Sequence[Sequence[Sequence[int]]]) -> Memory:
         """The memory with its notes and words; itself if a fold has done it already."""

@@ -7,15 +7,11 @@ scores, which an engine would have to know.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from torch import Tensor
-
-from ...core.memory import KV, Memory
-from ...core.reader import Ids
+from ...core.memory import Memory
 from ...core.window import joined
-from ..base import register
+from ..base import Segment, register
 from ..references import FullContext
 
 
@@ -32,18 +28,9 @@ class APE(FullContext):
 
     sink: int = 4
 
-    def fold(
-        self,
-        memory: Memory,
-        ids: Ids,
-        mask: Tensor | None = None,
-        *,
-        answered: bool = False,
-        read: Sequence[KV | None] = (),
-    ) -> Memory:
-        self.check(memory)
+    def folded(self, memory: Memory, segment: Segment) -> Memory:
         first = [row.window.slice(0, self.sink) for row in memory.rows]
         alone = (replace(row, window=kv) for row, kv in zip(memory.rows, first, strict=True))
-        texts = self.reader.read(ids, replace(memory, rows=tuple(alone)), mask)
+        texts = self.reader.read(segment.ids, replace(memory, rows=tuple(alone)), segment.mask)
         rows = (joined(row, text, text.length) for row, text in zip(memory.rows, texts, strict=True))
         return replace(memory, rows=tuple(rows))

@@ -46,10 +46,8 @@ class Retrieve(FullContext):
         super().__post_init__()
         self._at_least(block=1, tokens=self.block)
 
-    def settled(
-        self, rows: Sequence[Row], queries: Sequence[Tensor | None], room: int = 0
-    ) -> tuple[Row, ...]:
-        return tuple(map(self._noted, super().settled(rows, queries, room), queries))
+    def settled(self, rows: Sequence[Row], queries: Sequence[Tensor | None], window: int) -> tuple[Row, ...]:
+        return tuple(map(self._noted, super().settled(rows, queries, window), queries))
 
     def recall(self, memory: Memory, ids: Ids | None = None) -> Memory:
         rows = memory.rows

@@ -30,10 +30,8 @@ class KVzip(Evict):
     def heard(self, row: Row, ids: Sequence[int]) -> Row:
         return replace(row, notes=(*row.notes, *ids))
 
-    def settled(
-        self, rows: Sequence[Row], queries: Sequence[Tensor | None], room: int = 0
-    ) -> tuple[Row, ...]:
-        left = super().settled(rows, queries, room)
+    def settled(self, rows: Sequence[Row], queries: Sequence[Tensor | None], window: int) -> tuple[Row, ...]:
+        left = super().settled(rows, queries, window)
         return tuple(replace(row, notes=row.notes[len(row.notes) - row.window.length :]) for row in left)
 
     def score(self, row: Row, held: KV, queries: Tensor | None) -> Tensor:

@@ -10,17 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...chat.messages import Message
 from ...chat.template import template_of
 from ...chat.turns import render
-from ...core.memory import KV, Memory, Row
-from ...core.reader import Ids, Reader
+from ...core.memory import Memory, Row
+from ...core.reader import Reader
 from ...core.window import joined
 from ...errors import ConfigError
-from ..base import Method, register, texts
+from ..base import Method, Segment, register
 from ..parts import RAW, Part, behind, pinned
 
 #: Who says the summary, and how it begins.
@@ -63,17 +62,8 @@ class Summary(Method):
         render(tokenizer, ROLE, OPENING)  # says so if the template has no such role
         return super().bind(model, tokenizer)
 
-    def fold(
-        self,
-        memory: Memory,
-        ids: Ids,
-        mask: Tensor | None = None,
-        *,
-        answered: bool = False,
-        read: Sequence[KV | None] = (),
-    ) -> Memory:
-        self.check(memory)
-        rows = [self._told(row, text) for row, text in zip(memory.rows, texts(ids, mask), strict=True)]
+    def folded(self, memory: Memory, segment: Segment) -> Memory:
+        rows = map(self._told, memory.rows, segment.texts)
         return replace(memory, rows=tuple(rows))
 
     def parts(self, row: Row, lengths: Sequence[int] = ()) -> list[Part]:
@@ -92,8 +82,6 @@ class Summary(Method):
         return min(self.every * self.longest, self.reader.context)
 
     def _told(self, row: Row, text: list[int]) -> Row:
-        if not text:
-            raise ConfigError("got an empty segment; give at least one token")
         length, notes = (row.notes[0], row.notes[1:]) if row.notes else (0, ())
         summary, recent = notes[:length], notes[length:]
         segments = row.segments[1:] if length else row.segments

@@ -46,10 +46,8 @@ class Told(Method):
     def heard(self, row: Row, ids: Sequence[int]) -> Row:
         return replace(row, notes=(*row.notes, *ids))
 
-    def settled(
-        self, rows: Sequence[Row], queries: Sequence[Tensor | None], room: int = 0
-    ) -> tuple[Row, ...]:
-        return tuple(self._settled(row, row.window.length - self.window - room) for row in rows)
+    def settled(self, rows: Sequence[Row], queries: Sequence[Tensor | None], window: int) -> tuple[Row, ...]:
+        return tuple(self._settled(row, row.window.length - window) for row in rows)
 
     def _settled(self, row: Row, over: int) -> Row:
         if over <= 0:
