@@ -84,12 +84,9 @@ class Method:
     plain: ClassVar[bool] = True
     #: The option that is the most entries between sink and window; "" if they grow with the text.
     most: ClassVar[str] = ""
-    #: Whether the model writes text for it, which takes seconds.
-    writes: ClassVar[bool] = False
-    #: Whether it keeps the text itself, as token ids; a method with a :meth:`heard` of its own need not say so.
-    verbatim: ClassVar[bool] = False
-    #: Whether every fold goes back through the model, which takes seconds to minutes.
-    learns: ClassVar[bool] = False
+    #: What it needs beside keys, values and queries: "adapter", "gradient", "words", "writing"
+    #: (:data:`ccm.methods.catalogue.ASKS`). With "words" the ids of new text join the row's notes.
+    asks: ClassVar[tuple[str, ...]] = ()
     #: A package that it needs and that comes with no extra.
     package: ClassVar[str] = ""
     #: What slots are of the text between sink and window (:attr:`ccm.methods.parts.Part.how`).
@@ -332,8 +329,8 @@ class Method:
         return replace(memory, rows=tuple(rows))
 
     def heard(self, row: Row, ids: Sequence[int]) -> Row:
-        """The row before new text joins it; a method that needs the words puts their ids into its notes."""
-        return row
+        """The row before new text joins it: with the ids in its notes, if the method asks for words."""
+        return replace(row, notes=(*row.notes, *ids)) if "words" in self.asks else row
 
     def _texts(self, held: Memory, segment: Segment) -> list[KV]:
         """Position-free keys and values (L, H, T, D) of the text of every row; what is known is not read again."""

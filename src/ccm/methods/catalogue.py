@@ -15,8 +15,6 @@ from typing import Any
 
 from ..errors import CCMError
 from .base import METHODS, Method
-from .compressed import Trained
-from .references import FullContext
 from .spec import list_methods, method_class
 
 #: What the slots of a method are (:attr:`ccm.methods.base.Method.made`), in a sentence each.
@@ -117,7 +115,7 @@ class Entry:
         keeps: what it keeps, in a few words.
         slots: what its slots are, a key of :data:`SLOTS`.
         trained: whether it needs an adapter that was trained for the model.
-        asks: what it needs beside keys and values: "adapter", "queries", "words", "writing".
+        asks: what it needs beside keys and values, keys of :data:`ASKS`.
         about: the whole of its docstring, without its options.
         paper: who described it; "" if there is none.
         link: to the paper; "" if none is known.
@@ -181,8 +179,8 @@ def entry(method: type[Method]) -> Entry:
         family=_family(method),
         keeps=_keeps(doc),
         slots=method.made,
-        trained=issubclass(method, Trained),
-        asks=tuple(_asks(method)),
+        trained="adapter" in method.asks,
+        asks=method.asks or (("queries",) if method.queries else ()),
         about=doc,
         paper=paper,
         link=link,
@@ -195,19 +193,6 @@ def _family(method: type[Method]) -> Family:
     if house != __package__.partition(".")[0]:
         return ELSEWHERE
     return next((f for f in FAMILIES if place.partition(".")[0] in f.modules), ELSEWHERE)
-
-
-def _asks(method: type[Method]) -> Iterable[str]:
-    if issubclass(method, Trained):
-        yield "adapter"
-    if method.learns:
-        yield "gradient"
-    elif method.queries:
-        yield "queries"
-    if method.writes:
-        yield "writing"
-    elif method.verbatim or method.heard not in (Method.heard, FullContext.heard):
-        yield "words"
 
 
 def _keeps(doc: str) -> str:

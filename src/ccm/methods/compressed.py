@@ -38,6 +38,7 @@ class Trained(Method):
 
     made_by: ClassVar[type[Compressor]] = Compressor
     whole: ClassVar[bool] = True
+    asks: ClassVar[tuple[str, ...]] = ("adapter",)
     made: ClassVar[str] = "folded"
     adapter: str = ""
     slots: int | None = None

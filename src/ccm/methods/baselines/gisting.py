@@ -52,7 +52,7 @@ class Gisting(Trained):
     """
 
     made_by: ClassVar[type[Baseline]] = Whole
-    verbatim: ClassVar[bool] = True
+    asks: ClassVar[tuple[str, ...]] = ("adapter", "words")
 
     def folded(self, memory: Memory, segment: Segment) -> Memory:
         rows = []

@@ -43,7 +43,7 @@ class SlotsAndWords(Compressed):
         words: tokens of old text that are read for every segment that has slots.
     """
 
-    verbatim: ClassVar[bool] = True
+    asks: ClassVar[tuple[str, ...]] = ("adapter", "words")
     adapter: str = "ccm-chat"
     slots: int | None = 2
     words: int = 2

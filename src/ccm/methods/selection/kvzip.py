@@ -25,10 +25,8 @@ from .evict import Evict
 class KVzip(Evict):
     """What is needed to repeat the text (Kim et al., NeurIPS 2025, arXiv 2505.23416)."""
 
+    asks: ClassVar[tuple[str, ...]] = ("words",)
     REQUEST: ClassVar[str] = "\n\nRepeat the previous context exactly.\n\n"
-
-    def heard(self, row: Row, ids: Sequence[int]) -> Row:
-        return replace(row, notes=(*row.notes, *ids))
 
     def settled(self, rows: Sequence[Row], queries: Sequence[Tensor | None], window: int) -> tuple[Row, ...]:
         left = super().settled(rows, queries, window)

@@ -50,7 +50,7 @@ class Cartridge(AttentionMatching):
         study: tokens of what left earlier that are recited too.
     """
 
-    learns: ClassVar[bool] = True
+    asks: ClassVar[tuple[str, ...]] = ("gradient", "words")
     made: ClassVar[str] = "learned"
     steps: int = 8
     rate: float = 0.05
@@ -61,9 +61,6 @@ class Cartridge(AttentionMatching):
         self._at_least(steps=0, study=0)
         if not 0 < self.rate < float("inf"):
             raise ConfigError(f"method {self.name}: rate is {self.rate}, expected a number above 0")
-
-    def heard(self, row: Row, ids: Sequence[int]) -> Row:
-        return replace(row, notes=(*row.notes, *ids))
 
     def keep(self, row: Row, leaving: KV, queries: Tensor | None) -> KV:
         slots = super().keep(row, leaving, queries)

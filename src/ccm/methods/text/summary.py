@@ -44,7 +44,7 @@ class Summary(Method):
         every: segments that are kept raw until they go into the summary together.
     """
 
-    writes: ClassVar[bool] = True
+    asks: ClassVar[tuple[str, ...]] = ("writing",)
     made: ClassVar[str] = "written"
     max_tokens: int = 64
     every: int = 4

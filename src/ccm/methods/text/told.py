@@ -24,6 +24,7 @@ class Told(Method):
         tokens: that stay.
     """
 
+    asks: ClassVar[tuple[str, ...]] = ("words",)
     made: ClassVar[str] = "retold"
     most: ClassVar[str] = "tokens"
     window: int = 64
@@ -42,9 +43,6 @@ class Told(Method):
             sink: what they are read behind.
         """
         raise NotImplementedError
-
-    def heard(self, row: Row, ids: Sequence[int]) -> Row:
-        return replace(row, notes=(*row.notes, *ids))
 
     def settled(self, rows: Sequence[Row], queries: Sequence[Tensor | None], window: int) -> tuple[Row, ...]:
         return tuple(self._settled(row, row.window.length - window) for row in rows)
