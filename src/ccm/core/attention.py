@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .blocks import TOGETHER, Blocks, cut
 from .devices import moved
 from .rotary import Rotary, Tables, rotate, unrotate
-from .rules import Rule
+from .rule import Rule
 from .segments import Layout
 from .visibility import parallel_mask, within_window
 

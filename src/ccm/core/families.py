@@ -23,8 +23,9 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from ..errors import ConfigError, UnsupportedModelError
-from . import rotary, trial, twin
-from .rotary import WAYS, Tables, Way, rotate, unrotate
+from . import trial, twin
+from .rotary import Tables, rotate, unrotate
+from .ways import WAYS, Way, find, per_layer
 
 log = logging.getLogger(__name__)
 
@@ -173,8 +174,8 @@ def _rotation(
     body: nn.Module, config: Any, here: Sequence[_Call], there: Sequence[_Call]
 ) -> tuple[Way, tuple[bool, ...]]:
     """How keys turn between two positions, and in which layers."""
-    module = rotary.find(body)
-    kinds = rotary.per_layer(module, config)
+    module = find(body)
+    kinds = per_layer(module, config)
     moved = [_misses(before.key, after.key) > _TOLERANCE for before, after in zip(here, there, strict=True)]
     worst: dict[Way, tuple[float, int]] = {way: (0.0, 0) for way in WAYS}
     for layer, kind in enumerate(kinds):

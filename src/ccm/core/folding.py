@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .memory import KV, Row
-from .rules import Rule
+from .rule import Rule
 
 
 def put(row: Row, block: KV, rule: Rule, sink: int) -> Row:

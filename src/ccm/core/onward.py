@@ -30,7 +30,7 @@ from .memory import KV, Memory, Row
 from .reader import Reader
 from .room import CACHE
 from .rotary import Rotary, Tables, rotate, unrotate
-from .rules import Rule
+from .rule import Rule
 from .window import joined, overflow
 
 

@@ -3,21 +3,22 @@
 Memories hold *position-free* keys. A key gets its position when it is used, so slots can be merged in one
 phase, moved, and kept for ever without rounding errors adding up.
 
-A rotation turns pairs of numbers. Families pair the two halves of a head, or its neighbours ("interleaved"), and
-write the tables of their angles in three ways; which it is, and in which layers, is measured (``ccm.core.families``).
+A rotation turns pairs of numbers. Which pairs, and what the model's tables of angles look like, differs from family to
+family: ``ccm.core.ways``.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..errors import UnsupportedModelError
+from .ways import WAYS, Way, find, per_layer
+
+__all__ = ["UNROTATED", "WAYS", "Rotary", "Tables", "Way", "rotate", "unrotate"]
 
 #: Key of the tables of layers that do not rotate.
 UNROTATED = "unrotated"
@@ -29,31 +30,6 @@ class Tables(NamedTuple):
     cos: Tensor
     sin: Tensor
     interleaved: bool = False
-
-
-class Way(NamedTuple):
-    """How a family rotates.
-
-    Attributes:
-        pairs: "halves" or "interleaved".
-        table: where the model's tables hold each angle once: "first" half, "even" columns, or "whole".
-    """
-
-    pairs: str = "halves"
-    table: str = "first"
-
-    def expand(self, table: Tensor) -> Tensor:
-        """The model's own table (..., W) as one to rotate with, (..., R)."""
-        once = table
-        if self.table != "whole":
-            once = table[..., ::2] if self.table == "even" else table[..., : table.shape[-1] // 2]
-        if self.pairs == "interleaved":
-            return once.repeat_interleave(2, dim=-1)
-        return torch.cat([once, once], dim=-1)
-
-
-#: Every way that is known, the usual one first.
-WAYS = tuple(Way(pairs, table) for table in ("first", "even", "whole") for pairs in ("halves", "interleaved"))
 
 
 def _partners(x: Tensor, interleaved: bool) -> Tensor:
@@ -82,33 +58,6 @@ def unrotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> 
     live = x[..., :size].float()
     out = (live * cos - _partners(live, interleaved) * sin) / (cos * cos + sin * sin)
     return out if size == x.shape[-1] else torch.cat([out, x[..., size:].float()], dim=-1)
-
-
-def find(body: nn.Module) -> nn.Module:
-    """The rotary embedding of a decoder.
-
-    Raises:
-        UnsupportedModelError: it has none, or one whose angles change with the length of the text.
-    """
-    module: nn.Module | None = getattr(body, "rotary_emb", None)
-    if module is None:
-        raise UnsupportedModelError(
-            f"{type(body).__name__} has no rotary embedding to place slots with; expected a causal language model "
-            "that has one, such as a Llama, Qwen, Mistral or Gemma"
-        )
-    if kinds := [k for k in ("dynamic", "longrope") if k in str(getattr(module, "rope_type", ""))]:
-        raise UnsupportedModelError(
-            f"rotary embedding {kinds[0]!r} is not supported: its frequencies change with the length of the "
-            "text, so keys cannot be moved; load the model with another rope_type in its config"
-        )
-    return module
-
-
-def per_layer(module: nn.Module, config: Any) -> list[str | None]:
-    """For each layer the name of its tables: its layer type where there is a table for each, else None."""
-    if "layer_type" in inspect.signature(module.forward).parameters:
-        return list(config.layer_types)
-    return [None] * config.num_hidden_layers
 
 
 class Rotary:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .rules import Rule
+from .rule import Rule
 from .window import overflow
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .rules import Rule
+from .rule import Rule
 from .segments import Layout
 
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..core.families import Family
-from ..core.rotary import Tables, Way
+from ..core.rotary import Tables
+from ..core.ways import Way
 from ..errors import UnsupportedModelError
 
 #: Families of the contract tests (``tests/encoder_decoder``), and how their encoders know where a token stands.
