@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -18,34 +17,13 @@ from ..errors import ConfigError
 from . import attention
 from .attention import Asked
 from .carrier import Carrier, Ids
+from .known import Known
 from .live import Live
 from .memory import KV, Memory
 from .room import CACHE
 from .rotary import unrotate
 
 __all__ = ["Ids", "Reader", "Known"]
-
-
-@dataclass(frozen=True)
-class Known:
-    """Tokens that were read behind the memory of one conversation, and are not part of it.
-
-    Attributes:
-        memory: that was read.
-        ids: of the tokens.
-        kv: (L, H, T, D), position-free.
-    """
-
-    memory: Memory
-    ids: tuple[int, ...]
-    kv: KV
-
-    def shared(self, memory: Memory, ids: Sequence[int]) -> KV | None:
-        """Keys and values of the tokens with which other ones begin as well; None behind another memory."""
-        same = 0
-        while same < min(len(ids), self.kv.length) and ids[same] == self.ids[same]:
-            same += 1
-        return self.kv.slice(0, same) if same and memory is self.memory else None
 
 
 class Reader(Carrier):
