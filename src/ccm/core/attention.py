@@ -70,9 +70,9 @@ class Plan(ABC):
     _elsewhere: dict[torch.device, Any] = field(default_factory=dict, kw_only=True)
 
     @property
-    @abstractmethod
     def device(self) -> torch.device:
         """Where its tensors are."""
+        return next(part.device for part in vars(self).values() if isinstance(part, Tensor))
 
     def on(self, device: torch.device) -> Plan:
         """The plan for a layer that is on a device: itself, or one copy for all layers there."""
@@ -102,10 +102,6 @@ class MaskedPlan(Plan):
     mask: Tensor
     _by_window: dict[int | None, Tensor] = field(default_factory=dict, kw_only=True)
     _blocks: dict[int, list[Blocks]] = field(default_factory=dict, kw_only=True)
-
-    @property
-    def device(self) -> torch.device:
-        return self.mask.device
 
     def blocks(self, mask: Tensor) -> list[Blocks]:
         if id(mask) not in self._blocks:
@@ -212,10 +208,6 @@ class RecurrentPlan(Plan):
     key_position: Tensor
     is_memory: Tensor
     valid: Tensor
-
-    @property
-    def device(self) -> torch.device:
-        return self.valid.device
 
     def extend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, sliding: int | None

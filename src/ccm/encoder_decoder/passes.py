@@ -48,10 +48,6 @@ class EncoderPlan(Plan):
     front: Callable[[int, States], States]
     made: list[States]
 
-    @property
-    def device(self) -> torch.device:
-        return self.visible.device
-
     def extend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, sliding: int | None
     ) -> tuple[Tensor, Tensor, Tensor, Any]:
