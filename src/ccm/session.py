@@ -8,6 +8,7 @@ answered is read raw, and folding waits until the answer is there.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -28,9 +29,9 @@ from .methods import Method, as_method, open_method
 from .methods.accounting import counters, in_words, say_losses
 from .methods.answering import written
 from .methods.base import segments_of
-from .methods.inside import TURNS, Inside, Said, as_saved, look, read_by, saved, saved_pins
+from .methods.inside import TURNS, Inside, Said, look, read_by, saved, saved_pins
 from .methods.picture import picture
-from .methods.spec import parse
+from .methods.saved import metadata_of, options_of
 from .models.load import load_tokenizer
 
 
@@ -176,14 +177,14 @@ class Session:
             ConfigError: empty text, a place where the chat template has no answer, or a memory that leaves no room
                 for one in the model's context. The session is unchanged.
         """
-        before = self.memory, self.turns, self.dialogue, self._before, self.said
+        before = dict(vars(self))
         try:
             head = self._asked(text, role, on_read)
             self.last, known = self._written(head, streamer, generate_kwargs)
             self._take(self._step(self.last.message()), self.last.message(), known=known)
             self.turns += 1
         except BaseException:  # also Ctrl-C while streaming: the turn happens as a whole or not at all
-            self.memory, self.turns, self.dialogue, self._before, self.said = before
+            vars(self).update(before)
             raise
         return self.last.content
 
@@ -291,11 +292,7 @@ class Session:
 
     def fork(self) -> Session:
         """An independent copy: what one is told, the other does not know."""
-        twin = Session(self.method, self.tokenizer)
-        twin.memory, twin.turns, twin.last = self.memory, self.turns, self.last
-        twin.dialogue, twin._before, twin.said = self.dialogue, self._before, self.said
-        twin.pins = self.pins
-        return twin
+        return copy.copy(self)
 
     def reset(self) -> None:
         """Forget everything, also what is pinned."""
@@ -308,15 +305,7 @@ class Session:
         Raises:
             StorageError: it cannot be written; an older file is intact.
         """
-        state = {
-            "memory": self.method.text,
-            "budget": self.method.sizes(),
-            "turns": self.turns,
-            "dialogue": self.dialogue.as_dict(),
-            "said": as_saved(self.said),
-            "pins": self.pins,
-        }
-        self.memory.save(path, {"session": json.dumps(state)})
+        self.memory.save(path, metadata_of(self.method, self.turns, self.dialogue, self.said, self.pins))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], method: Method | Compressor, tokenizer: Any) -> Session:
@@ -331,7 +320,7 @@ class Session:
         method.check(memory, 1)
         try:
             state = json.loads(metadata["session"])
-            session = cls(method, tokenizer, **_options(state))
+            session = cls(method, tokenizer, **options_of(state))
             session.turns, session.said, session.pins = state["turns"], saved(state), saved_pins(state)
             session.dialogue = session.dialogues.kept(state, memory.rows[0].seen)
         except (KeyError, TypeError, ValueError) as error:
@@ -339,8 +328,3 @@ class Session:
         session.memory = session.method.admit(memory)
         session._before = None
         return session
-
-
-def _options(state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What the method of a saved session is set to; files from before any method could be saved have sizes alone."""
-    return parse(state["memory"]).options if "memory" in state else state["budget"]

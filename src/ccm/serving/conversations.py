@@ -11,7 +11,8 @@ from typing import Any
 from ..chat.messages import Message
 from ..core.memory import Memory
 from ..errors import ConfigError, MemoryFileError
-from ..methods.inside import Inside, Said, as_saved, look, saved_pins
+from ..methods.inside import Inside, Said, look, saved_pins
+from ..methods.saved import metadata_of
 from . import resends, transcript
 from .engine import Engine, EngineError, Job, Result
 from .records import Records, State, new_id
@@ -227,15 +228,8 @@ class Conversations:
         """The conversation as a session file (``Session.load``)."""
         state = await self.records.load(tenant, session)
         entries = transcript.current(await self.records.entries(tenant, state))
-        kept = {
-            "memory": self.records.method.text,
-            "budget": self.records.method.sizes(),
-            "turns": state.turns,
-            "dialogue": state.dialogue.as_dict(),
-            "said": as_saved(_turns(entries)),
-            "pins": state.pins,
-        }
-        return await asyncio.to_thread(state.memory.dumps, {"session": json.dumps(kept)})
+        metadata = metadata_of(self.records.method, state.turns, state.dialogue, _turns(entries), state.pins)
+        return await asyncio.to_thread(state.memory.dumps, metadata)
 
     async def load(self, tenant: str, data: bytes, session: str | None = None) -> View:
         """A new conversation from a session file. The file has no texts, so the conversation has none either.
