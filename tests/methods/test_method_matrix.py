@@ -134,6 +134,19 @@ def test_another_method_refuses_it(method: Method) -> None:
         other.fold(method.empty(), [[5]])
 
 
+def test_what_cannot_be_folded_is_refused_by_all_alike(method: Method) -> None:
+    """Whether one segment is given or several."""
+    for text in ([[]], [[5, 6], []]):
+        with pytest.raises(ConfigError, match=r"got shape \(1, 0\)"):
+            method.take_in(method.empty(), [text])
+    with pytest.raises(ConfigError, match=r"got shape \(1, 0\)"):
+        method.fold(method.empty(), [[]])
+    with pytest.raises(ConfigError, match="2 rows of tokens for a memory of 1"):
+        method.take_in(method.empty(), [[[5]], [[6]]])
+    with pytest.raises(ConfigError, match="2 rows of tokens for a memory of 1"):
+        method.fold(method.empty(), [[5], [6]])
+
+
 #: Methods whose window may be as long as one likes.
 WINDOWED = [
     name

@@ -167,6 +167,7 @@ def test_a_file_brings_its_method(mine: Path) -> None:
         ("raise SystemExit(7)", "", "cannot be imported (SystemExit: 7"),
         (FILE.replace("first-come", "full"), "", "'full' is registered already, by ccm.methods.references"),
         (FILE.partition("    def keep")[0], "", "does not say what becomes of text that leaves its window"),
+        (FILE.replace("def keep(", "def fold("), "", "'first-come' has a 'fold' or 'take_in' of its own"),
         (FILE + OTHER.replace("FirstCome", "Other"), "", "several methods: name one of them"),
         (FILE, "#firstcome", "did you mean first-come?"),
     ],

@@ -3,7 +3,7 @@
 Memories hold *position-free* keys. A key gets its position when it is used, so slots can be merged in one
 phase, moved, and kept for ever without rounding errors adding up.
 
-A rotation turns pairs of numbers. Which pairs, and what the model's tables of angles look like, differs from family to
+A rotation turns pairs of numbers. Which pairs, and how the model writes its tables of angles, differs from family to
 family: ``ccm.core.ways``.
 """
 

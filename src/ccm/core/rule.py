@@ -129,5 +129,3 @@ def running_means(blocks: Tensor) -> Tensor:
     """Of the first 1, 2, ... blocks: (B, H, G, n, D) -> the same shape."""
     count = torch.arange(1, blocks.shape[2] + 1, device=blocks.device)
     return blocks.cumsum(2) / count.view(-1, 1, 1)
-
-

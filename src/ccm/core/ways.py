@@ -61,5 +61,3 @@ def per_layer(module: nn.Module, config: Any) -> list[str | None]:
     if "layer_type" in inspect.signature(module.forward).parameters:
         return list(config.layer_types)
     return [None] * config.num_hidden_layers
-
-

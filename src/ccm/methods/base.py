@@ -302,7 +302,7 @@ class Method:
         return self.taken_in(memory, turns)
 
     def folded(self, memory: Memory, segment: Segment) -> Memory:
-        """The memory behind one segment per row. Here new text joins the window, and what no longer fits leaves it."""
+        """The memory behind one segment per row: new text joins the window, and what no longer fits leaves it."""
         held = self.recall(memory)
         found = (
             self.reader.watch(segment.ids, held, segment.mask, self.queries)
@@ -544,13 +544,19 @@ def register(*names: str) -> Callable[[_M], _M]:
     """Class decorator: make a method known under its name, and further names for the same thing.
 
     Raises:
-        ConfigError: another module has a method of that name, or the class does not say what it keeps.
+        ConfigError: another module has a method of that name, the class does not say what it keeps, or it overrides
+            what no method may.
     """
 
     def put(method: _M) -> _M:
         for name in names:
             if (other := METHODS.get(name, method).__module__) != method.__module__:
                 raise ConfigError(f"a method {name!r} is registered already, by {other}: take another name")
+        if method.fold is not Method.fold or method.take_in is not Method.take_in:
+            raise ConfigError(
+                f"method {names[0]!r} has a 'fold' or 'take_in' of its own: give it a 'folded' or 'taken_in' in its "
+                "place, which gets what these have checked"
+            )
         if all(
             getattr(method, hook) is getattr(Method, hook) for hook in ("folded", "settled", "kept", "keep")
         ):

@@ -15,7 +15,6 @@ from typing import ClassVar
 
 import torch
 
-
 from ...core.memory import KV, Memory, Row
 from ...core.onward import Turn
 from ...core.reader import Ids
