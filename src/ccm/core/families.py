@@ -24,6 +24,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from ..errors import ConfigError, UnsupportedModelError
 from . import trial, twin
+from .attention import PLAN
 from .rotary import Tables, rotate, unrotate
 from .ways import WAYS, Way, find, per_layer
 
@@ -97,7 +98,6 @@ class _Call(NamedTuple):
 _lock = threading.RLock()
 _calls: list[_Call] = []
 _found: dict[str, Family | str] = {}  # or why there is none
-_MARK = "ccm_plan"
 
 
 def _look(
@@ -113,7 +113,7 @@ def _watch(model: PreTrainedModel, position: int) -> list[_Call]:
     """One token at a position."""
     _calls.clear()
     at = torch.tensor([[position]])
-    model(input_ids=torch.full_like(at, 5), position_ids=at, use_cache=False, **{_MARK: None})
+    model(input_ids=torch.full_like(at, 5), position_ids=at, use_cache=False, **{PLAN: None})
     return list(_calls)
 
 
@@ -154,7 +154,7 @@ def _measure(model: PreTrainedModel) -> Family:
         way=way,
         rotated=rotated,
         outside=outside,
-        hands_on=all(_MARK in call.options for call in here),
+        hands_on=all(PLAN in call.options for call in here),
         context=_context(small, int(config.max_position_embeddings)),
     )
 
