@@ -513,9 +513,11 @@ class Method:
 
     def grown(self, slots: int, leaving: int, folds: int) -> int:
         """Slots after so many tokens more have left the window, ``folds`` segments in all."""
-        raise ConfigError(
-            f"method {self.name} does not say how many slots it keeps: give it a method 'grown'"
-        )
+        if not self.most:
+            raise ConfigError(
+                f"method {self.name} does not say how many slots it keeps: give it a method 'grown'"
+            )
+        return min(slots + leaving, getattr(self, self.most))
 
     def means(self, steps: int) -> int:
         """How many of the first slots are running means after so many folds, and rest in all bits (fp32)."""
@@ -524,7 +526,7 @@ class Method:
     @property
     def limit(self) -> int | None:
         """Most entries that one conversation holds, however long it is; None: they grow with it."""
-        return None
+        return self.sink + getattr(self, self.most) + self.window if self.most else None
 
     def apart(self, row: Row) -> int:
         """Tokens that are still told apart once the memory is full: those that have an entry beside the sink."""

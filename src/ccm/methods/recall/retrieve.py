@@ -83,6 +83,11 @@ class Retrieve(FullContext):
             found = behind(found, "slots", RAW, stop - start, (start, stop))
         return found
 
+    @property
+    def limit(self) -> None:
+        """None: everything is kept, and ``tokens`` of it are read."""
+        return None
+
     def apart(self, row: Row) -> int:
         """All tokens so far: it is never full."""
         return row.seen

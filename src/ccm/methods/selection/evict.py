@@ -54,13 +54,6 @@ class Evict(Method):
         """(L, H, N) of N entries between the row's sink and its window: the larger, the better."""
         raise NotImplementedError
 
-    def grown(self, slots: int, leaving: int, folds: int) -> int:
-        return min(slots + leaving, self.tokens)
-
-    @property
-    def limit(self) -> int:
-        return self.sink + self.tokens + self.window
-
 
 @dataclass(frozen=True, kw_only=True)
 class Attended(Evict):

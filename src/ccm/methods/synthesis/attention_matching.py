@@ -59,13 +59,6 @@ class AttentionMatching(Method):
         general = _questions(self.reader, self.tokenizer), GENERAL
         return match(self.reader, row, held, self.slots, [*own, general])
 
-    def grown(self, slots: int, leaving: int, folds: int) -> int:
-        return min(slots + leaving, self.slots)
-
-    @property
-    def limit(self) -> int:
-        return self.sink + self.slots + self.window
-
 
 def _questions(reader: Reader, tokenizer: Any) -> Tensor:
     """Queries (L, Hq, w, D) of the model's own, kept with it; of some tokens or other where there is no tokenizer."""

@@ -76,10 +76,3 @@ class Told(Method):
         """The row's sink alone."""
         nothing = row.slots.slice(0, 0)
         return Memory((replace(row, slots=nothing, window=nothing),), self.fingerprint())
-
-    def grown(self, slots: int, leaving: int, folds: int) -> int:
-        return min(slots + leaving, self.tokens)
-
-    @property
-    def limit(self) -> int:
-        return self.sink + self.tokens + self.window
