@@ -125,6 +125,18 @@ class Carrier(nn.Module):
             )
         return ids, mask.bool()
 
+    def prepare(
+        self, input_ids: Ids, memory: Memory | None, attention_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Memory]:
+        """Left-padded ids and bool mask (B, T), the order that moved them, and a memory that fits."""
+        ids, mask = self.tokens(input_ids, attention_mask)
+        memory = self.empty(len(ids)) if memory is None else memory
+        self.check(memory, len(ids))
+        memory = memory.to(self.model.device, self.model.dtype)
+        self.check_room(memory, ids.shape[1])
+        order = mask.long().argsort(dim=1, stable=True)
+        return ids.gather(1, order), mask.gather(1, order), order, memory
+
     def check_ids(self, ids: Tensor) -> None:
         """Raises ConfigError for token ids, of any shape, outside the model's vocabulary."""
         words = self.model.get_input_embeddings().weight.shape[0]

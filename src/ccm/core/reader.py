@@ -190,15 +190,3 @@ class Reader(Carrier):
     def live(self, memory: Memory) -> Live:
         """A cache that holds the memory, for a pass over it."""
         return Live.over(memory, self.rotary, self.model.dtype, self.devices)
-
-    def prepare(
-        self, input_ids: Ids, memory: Memory | None, attention_mask: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Memory]:
-        """Left-padded ids and bool mask (B, T), the order that moved them, and a memory that fits."""
-        ids, mask = self.tokens(input_ids, attention_mask)
-        memory = self.empty(len(ids)) if memory is None else memory
-        self.check(memory, len(ids))
-        memory = memory.to(self.model.device, self.model.dtype)
-        self.check_room(memory, ids.shape[1])
-        order = mask.long().argsort(dim=1, stable=True)
-        return ids.gather(1, order), mask.gather(1, order), order, memory
