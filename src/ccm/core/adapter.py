@@ -93,6 +93,14 @@ class Adapted(Reader):
         """What the adapter has beside its LoRA: the COMP embeddings (n, d)."""
         return self.comp_embeddings
 
+    def size(self, name: str, value: int | None = None) -> int:
+        """Slots, sink or window: the configured number unless another one is given, which is checked."""
+        own = getattr(self.config, name)
+        least, most = (1, own) if name == "slots" else (0, None)
+        if value is not None and (value < least or (most and value > most)):
+            raise ConfigError(f"{name}: got {value}, expected {least} to {most or 'any size'}")
+        return own if value is None else value
+
     def fingerprint(self) -> str:
         """``model-adapter``: two short hashes that a memory carries, so that it is never read by another pair."""
         return self.fingerprints()[0]

@@ -18,23 +18,22 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
-from . import attention, onward, trial
-from .adapter import Adapted
+from . import attention, trial
 from .config import CompressorConfig
 from .folding import put
 from .head import ParallelOutput, run_head
 from .memory import KV, Memory
+from .onward import Onward
 from .reader import Ids
 from .segments import Layout, lay_out
 from .window import joined, overflow
 
 
-class Compressor(Adapted):
+class Compressor(Onward):
     """Folds segments of any causal language model's context into a small memory.
 
     It is made and loaded as :class:`~ccm.core.adapter.Adapted` says. Once made, it may be used by many threads at a
-    time (``ccm.core.gate``).
+    time (``ccm.core.gate``). Several segments go behind a memory in one pass by :mod:`ccm.core.onward`.
     """
 
     def forward(
@@ -119,38 +118,6 @@ class Compressor(Adapted):
             self.cautions.rootless(memory, ids, mask)
         return self.advance(memory, ids, mask, n, sink, window)
 
-    @torch.no_grad()
-    def take_in(
-        self,
-        memory: Memory,
-        turns: Sequence[onward.Turn],
-        *,
-        slots: int | None = None,
-        sink: int | None = None,
-    ) -> Memory:
-        """:meth:`compress` of several segments per row, one after another, in one pass.
-
-        Args:
-            memory: of B conversations.
-            turns: what each of them takes in.
-            slots, sink: other sizes than the configured ones.
-
-        Raises: as :meth:`compress`.
-        """
-        self.check(memory, len(turns))
-        memory = memory.to(self.model.device, self.model.dtype)
-        self.cautions.untrained(self.lora_parameters)
-        n, sink = self.size("slots", slots), self.size("sink", sink)
-        for row, turn in zip(memory.rows, turns, strict=True):
-            for ids in turn.segments:
-                self.tokens([ids], None)  # raises if they are none
-            alone = replace(memory, rows=(row,))
-            self.check_room(alone, sum(map(len, turn.segments)), n * len(turn.segments))
-            if not sink:
-                self.cautions.rootless(alone, *self.tokens([turn.segments[0]], None))
-        rows = onward.take_in(self, memory, turns, self.comp_embeddings[:n], self.rule, sink)
-        return Memory(rows, self.fingerprint())
-
     def advance(self, memory: Memory, ids: Tensor, mask: Tensor, n: int, sink: int, window: int) -> Memory:
         """:meth:`compress` of left-padded text (B, T), unchecked, with gradients."""
         lengths = mask.sum(1).tolist()
@@ -177,14 +144,6 @@ class Compressor(Adapted):
     ) -> list[tuple[KV, KV]]:
         """Per row the raw KV of its text, or of the first ``keep`` tokens, and h(t), its block of n slots."""
         return self.step(memory, ids, mask, self.comp_embeddings[:n], keep, gate=slice(ids.shape[1], None))
-
-    def size(self, name: str, value: int | None = None) -> int:
-        """Slots, sink or window: the configured number unless another one is given, which is checked."""
-        own = getattr(self.config, name)
-        least, most = (1, own) if name == "slots" else (0, None)
-        if value is not None and (value < least or (most and value > most)):
-            raise ConfigError(f"{name}: got {value}, expected {least} to {most or 'any size'}")
-        return own if value is None else value
 
 
 trial.make = lambda model: Compressor(model, CompressorConfig(slots=2))

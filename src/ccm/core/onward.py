@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -24,10 +24,10 @@ from torch.nn.functional import pad
 from transformers import DynamicCache
 
 from . import attention
+from .adapter import Adapted
 from .attention import MaskedPlan, additive, heads, in_two_frames
 from .folding import put
 from .memory import KV, Memory, Row
-from .reader import Reader
 from .room import CACHE
 from .rotary import Rotary, Tables, rotate, unrotate
 from .rule import Rule
@@ -232,44 +232,71 @@ class OnwardPlan(MaskedPlan):
         return torch.stack([pad(states, (0, 0, 0, width - states.shape[1])) for states in made])
 
 
-def take_in(
-    reader: Reader, memory: Memory, turns: Sequence[Turn], comp: Tensor, rule: Rule, sink: int
-) -> tuple[Row, ...]:
-    """The rows after everything that each of them takes in.
+class Onward(Adapted):
+    """An adapter whose folds go through the model together."""
 
-    Args:
-        reader: with the adapter.
-        memory: of B conversations.
-        turns: of each.
-        comp: (n, d) embeddings.
-        rule, sink: as of the compressor.
-    """
-    device, dtype = reader.model.device, reader.model.dtype
-    pairs = zip(memory.rows, turns, strict=True)
-    courses = [Course(row, turn, len(comp), rule, sink) for row, turn in pairs]
-    grid = _grid([course.tokens for course in courses], PADDING).to(device)
-    if not grid.shape[1]:  # all of it is known, and nothing leaves a window
-        return tuple(course.taken(course.raw.slice(0, 0), dtype) for course in courses)
-    ids, index = grid[..., 0], grid[..., 2]
-    embeds = reader.model.get_input_embeddings()(ids)
-    embeds = torch.where((index >= 0).unsqueeze(-1), comp.to(embeds.dtype)[index.clamp(min=0)], embeds)
-    plan = _plan(courses, grid, reader.adapter, reader.rotary, dtype)
-    plan.stop_at = len(reader.family.attention) - 1  # what the last layer puts out is of no use here
-    cache = DynamicCache()
-    with suppress(attention.StatesDone):
-        reader.body(
-            inputs_embeds=embeds,
-            attention_mask=plan.mask,
-            position_ids=plan.position,
-            **{CACHE: cache, attention.PLAN: plan},
-        )
-    rows = []
-    for r, course in enumerate(courses):
-        keys = torch.stack([layer.keys[r] for layer in cache.layers])
-        values = torch.stack([layer.values[r] for layer in cache.layers])
-        kv = KV(unrotate(keys, *reader.rotary.stacked(plan.position[r])), values)
-        rows.append(course.taken(kv, dtype))
-    return tuple(rows)
+    @torch.no_grad()
+    def take_in(
+        self,
+        memory: Memory,
+        turns: Sequence[Turn],
+        *,
+        slots: int | None = None,
+        sink: int | None = None,
+    ) -> Memory:
+        """``Compressor.compress`` of several segments per row, one after another, in one pass.
+
+        Args:
+            memory: of B conversations.
+            turns: what each of them takes in.
+            slots, sink: other sizes than the configured ones.
+
+        Raises:
+            ConfigError: an empty segment, or more of them than fit the model's context.
+            MismatchError: the memory was made by another model or adapter.
+        """
+        self.check(memory, len(turns))
+        memory = memory.to(self.model.device, self.model.dtype)
+        self.cautions.untrained(self.lora_parameters)
+        n, sink = self.size("slots", slots), self.size("sink", sink)
+        for row, turn in zip(memory.rows, turns, strict=True):
+            for ids in turn.segments:
+                self.tokens([ids], None)  # raises if they are none
+            alone = replace(memory, rows=(row,))
+            self.check_room(alone, sum(map(len, turn.segments)), n * len(turn.segments))
+            if not sink:
+                self.cautions.rootless(alone, *self.tokens([turn.segments[0]], None))
+        pairs = zip(memory.rows, turns, strict=True)
+        rows = self._passed([Course(row, turn, n, self.rule, sink) for row, turn in pairs])
+        return Memory(rows, self.fingerprint())
+
+    def _passed(self, courses: Sequence[Course]) -> tuple[Row, ...]:
+        """The rows after the pass."""
+        dtype = self.model.dtype
+        grid = _grid([course.tokens for course in courses], PADDING).to(self.model.device)
+        if not grid.shape[1]:  # all of it is known, and nothing leaves a window
+            return tuple(course.taken(course.raw.slice(0, 0), dtype) for course in courses)
+        ids, index = grid[..., 0], grid[..., 2]
+        embeds = self.model.get_input_embeddings()(ids)
+        comp = self.comp_embeddings.to(embeds.dtype)[index.clamp(min=0)]
+        embeds = torch.where((index >= 0).unsqueeze(-1), comp, embeds)
+        plan = _plan(courses, grid, self.adapter, self.rotary, dtype)
+        plan.stop_at = len(self.family.attention) - 1  # what the last layer puts out is of no use here
+        cache = DynamicCache()
+        with suppress(attention.StatesDone):
+            self.body(
+                inputs_embeds=embeds,
+                attention_mask=plan.mask,
+                position_ids=plan.position,
+                **{CACHE: cache, attention.PLAN: plan},
+            )
+        rows = []
+        for r, course in enumerate(courses):
+            keys = torch.stack([layer.keys[r] for layer in cache.layers])
+            values = torch.stack([layer.values[r] for layer in cache.layers])
+            kv = KV(unrotate(keys, *self.rotary.stacked(plan.position[r])), values)
+            rows.append(course.taken(kv, dtype))
+        return tuple(rows)
 
 
 def _plan(
