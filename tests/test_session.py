@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import save
 from tiny import scramble, tiny_model, tiny_tokenizer
 
 import ccm
 from ccm.chat.turns import render, turns_of
 from ccm.core.compressor import Compressor, CompressorConfig
-from ccm.errors import ConfigError, MemoryFileError, MismatchError
+from ccm.errors import ConfigError, MemoryFileError, MismatchError, StorageError
 from ccm.methods.accounting import reach_in_words
 from ccm.methods.answering import BEHIND
 from ccm.methods.default import CHAT
@@ -152,6 +153,23 @@ def test_save_load_continue_equals_never_having_saved(merge: Compressor, tmp_pat
     assert loaded.method.sizes() == session.method.sizes() and loaded.turns == session.turns
     assert loaded.generate("and now?", **GREEDY) == session.generate("and now?", **GREEDY)
     assert equal(loaded, session)
+
+
+def test_a_save_replaces_a_memory_file_and_nothing_else(merge: Compressor, tmp_path: Path) -> None:
+    session, file = Session(merge, TOKENIZER), tmp_path / "s.ccm"
+    file.touch()  # an empty file holds nothing
+    for turns in (1, 2):
+        session.append("one thing")
+        session.save(file)
+        assert Session.load(file, merge, TOKENIZER).turns == turns
+    Session(merge, TOKENIZER).save(file)
+    assert Session.load(file, merge, TOKENIZER).turns == 0, "another conversation's too"
+    weights = {"x": torch.zeros(2)}
+    for name, content in (("notes.txt", b"my diary"), ("model.safetensors", save(weights, {"format": "pt"}))):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(StorageError, match=r"is no memory file, .* give another name, or delete it"):
+            session.save(tmp_path / name)
+        assert (tmp_path / name).read_bytes() == content
 
 
 def test_errors_leave_the_session_as_it_was(merge: Compressor, tmp_path: Path) -> None:

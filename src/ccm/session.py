@@ -300,10 +300,11 @@ class Session:
         self.dialogue, self._before = self.dialogues.begin(self.dialogue.tools), self.memory
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the session to one safetensors file, atomically.
+        """Write the session to one safetensors file, atomically. An older memory file of this name is
+        replaced, whichever conversation it held.
 
         Raises:
-            StorageError: it cannot be written; an older file is intact.
+            StorageError: it cannot be written, or a file that is no memory is there; that file is intact.
         """
         self.memory.save(path, metadata_of(self.method, self.turns, self.dialogue, self.said, self.pins))
 

@@ -222,9 +222,11 @@ class Memory:
             extra: more string metadata to keep with it.
 
         Raises:
-            StorageError: the file cannot be written; nothing half-written is left.
+            StorageError: the file cannot be written, and nothing half-written is left; or another kind of file is
+                there, which is not replaced. A memory file is.
             MemoryFileError: the memory holds NaN.
         """
+        memory_file.check_replaceable(Path(path))
         write_atomically(Path(path), self.dumps(extra))
 
     def dumps(self, extra: Mapping[str, str] | None = None) -> bytes:

@@ -24,12 +24,14 @@ import os
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, MemoryFileError, UnknownNameError
+from ..errors import ConfigError, MemoryFileError, StorageError, UnknownNameError
+from .kind import LONGEST_HEADER, format_of
 
 FILE, SNAPSHOT = "ccm-memory", "ccm-snapshot"
 NEWEST = {FILE: 3, SNAPSHOT: 4}
@@ -57,7 +59,6 @@ _FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "
 _HELD = _FLOATS | {"U8": torch.uint8}
 _DTYPES = _HELD | {"I8": torch.int8}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
-_LONGEST_HEADER = 1 << 22
 # Layers, heads, tokens, channels: far above any model, far below what makes an empty tensor expensive.
 _MOST = (4096, 4096, 1 << 24, 1 << 16)
 
@@ -223,6 +224,18 @@ def _unpacked(stored: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
     return (x.float() * stored[".scale"]).to(dtype) if ".scale" in stored else x.to(dtype)
 
 
+def check_replaceable(path: Path) -> None:
+    """Raises StorageError if a file is there that holds something else than a memory; an empty one holds nothing."""
+    try:
+        other = path.is_file() and path.stat().st_size > 0 and not format_of(path).startswith(f"{FILE}/")
+    except OSError as error:
+        raise StorageError(f"cannot look at {path}: {error.strerror or error}; give another name") from error
+    if other:
+        raise StorageError(
+            f"{path} is there already and is no memory file, so it is left as it is: give another name, or delete it"
+        )
+
+
 # ------------------------------------------------------------------ read
 
 
@@ -329,7 +342,7 @@ def _views(data: bytes | bytearray, specs: Mapping[str, Any], by_entry: bool) ->
 def _header(data: bytes | bytearray, form: str) -> tuple[dict[str, str], dict[str, Any], int]:
     """Metadata, tensor descriptions and version, from the JSON that a safetensors file begins with."""
     size = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or size > min(_LONGEST_HEADER, len(data) - 8):
+    if len(data) < 8 or size > min(LONGEST_HEADER, len(data) - 8):
         raise _bad("it is cut off, or no safetensors")
     try:
         header = json.loads(data[8 : 8 + size])
