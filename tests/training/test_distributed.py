@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ import runs
 import torch
 from runs import log_of, weights_of
 from servers import free_port
+from tiny import tiny_model
+
+from ccm.training.distributed import decoder_layers, save_memory
 
 
 @pytest.fixture(scope="module")
@@ -157,3 +161,12 @@ def test_sigterm_stops_both_and_saves(tmp_path: Path, logs: Path) -> None:
     process.communicate(timeout=60)
     saved = torch.load(out / "checkpoint.pt", weights_only=True)["counters"][0]
     assert saved == log_of(out)[-1]["step"] >= 3
+
+
+def test_checkpointing_is_asked_for_by_a_name_that_warns_of_nothing() -> None:
+    model = tiny_model()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_memory(model)
+    assert all(layer.gradient_checkpointing and layer.training for layer in decoder_layers(model))
+    assert not model.training, "dropout stays off"

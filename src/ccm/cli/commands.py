@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -52,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "torch.utils._pytree",
     ):  # on being imported, of what they do without
         logging.getLogger(name).setLevel(logging.ERROR)
+    # PEFT asks models for it by a name that transformers gives up
+    warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
     try:
         return app(args=arguments or ["--help"], prog_name="ccm", standalone_mode=False) or 0
     except CCMError as error:

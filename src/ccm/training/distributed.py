@@ -153,7 +153,9 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
 
 def save_memory(model: PreTrainedModel) -> None:
     """Gradient checkpointing on; dropout stays off."""
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # older releases of transformers have the second name alone, at which newer ones warn
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
     for layer in decoder_layers(model):
         layer.training = True  # of the layer alone: only this makes it checkpoint
 
