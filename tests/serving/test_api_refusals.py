@@ -55,6 +55,14 @@ def test_errors_say_what_to_do(http):
     assert answer.status_code == 400 and "Content-Type: application/json" in answer.json()["error"]["message"]
     answer = http.post("/v1/chat/completions", json={**body, "messages": [{"role": "user", "content": 5}]})
     assert answer.json()["error"]["param"] == "messages[0].content"
+    for path, sent, name in (
+        ("chat/completions", {"model": MODEL, "messages": []}, "messages"),
+        ("responses", {"model": MODEL, "input": []}, "input"),
+        ("conversations/any/items", {"items": []}, "items"),
+    ):
+        error = http.post(f"/v1/{path}", json=sent).json()["error"]
+        assert error["param"] == name and error["message"].startswith(f"{name}: got "), error
+        assert "expected" in error["message"] and "send what" in error["message"], error
     answer = http.post("/v1/chat/completions", json={**body, "X-y": 5})
     assert answer.json()["error"]["message"] == "X-y is not supported: leave the field out"
     answer = http.post("/v1/chat/completions", json=body, headers={"X-Session-Id": "a b"})

@@ -8,7 +8,7 @@ import sys
 
 import httpx
 import pytest
-from services import serving, tiny_service
+from services import MODEL, serving, tiny_service
 
 from ccm.serving.keys import KeyFile, Keys
 from ccm.serving.logs import JsonLines, Words, request_id, to_stderr
@@ -82,3 +82,31 @@ def test_a_line_in_words_says_what_one_in_json_says():
         assert " ERROR: POST" in Words().format(record)
     finally:
         request_id.reset(token)
+
+
+def test_a_request_without_a_conversation_is_said_once_a_tenant(tmp_path, caplog):
+    """A client that names its conversations in another way forgets, and its operator sees why."""
+    keys = {name: Keys.add(tmp_path / "keys.txt", name) for name in ("alice", "bob")}
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+
+    def said() -> list[str]:
+        return [line.getMessage() for line in caplog.records if "names no conversation" in line.getMessage()]
+
+    with serving(tiny_service(tmp_path), Keys.read(tmp_path / "keys.txt")) as running:
+
+        def ask(tenant, headers=(), **more):
+            key = {"Authorization": f"Bearer {keys[tenant]}"}
+            url = f"{running.url}/v1/chat/completions"
+            answer = httpx.post(url, json={**body, **more}, headers={**key, **dict(headers)}, timeout=60)
+            assert answer.status_code == 200
+
+        ask("alice", {"X-Session-Id": "a"}, user="secret-user")
+        ask("alice", {"X-CCM-Ephemeral": "true"})
+        assert not said(), "these know what they do"
+        ask("alice", user="secret-user")
+        ask("alice")
+        ask("bob")
+    of_alice, of_bob = said()
+    assert "alice names no conversation (its field user does not)" in of_alice and "secret" not in of_alice
+    assert "bob names no conversation, so it is answered" in of_bob
+    assert all("header X-Session-Id" in line and "docs/clients.md" in line for line in (of_alice, of_bob))

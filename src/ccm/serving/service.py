@@ -128,7 +128,7 @@ class Service(Conversations):
         """
         self.running.check()
         if not messages:
-            raise ConfigError("messages: got none, expected at least one to answer")
+            raise ConfigError("got no messages, expected at least one to answer: send what the user says")
         if sampling.schema is not None:
             await asyncio.to_thread(self.engine.check, sampling)
         if session is None:

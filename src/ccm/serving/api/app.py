@@ -94,6 +94,7 @@ def create_app(
         redoc_url=None,
     )
     app.state.service, app.state.keys = service, keys
+    app.state.told = set()  # tenants that know what a request without a conversation comes to
     app.add_middleware(Guard, keys=keys, limits=limits or HttpLimits(), metrics=service.metrics)
     errors.install(app)
     for router in (chat.router, responses.router, conversations.router, memories.router, _models):

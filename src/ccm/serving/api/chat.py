@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator
@@ -18,6 +19,7 @@ from .common import OnDisconnect, ServiceDep, Tenant, check_model
 from .schemas import ChatBody, HeaderId
 from .stream import EventStream, event, unless_gone
 
+log = logging.getLogger(__name__)
 router = APIRouter(prefix="/v1", tags=["chat"])
 
 
@@ -55,6 +57,8 @@ async def complete(
 ) -> Response | dict[str, Any]:
     """Answer the last message. A history that is sent again is recognised; only what is new is read."""
     check_model(service, body.model)
+    if not x_session_id and not x_ccm_ephemeral:
+        _say_forgotten(request.app.state.told, tenant, body)
     turn = await service.answer(
         tenant,
         x_session_id or None,
@@ -86,6 +90,19 @@ async def complete(
         "usage": _usage(outcome),
         **memory(outcome),
     }
+
+
+def _say_forgotten(told: set[str], tenant: str, body: ChatBody) -> None:
+    """Log once for each tenant that a request names no conversation, so that its client does not forget unseen."""
+    if tenant in told:
+        return
+    told.add(tenant)
+    log.warning(
+        "a chat completion of tenant %s names no conversation%s, so it is answered from its own messages and nothing "
+        "is remembered: send the header X-Session-Id with an id for each conversation (docs/clients.md); said once",
+        tenant,
+        " (its field user does not)" if body.user else "",
+    )
 
 
 def _message(outcome: Outcome) -> dict[str, Any]:

@@ -147,6 +147,9 @@ def _refusal(error: RequestValidationError) -> ApiError:
         return ApiError(400, text, name, "unsupported_parameter")
     if kind == "string_pattern_mismatch":  # all our patterns are of ids
         return ApiError(400, f"{name}: {ID_RULE}", name, "invalid_value")
+    if kind == "too_short" and isinstance(first["input"], list):
+        text = f"{name}: got an empty list, expected at least one: send what is to be read"
+        return ApiError(400, text, name, "invalid_value")
     if kind == "missing":
         return ApiError(400, f"{name or 'the body'} is missing: send it", name, "invalid_value")
     expected = [

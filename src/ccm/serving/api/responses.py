@@ -60,6 +60,10 @@ async def create(
                 400, "store: got false beside a conversation, which is stored: leave it out", "store"
             )
         place = _Place(None)
+    if not messages:
+        raise ApiError(
+            400, "input: got nothing to answer, expected a text or items: send what the user says", "input"
+        )
     turn = await service.answer(
         tenant,
         place.session,

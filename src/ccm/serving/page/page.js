@@ -570,7 +570,7 @@ async function compared({ own, rest: [whole, nothing] }, said, memory, drawn) {
     try {
       let text = "";
       const asked = messages.map(({ role, content }) => ({ role, content }));
-      for await (const { choices, usage } of answered(asked, {}, drawn)) {
+      for await (const { choices, usage } of answered(asked, { "X-CCM-Ephemeral": "true" }, drawn)) {
         text += choices?.[0]?.delta?.content ?? "";
         body.replaceChildren(markdown(text));
         if (usage) section.querySelector("span").textContent = bytes(usage.total_tokens * facts.kv_bytes_per_token);
