@@ -16,6 +16,7 @@ from tiny import scramble, tiny_model, tiny_tokenizer
 import ccm
 import ccm.cli.repl
 from ccm import cli
+from ccm.cli.progress import Tenths, stages
 from ccm.core.compressor import Compressor, CompressorConfig
 from ccm.core.memory import Memory
 from ccm.data.chitchat import Conversation, Turn
@@ -106,7 +107,7 @@ def test_no_arguments_show_help_and_version_shows_the_version(capsys: pytest.Cap
         (["train", "missing.yaml"], "missing.yaml"),
         (["memory", "inspect", "missing.ccm"], "no memory file"),
         (["memory", "show", "missing.ccm"], "no memory file"),
-        (["chat", "--load", "missing.ccm", "--slots", "1"], "--load"),
+        (["chat", "--load", "missing.ccm", "--slots", "1"], "no memory file"),
         (["chat", "--adapter", "no-such/adapter"], "no adapter"),
         (["chat", "--adapter", "ccm-merge", "--memory", "none"], "leave --adapter out"),
         (["chat", "--memory", "streaming"], "did you mean streaming-llm?"),
@@ -230,6 +231,33 @@ def test_memory_show_refuses_what_is_no_session(
     memory.save(tmp_path / "old.ccm", {"session": json.dumps(state)})
     assert cli.main(["memory", "show", str(tmp_path / "old.ccm")]) == 0
     assert "before turns were kept" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------- progress
+
+
+def test_stages_are_lines_where_nobody_sees_a_spinner(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with stages("[reading]") as tell:
+        tell("writing")
+    assert capsys.readouterr() == ("", "[reading]\nwriting\n")
+    monkeypatch.setattr("ccm.cli.progress.moves", lambda console: True)
+    with stages("reading") as tell:
+        tell("writing")
+    assert "reading\n" not in capsys.readouterr().err, "the control: there it moves"
+
+
+def test_a_bar_that_nobody_sees_is_a_line_for_every_tenth(capsys: pytest.CaptureFixture[str]) -> None:
+    for console, said in (
+        (Console(file=io.StringIO()), "10%: a\n52%: c\n100%: d\n"),
+        (Console(file=io.StringIO(), force_terminal=True, _environ={"TERM": "xterm"}), ""),
+        (Console(quiet=True), ""),
+    ):
+        tell = Tenths(console)
+        for share, text in ((0.05, "0"), (0.1, "a"), (0.19, "b"), (0.52, "c"), (1, "d"), (1, "e")):
+            tell(share, text)
+        assert capsys.readouterr().err == said
 
 
 # ---------------------------------------------------------------------- chat
@@ -391,6 +419,7 @@ def test_demo_json(home: Path, talks: None, tmp_path: Path, capsys: pytest.Captu
         "random weights may have nothing to keep"
     )
     assert f"n = 2 conversations, {result['target_tokens']} scored tokens" in err
+    assert err.startswith("conversation 1 of 2, 6 methods\nconversation 2 of 2, 6 methods\n"), "no terminal"
     assert methods["none"]["kv_bytes"] == 0
     assert methods["window"]["kv_bytes_by_turn"] == methods["ccm-concat"]["kv_bytes_by_turn"]
     assert methods["window-merge"]["kv_bytes_by_turn"] == methods["ccm-merge"]["kv_bytes_by_turn"]

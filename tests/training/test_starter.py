@@ -149,12 +149,29 @@ def test_short_contexts_get_short_rows(tmp_path: Path) -> None:
     assert load_recipe(tmp_path / "a.yaml").data["chitchat"]["turns"] == [10]
 
 
+def test_without_a_model_it_says_what_was_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = Fit(2048, 1, False, False, None, None, 1)
+    monkeypatch.setattr("ccm.training.starter.write_recipe", lambda *_: written)
+    assert cli.main(["train", "--init", "--device", "cpu", "--out", str(tmp_path / "a.yaml")]) == 0
+    said = capsys.readouterr().out.splitlines()[0]
+    assert said.startswith("for the embedded SmolLM2-135M-Instruct, as no model is named, on ")
+    assert " GB free: 2,048 tokens a pass" in said
+
+
 def test_written_estimated_and_trained(
-    own_data: None, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    own_data: None,
+    model: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    recwarn: pytest.WarningsRecorder,
 ) -> None:
     path = str(tmp_path / "new.yaml")
     assert cli.main(["train", "--init", model, "--out", path]) == 0
-    assert f"{path} is written; next: ccm train {path}" in capsys.readouterr().out
+    said, then = capsys.readouterr().out.splitlines()
+    assert said.startswith(f"for {model}, on ") and said.endswith(" tokens a pass")
+    assert then.startswith(f"{path} is written; next: ccm train {path}")
     once = ["minutes=0", "steps=2", "eval_rows=1", "--device", "cpu", "--out", str(tmp_path / "run")]
     assert cli.main(["train", path, *once, "--estimate", "--json"]) == 0
     sections = json.loads(capsys.readouterr().out)["sections"]
@@ -171,6 +188,7 @@ def test_written_estimated_and_trained(
     assert cli.main(["train", path, *once, "stage=base", "--estimate"]) == 0
     shown = capsys.readouterr().out
     assert "tokens a second" in shown and "measured" in shown
+    assert not [str(seen.message) for seen in recwarn if "deprecated" in str(seen.message)]
 
 
 def test_the_embedded_model_needs_no_name(

@@ -12,6 +12,8 @@ from ..bench.sizes import NAMES
 from ..errors import UnknownNameError
 from ..files.atomic import write_atomically
 from ..models.loading import ModelName
+from ..models.placement import check_names
+from .options import can_write
 
 EPILOG = "Example: ccm bench --quick"
 
@@ -27,22 +29,28 @@ def bench(
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer and shorter: some minutes.")] = False,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Where the JSON goes; the page is made by ccm report.")
+        Path | None,
+        typer.Option(
+            metavar="FILE", callback=can_write, help="Where the JSON goes; the page is made by ccm report."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure a memory beside what one would do without it: per turn, many at once, bytes, share of the limit."""
-    from rich.console import Console
-    from rich.markdown import Markdown
-
     for name in only or ():
         if name not in NAMES:
             raise UnknownNameError("contender", name, list(NAMES))
+    for file in (model, llama):
+        check_names(file)
+    from rich.console import Console
+    from rich.markdown import Markdown
+
     from ..bench.page import tables
     from ..bench.run import bench as run
+    from .progress import stages
 
-    with Console(stderr=True).status("ccm bench") as status:
-        result = run(model, llama, threads, quick, only or (), status.update)
+    with stages("ccm bench") as tell:
+        result = run(model, llama, threads, quick, only or (), tell)
     text = json.dumps(result, indent=1) + "\n"
     if out is not None:
         write_atomically(out, text.encode())

@@ -79,9 +79,10 @@ def show(
     check_split(split)
     source_class(source)  # a wrong name shows before a model is loaded
     options = _options(option or []) | ({"strict": True} if strict else {})
-    from ..models.load import load_model
+    from ..models.load import load_tokenizer
+    from ..models.placement import DEFAULT_MODEL
 
-    _, tokenizer = load_model(None)
+    tokenizer = load_tokenizer(DEFAULT_MODEL)
     chosen = get_source(source, tokenizer, **options)
     if split == "train":
         rng = random.Random(seed)
@@ -126,14 +127,17 @@ def pack(
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    from ..models.load import load_model
+    from ..models.load import load_tokenizer
+    from ..models.placement import DEFAULT_MODEL
     from ..training.packing import pack as draw
+    from .progress import Tenths, moves
 
     console = Console(stderr=as_json)
-    _, tokenizer = load_model(config.model)
+    tokenizer = load_tokenizer(config.model or DEFAULT_MODEL)
     several = min(4, os.cpu_count() or 1) if processes is None else processes
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bar:
+    tell = Tenths(console)
+    with Progress(*columns, console=console, disable=not moves(console)) as bar:
         task = bar.add_task("drawing rows", total=wanted)
         seen: list[tuple[float, int]] = []
 
@@ -142,6 +146,7 @@ def pack(
             seconds, drawn = seen[-1][0] - seen[0][0], done - seen[0][1]
             rate = f" · {drawn / seconds:,.0f} tokens/s" if seconds else ""
             bar.update(task, completed=done, description=f"{done:,} tokens{rate}")
+            tell(done / wanted, f"{done:,} tokens{rate}")
 
         try:
             file = draw(config, tokenizer, wanted, out, several, on_progress)

@@ -13,7 +13,7 @@ from ..models.known import check_all, split_methods
 from ..models.loading import Device, DeviceMap, Dtype, LoadIn, Loading, ModelName
 from ..models.memory_option import MemoryName
 from ..models.placement import AUTO
-from .options import AsJson, new_console
+from .options import AsJson, can_write, new_console
 
 EPILOG = "Example: ccm demo --conversations 4 --methods window,ccm-merge --json"
 
@@ -35,9 +35,9 @@ def demo(
     dtype: Dtype = AUTO,
     load_in: LoadIn = None,
     device_map: DeviceMap = None,
-    plot: Annotated[Path, typer.Option(metavar="PATH", help="Where the picture goes.")] = Path(
-        "ccm-demo.png"
-    ),
+    plot: Annotated[
+        Path, typer.Option(metavar="PATH", callback=can_write, help="Where the picture goes.")
+    ] = Path("ccm-demo.png"),
     as_json: AsJson = False,
 ) -> None:
     """Play held-out conversations turn by turn through every method at once, and compare them."""
@@ -46,6 +46,7 @@ def demo(
     from ..evaluation.demo import demo as play_demo
     from ..evaluation.plot import plot as save_plot
     from ..methods.default import checked
+    from .progress import moves, say
 
     console = new_console(as_json)
     names = split_methods(methods or "")
@@ -54,7 +55,8 @@ def demo(
     for name in names:
         checked(name)  # a wrong name shows before anything is loaded
     language_model, tokenizer = loading.load()
-    result = play_demo(language_model, tokenizer, console, conversations, turns, names)
+    told = {} if moves(console) else {"tell": say}
+    result = play_demo(language_model, tokenizer, console, conversations, turns, names, **told)
     try:
         save_plot(result, plot)
         console.print(f"plot: {plot}", soft_wrap=True, highlight=False)

@@ -62,10 +62,6 @@ class Options:
         from ..evaluation.suites import benchmark_suite, get_suite, own_suite
 
         own = Path(self.suite)
-        if self.strict and own.suffix != ".jsonl":
-            raise ConfigError(
-                f"--strict is for a .jsonl file of your own, got suite {self.suite}: leave it out"
-            )
         if own.suffix == ".jsonl":
             suite = own_suite(own, self.strict)
         elif self.suite in BENCHMARKS:
@@ -203,19 +199,21 @@ def evaluate(
     """Measure methods on tasks; Ctrl-C saves, the same command goes on."""
     loading = Loading(model, device, dtype, load_in, device_map)
     loading.check_names()
-    from rich.console import Console
-
-    from ..evaluation.suites import parse_method
-    from ..methods.default import checked
-
     named = tuple(split_methods(methods or ""))
     added = memory_name(memory, adapter)
     _check_benchmark(suite, data, judge, judge_model, lengths)
+    _check_strict(suite, strict)
     judged = (judge, judge_model) if judge and judge_model else None
     options = Options(
         suite, named, _names(tasks), limit, loading, added, first_stage, threads, strict, data, judged,
         _numbers(lengths),
     )  # fmt: skip
+    from rich.console import Console
+
+    from ..evaluation.suites import parse_method
+    from ..methods.default import checked
+    from .progress import stages
+
     chosen, plans = options.chosen()
     for text in {text for plan in plans for text in plan.methods}:
         checked(parse_method(text))  # a wrong name shows before anything is loaded
@@ -228,7 +226,7 @@ def evaluate(
     for how in dict.fromkeys(entry.task.scored for entry in plans):
         if how:
             console.print(f"scored: {how}", highlight=False, soft_wrap=True, markup=False)
-    with console.status("Reading the tasks"):
+    with stages("Reading the tasks"):
         evaluation = prepare(options)
     result = _run(evaluation, options, folder, processes, console, fresh)
     if show:
@@ -262,6 +260,11 @@ def _check_benchmark(
         )
     if (judge is None) != (judge_model is None):
         raise ConfigError("a judge needs both --judge URL and --judge-model NAME")
+
+
+def _check_strict(suite: str, strict: bool) -> None:
+    if strict and not suite.endswith(".jsonl"):
+        raise ConfigError(f"--strict is for a .jsonl file of your own, got suite {suite}: leave it out")
 
 
 def _numbers(text: str | None) -> tuple[int, ...]:

@@ -109,7 +109,7 @@ def leaderboard(
 ) -> None:
     """Compare memories at equal bytes, a table a task; Ctrl-C saves, the same command goes on."""
     loading = Loading(model, device, dtype, load_in, device_map)
-    loading.check()
+    loading.check_names()
     chosen = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
     named = tuple(split_methods(methods or ""))
     if wrong := [name for name in named if "@" in name]:
@@ -119,15 +119,17 @@ def leaderboard(
     from ..evaluation.leaderboard import TASKS
     from ..methods.default import checked
     from .options import new_console
+    from .progress import stages
 
     for name in chosen:
         if name not in TASKS:
             raise UnknownNameError("task of the leaderboard", name, list(TASKS))
     for name in named:
         checked(name)  # a wrong name shows before anything is loaded
+    loading.check()
     options = Options(loading, named, chosen, entries, limit, threads)
     console = new_console(as_json)
-    with console.status("Loading memories and tasks"):
+    with stages("Loading memories and tasks"):
         evaluation, made = _prepared(options)
     tables, stored = _measured(evaluation, made, options, out, console, fresh, processes)
     text = json.dumps(stored, indent=1, ensure_ascii=False) + "\n"

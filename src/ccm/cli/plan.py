@@ -59,14 +59,13 @@ def plan(
 ) -> None:
     """Plan for a number of users: KV bytes, GPUs, prefill and store; each figure says where it comes from."""
     Loading(model, device, dtype, load_in).check_names()
-    from rich.console import Console
-
+    named = memory_name(memory, adapter, slots=slots, sink=sink, window=window)
     from ..planning.plan import Load
     from ..planning.plan import plan as make_plan
+    from .progress import stages
 
-    named = memory_name(memory, adapter, slots=slots, sink=sink, window=window)
     load = Load(users, turns, tokens_per_turn, pace)
-    with Console(stderr=True).status("Measuring" if measure else "Planning"):
+    with stages("Measuring" if measure else "Planning"):
         made = make_plan(
             load,
             model=model,

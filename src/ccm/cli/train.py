@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 from ..models.loading import Device, DeviceMap, LoadIn, Loading
-from ..models.placement import AUTO
+from ..models.placement import AUTO, DEFAULT_MODEL, check_names
+from .options import can_write
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +27,7 @@ EPILOG = "Example: ccm train recipes/cpu-minutes.yaml compressor.slots=8 --out r
 
 def train(
     recipe: Annotated[
-        Path | None,
+        str | None,
         typer.Argument(metavar="RECIPE.yaml", help="The run (docs/training.md); with --init the model."),
     ] = None,
     overrides: Annotated[
@@ -88,7 +89,7 @@ def train(
         if overrides or extend or estimate or show or minutes is not None:
             raise ConfigError("--init takes a model and writes a recipe: leave the rest to the runs of it")
         _init(
-            None if recipe is None else str(recipe),
+            recipe,
             out,
             Loading(None, device, dtype, load_in, device_map),
             as_json,
@@ -101,6 +102,7 @@ def train(
     if show:
         print(dump(config), end="")
         return
+    _check_files(config)
     from rich.console import Console
 
     # of several processes one speaks
@@ -108,7 +110,7 @@ def train(
     loading = Loading(config.model, device, dtype, load_in, device_map)
     where = _device(loading, config)
     if estimate:
-        _estimate(loading, config, kind, where, out or Path("runs") / recipe.stem, console, as_json)
+        _estimate(loading, config, kind, where, out or Path("runs") / Path(recipe).stem, as_json)
         return
     from ..models.load import load_model
     from ..training.trainer import Trainer
@@ -116,7 +118,7 @@ def train(
     # plain weights of several processes are sharded or copied from the CPU
     first = None if device_map or (_several() and not load_in) else where
     model, tokenizer = load_model(config.model, kind, first, load_in=load_in, device_map=device_map)
-    trainer = Trainer(model, tokenizer, config, out or Path("runs") / recipe.stem, extend, where)
+    trainer = Trainer(model, tokenizer, config, out or Path("runs") / Path(recipe).stem, extend, where)
     try:
         result = _run(trainer, console)
         if trainer.processes.main:
@@ -126,19 +128,33 @@ def train(
 
 
 def _init(model: str | None, out: Path | None, loading: Loading, as_json: bool) -> None:
-    from ..training.starter import Machine, default_path, write_recipe
-
     if loading.device_map:
         raise ConfigError("--init fits a run to one device: leave --device-map out, and give it to the run")
+    check_names(model)
+    from ..training.starter import Machine, default_path, write_recipe
+
     path = out or default_path(model)
     bf16 = None if loading.dtype == AUTO else loading.dtype == "bfloat16"
-    fit = write_recipe(path, model, Machine.here(loading.check().device), bf16, loading.load_in)
+    can_write(path)
+    machine = Machine.here(loading.check().device)
+    fit = write_recipe(path, model, machine, bf16, loading.load_in)
     if as_json:
         from dataclasses import asdict
 
         print(json.dumps({"recipe": str(path), **asdict(fit)}))
     else:
+        named = model or f"the embedded {DEFAULT_MODEL}, as no model is named"
+        room = f"{machine.name} with {machine.memory / 1e9:.0f} GB free"
+        print(f"for {named}, on {room}: {fit.tokens:,} tokens a pass")
         print(f"{path} is written; next: ccm train {path}{fit.options} --estimate")
+
+
+def _check_files(config: TrainConfig) -> None:
+    """Raises DataError if a file or folder that the recipe names is not there, before a model is loaded."""
+    named = {f"data.{name}.path": (options or {}).get("path") for name, options in config.data.items()}
+    for key, path in named.items() if config.packed is None else [("packed", config.packed)]:
+        if isinstance(path, str) and not Path(path).expanduser().exists():
+            raise DataError(f"{key}: {path} is not there; give a file or a folder that is")
 
 
 def _estimate(
@@ -147,7 +163,6 @@ def _estimate(
     kind: str | None,
     where: torch.device,
     out: Path,
-    console: Console,
     as_json: bool,
 ) -> None:
     import time
@@ -156,6 +171,7 @@ def _estimate(
     from ..models.load import load_model
     from ..training.estimate import check_weights, estimate
     from .plan import show
+    from .progress import stages
 
     if _several():
         raise ConfigError("--estimate measures one process: start it without torchrun")
@@ -165,7 +181,7 @@ def _estimate(
     model, tokenizer = load_model(
         config.model, kind, first, load_in=loading.load_in, device_map=loading.device_map
     )
-    with console.status("Measuring a few steps"):
+    with stages("Measuring a few steps"):
         made = estimate(model, tokenizer, config, out, where, started)
     if as_json:
         print(json.dumps(asdict(made)))
@@ -238,6 +254,7 @@ def _run(trainer: Trainer, console: Console) -> dict[str, Any]:
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     from ..training.checkpoint import last_report
+    from .progress import Tenths, moves
 
     if trainer.step:
         done = "finished already" if trainer.progress >= 1.0 else "resuming"
@@ -248,7 +265,8 @@ def _run(trainer: Trainer, console: Console) -> dict[str, Any]:
     count = sum(parameter.numel() for parameter in trainer.parameters)
     console.print(f"{count:,} trained parameters", highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bar:
+    tell = Tenths(console)
+    with Progress(*columns, console=console, disable=not moves(console)) as bar:
         task = bar.add_task(f"step {trainer.step}", total=1.0)
         bar.update(task, completed=trainer.progress)
 
@@ -258,6 +276,7 @@ def _run(trainer: Trainer, console: Console) -> dict[str, Any]:
                 f"{report['tokens_per_second']:.0f} tokens/s"
             )
             bar.update(task, completed=trainer.progress, description=line)
+            tell(trainer.progress, line)
             if "perplexity" in report:
                 figures = ("perplexity", *trainer.stage.figures)
                 quality = " · ".join(f"{name.replace('_', ' ')} {report[name]:.3f}" for name in figures)

@@ -145,12 +145,14 @@ def demo(
     conversations: int = 8,
     turns: int = 10,
     methods: Sequence[str] = (),
+    tell: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Play held-out test conversations with a live table on ``console``.
 
     Args:
         methods: as they are written; by default none, full, and beside windows of equal bytes the adapters of the
             embedded model, if it is that, and the best memory that needs no training.
+        tell: hears when a conversation begins.
 
     Returns:
         ``{"task", "turns", "gain", "methods": {name: {"nll", "perplexity", "recovered_share", "kv_bytes",
@@ -183,8 +185,14 @@ def demo(
             model, tokenizer
         )  # loads adapters, so that seconds and errors do not come mid-play
     view = _View(players, rows, tokenizer)
+
+    def on_turn(name: str, turn: int, traces: dict[str, Trace]) -> None:
+        if name == players[0].name and turn == 0:
+            tell(f"conversation {len(traces[name].records)} of {len(rows)}, {len(players)} methods")
+        view.on_turn(name, turn, traces)
+
     with Live(view, console=console, refresh_per_second=4, transient=True):
-        traces = play(model, tokenizer, rows, players, view.on_turn)
+        traces = play(model, tokenizer, rows, players, on_turn)
     console.print(_table(players, traces, final=True))
     return {
         "task": "chitchat",
