@@ -139,6 +139,7 @@ def test_every_command_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
         with monkeypatch.context() as patch:  # files that a page names are not here
             patch.setattr("ccm.hub.is_folder", lambda *_: True)
             patch.setattr(Path, "is_file", lambda path: True)
+            patch.setattr("ccm.cli.options.format_of", lambda path: "ccm-memory/1")
             context = command.make_context(command.name, list(words))
         memory = context.params.get("memory")
         if memory and memory.partition(":")[0] in here:

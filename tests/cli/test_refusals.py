@@ -10,24 +10,36 @@ import sys
 import threading
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from ccm import cli, hub
 from ccm.errors import CCMError, ConfigError
 from ccm.evaluation.suites import SUITES
 from ccm.files import adapter_folder
 from ccm.methods import get_method, list_methods
-from ccm.models import known
+from ccm.models import known, placement
 from ccm.models.placement import place
 from ccm.serving import settings
 from ccm.serving.store import codec
 
-#: Arguments, and words of the line. Beside them lie a folder ``model`` of a model, one of an adapter, and a recipe.
+#: Arguments, and words of the line. Beside them lie a folder ``model`` of a model, one of an adapter, recipes, and
+#: the beginning of a memory file.
 REFUSED: list[tuple[str, str]] = [
     ("nonsense", "nonsense"),
     ("bench --only nobody", "unknown contender 'nobody'"),
+    ("bench --model ./modle", "no model './modle': there is no such folder"),
+    ("bench --llama absent.gguf", "no file 'absent.gguf'"),
+    ("bench --out absent/bench.json", "cannot write absent/bench.json: there is no folder absent"),
+    ("chat --load absent.ccm", "no memory file at absent.ccm"),
+    ("chat --load run.yaml", "run.yaml: this is no usable stored memory"),
+    ("chat --load me.ccm --compare", "no full context to compare with"),
+    ("chat --load me.ccm --system Hello", "brings its own past and sizes"),
+    ("chat --load me.ccm --memory snapkv:tokens=9", "brings its own past and sizes"),
+    ("chat --model model --llama absent.gguf", "no file 'absent.gguf'"),
     ("methods snapvk", "unknown method or adapter 'snapvk' (did you mean snapkv?)"),
     ("leaderboard --methods snapvk", "unknown method or adapter 'snapvk' (did you mean snapkv?)"),
     ("leaderboard --model ./modle", "no model './modle': there is no such folder"),
@@ -70,6 +82,8 @@ REFUSED: list[tuple[str, str]] = [
     ("demo --turns 4", "--turns"),
     ("demo --turns many", "--turns"),
     ("demo --conversations 0", "--conversations"),
+    ("demo --plot absent/demo.png", "there is no folder absent"),
+    ("demo --plot model", "cannot write model: it is a folder"),
     ("demo --methods none,h3o", "unknown method or adapter 'h3o'"),
     ("eval", "SUITE"),
     ("eval nonsense", "unknown suite 'nonsense': expected one of"),
@@ -78,6 +92,11 @@ REFUSED: list[tuple[str, str]] = [
     ("eval quick --methods none,snapkv@h3o", "unknown method or adapter 'h3o'"),
     ("eval quick --limit 0", "--limit"),
     ("eval quick --show many", "--show"),
+    ("eval quick --strict", "--strict is for a .jsonl file of your own"),
+    ("eval quick --data files", "--data is for a benchmark of others"),
+    ("eval quick --memory snapkv --adapter adapter", "leave --adapter out"),
+    ("eval ruler --judge http://x", "both --judge URL and --judge-model NAME"),
+    ("eval ruler --lengths many", "--lengths is 'many'"),
     ("report absent.json", "absent.json: no such file or folder"),
     ("report empty", "no *.json in this folder"),
     ("train", "expected a recipe"),
@@ -88,6 +107,8 @@ REFUSED: list[tuple[str, str]] = [
     ("train run.yaml compressor.slot=3", "unknown key compressor.slot; did you mean compressor.slots?"),
     ("train run.yaml --dtype float16", "gradients leave its range"),
     ("train --init model --minutes 3", "--init takes a model"),
+    ("train --init ./modle", "there is no such folder (did you mean model?)"),
+    ("train --init model --device-map auto", "leave --device-map out"),
     ("plan", "--users"),
     ("plan --users 0 --turns 1", "--users"),
     ("plan --users 1 --turns 1 --store ftp://x", "unknown store 'ftp'"),
@@ -96,6 +117,10 @@ REFUSED: list[tuple[str, str]] = [
     ("serve --port 70000", "--port"),
     ("serve --store x", "expected a URL"),
     ("serve --store ftp://x", "unknown store 'ftp'"),
+    ("serve --port 0 --store sqlite:model", "cannot open model for writing"),
+    ("serve --memory snapkv --window 3", "leave --window out"),
+    ("serve --model model --llama absent.gguf", "no file 'absent.gguf'"),
+    ("serve --llama default --vllm http://x", "one of them writes the answers"),
     ("serve --resend never", "unknown resend 'never'"),
     ("serve --precision int3", "unknown precision 'int3'"),
     ("serve --on-disconnect x", "unknown disconnect 'x'"),
@@ -110,7 +135,10 @@ REFUSED: list[tuple[str, str]] = [
     ("data pack absent.yaml --tokens 1M --out x", "absent.yaml"),
     ("memory inspect", "argument"),
     ("memory inspect absent.ccm", "no memory file at absent.ccm"),
+    ("memory inspect run.yaml", "run.yaml: this is no usable stored memory"),
     ("memory show absent.ccm", "no memory file at absent.ccm"),
+    ("memory show run.yaml", "run.yaml: this is no usable stored memory"),
+    ("memory show me.ccm --png absent/me.png", "there is no folder absent"),
     ("doctor --nonsense", "--nonsense"),
 ]  # fmt: skip
 #: Those that need what is heavy: torch knows the devices, and reads memories.
@@ -118,9 +146,9 @@ LATER = [
     ("methods --family nope", "unknown family 'nope': expected one of"),
     ("leaderboard --tasks nope", "unknown task of the leaderboard 'nope'"),
     ("chat --device cuda:99", "cuda:99"),
-    ("memory inspect run.yaml", "run.yaml: "),
-    ("chat --load absent.ccm", "no memory file"),
-    ("chat --load me.ccm --compare", "no full context to compare with"),
+    ("memory inspect me.ccm", "me.ccm: "),
+    ("train gone.yaml", "data.jsonl.path: absent.jsonl is not there"),
+    ("train run.yaml packed=absent.rows", "packed: absent.rows is not there"),
 ]
 WALK = """
 import contextlib, io, json, sys
@@ -147,6 +175,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name / file).write_text('{"model_type": "llama"}')
     (folder / "empty").mkdir()
     (folder / "run.yaml").write_text("steps: 3\n")
+    (folder / "gone.yaml").write_text("data: {jsonl: {path: absent.jsonl}}\n")
+    header = b'{"__metadata__": {"format": "ccm-memory/1"}}'
+    (folder / "me.ccm").write_bytes(len(header).to_bytes(8, "little") + header)
     return folder
 
 
@@ -183,6 +214,49 @@ def test_what_torch_alone_knows_is_one_line_too(folder: Path) -> None:
     for (line, words), (code, out, err, heavy) in zip(LATER, answers, strict=True):
         assert (code, out, err.count("\n")) == (2, "", 1) and words in err, f"{line}: {err}"
         assert "torch" in heavy, "the control: this list is of those that need it"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one here")
+def test_a_gpu_that_is_not_there_is_told_without_torch(folder: Path) -> None:
+    commands = ("chat", "demo", "eval quick", "leaderboard", "plan --users 1 --turns 1", "serve --port 0")
+    lines = [f"{command} --device cuda" for command in (*commands, "train run.yaml", "train --init model")]
+    for line, (code, out, err, heavy) in zip(lines, walk(lines, folder), strict=True):
+        assert (code, out, err.count("\n"), heavy) == (2, "", 1, []), f"{line}: {err} {heavy}"
+        assert "device 'cuda' is not there: " in err and "give auto or cpu" in err
+
+
+@pytest.mark.parametrize(
+    ("built", "driver", "words"),
+    [
+        (set(), True, "built for processors alone"),
+        ({"cuda"}, False, "no driver of NVIDIA"),
+        ({"cuda"}, True, ""),
+        ({"hip"}, False, ""),
+        (None, False, ""),
+    ],
+)
+def test_whether_a_gpu_can_be_here(
+    built: set[str] | None, driver: bool, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is not certain is left to torch."""
+
+    def load(name: str) -> None:
+        if not driver:
+            raise OSError(name)
+
+    monkeypatch.setattr(placement, "_torch_built_for", lambda: built)
+    monkeypatch.setattr(placement, "ctypes", SimpleNamespace(CDLL=load))
+    monkeypatch.setattr(placement, "sys", SimpleNamespace(platform="linux", modules={}))
+    said = refusal(placement.check_names, device="cuda:1")
+    assert words in said and bool(said) == bool(words)
+    assert refusal(placement.check_names, device="mps") and not refusal(placement.check_names, device="xpu")
+    monkeypatch.setattr(placement, "sys", SimpleNamespace(platform="linux", modules={"torch": torch}))
+    assert not refusal(placement.check_names, device="cuda:1"), "torch is asked as soon as it is there"
+
+
+def test_what_torch_was_built_for_is_read_from_its_files() -> None:
+    built = {name for name in ("cuda", "hip") if getattr(torch.version, name) is not None}
+    assert placement._torch_built_for() == built
 
 
 def test_every_command_is_walked() -> None:

@@ -101,14 +101,13 @@ def test_every_option_arrives_in_its_field(monkeypatch):
         arguments += [str(value)] if value is not False else []
     got = []
 
-    def built(options):
+    def built(options, store):
         got.append(options)
         raise ConfigError("far enough")
 
     monkeypatch.setattr("ccm.serving.build.build_service", built)
-    monkeypatch.setattr(
-        "ccm.models.loading.Loading.check_names", lambda self: None
-    )  # they exclude each other
+    monkeypatch.setattr("ccm.serving.options.Options.check", lambda self: None)  # they exclude each other
+    monkeypatch.setattr("ccm.serving.store.open_store", lambda url, limits: None)
     assert cli.main(["serve", "--port", "0", *arguments]) == 2
     assert got == [wanted]
     assert wanted.limits == Limits(keep=9, marks=8, ttl=1.5 * 86400, sessions=10, nbytes=2_500_000)
@@ -136,12 +135,19 @@ ENDLESS = (
 
 
 @pytest.mark.parametrize(
-    ("memory", "title"), [(None, "snapkv"), ("tova:tokens=9,window=8", "tova"), ("adapter", "adapter")]
+    ("memory", "title"),
+    [
+        (None, "snapkv"),
+        ("tova:tokens=9,window=8", "tova"),
+        ("adapter", "adapter"),
+        ("slots-and-words:adapter=adapter", "slots-and-words"),
+    ],
 )
 def test_a_service_has_the_memory_that_is_asked_for(home, tmp_path, memory, title):
-    memory = str(home / memory) if memory == "adapter" else memory
-    options = Options(store=f"sqlite://{tmp_path}/m.db", model=str(home / "model"), memory=memory)
-    service = build_service(options)
+    if memory and memory.endswith("adapter"):
+        memory = memory.removesuffix("adapter") + str(home / "adapter")
+    store, model = f"sqlite://{tmp_path}/m.db", str(home / "model")
+    service = build_service(Options(store=store, model=model, memory=memory, precision="float32"))
     sampling = Sampling(max_tokens=5, temperature=0)
 
     async def say(text):
@@ -149,14 +155,15 @@ def test_a_service_has_the_memory_that_is_asked_for(home, tmp_path, memory, titl
         return await turn.finish()
 
     async def talk():
-        answers = [
-            await say(text) for text in ("my cat is Miso", "and I live in Lyon", "and I sleep at noon")
-        ]
-        return answers[-1].text, (await service.view("t", "s")).stats
+        answers = [(await say(text)).text for text in said]
+        return answers, (await service.view("t", "s")).stats
 
+    said = ("my cat is Miso", "and I live in Lyon", "and I sleep at noon")
     try:
-        text, stats = asyncio.run(talk())
-        assert text and stats["slots"] > 0
+        answers, stats = asyncio.run(talk())
+        assert answers[-1] and stats["slots"] > 0
+        session = ccm.Session(service.method, service.tokenizer)
+        assert answers == [session.generate(text, do_sample=False, max_new_tokens=5) for text in said]
         if memory is None:
             title = default_memory(service.method.reader.model)
         assert service.name.endswith(f"+{title}") and service.method.title == title

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import ConfigError
+from ..models.known import written
 from ..models.loading import DecodeIn, Device, DeviceMap, Dtype, LoadIn, Loading, ModelName
 from ..models.memory_option import Adapter, MemoryName, Sink, Slots, Window, memory_name
 from ..models.placement import AUTO
-from ..serving.llama.options import LlamaContext, LlamaFile, LlamaType
-from .options import new_console
+from ..serving.llama.options import LlamaContext, LlamaFile, LlamaType, check_llama
+from .options import memory_file, new_console
 from .prompt import is_interactive, is_typed
 
 if TYPE_CHECKING:
@@ -34,7 +35,9 @@ def chat(
     load_in: LoadIn = None,
     device_map: DeviceMap = None,
     decode_in: DecodeIn = AUTO,
-    load: Annotated[Path | None, typer.Option(metavar="FILE", help="Continue a saved session.")] = None,
+    load: Annotated[
+        Path | None, typer.Option(metavar="FILE", callback=memory_file, help="Continue a saved session.")
+    ] = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="System message at the start.")] = None,
     temperature: Annotated[
         float | None,
@@ -58,11 +61,10 @@ def chat(
     """Talk with a model whose memory does not grow with the conversation; /help inside lists the commands."""
     named = memory_name(memory, adapter, slots=slots, sink=sink, window=window)
     loading = Loading(model or llama, device, dtype, load_in, device_map, decode_in)
-    if load and compare:
-        raise ConfigError(
-            f"--compare: {load} keeps the beginning of each turn only, so there is no full context to compare with; "
-            "leave --compare or --load out"
-        )
+    if load:
+        _check_loaded(load, named, system, compare)
+    loading.check_names()
+    check_llama(llama)
     console, typed = new_console(), is_interactive()
     if is_typed():
         from .screen import banner
@@ -92,6 +94,19 @@ def chat(
     Repl(opening, console, given, compare, typed).run()
 
 
+def _check_loaded(load: Path, named: str | None, system: str | None, compare: bool) -> None:
+    """Raises ConfigError if a saved session cannot be gone on with as it was asked for."""
+    if compare:
+        raise ConfigError(
+            f"--compare: {load} keeps the beginning of each turn only, so there is no full context to compare with; "
+            "leave --compare or --load out"
+        )
+    if system or (named and written(named)[1]):
+        raise ConfigError(
+            f"--load {load} brings its own past and sizes: leave --system out, and the options of the memory"
+        )
+
+
 def _is_ready() -> bool:
     """Whether the embedded model is here and need not be fetched, without looking closely."""
     from ..models.packages import cache_dir
@@ -112,13 +127,7 @@ def _open(
     from ..session import Session
     from .repl import Opened
 
-    spec = checked(named)
-    if load and (system or spec.options):
-        raise ConfigError(
-            f"--load {load} brings its own past and sizes: leave --system out, and the options of the memory"
-        )
-    if load and named is None:
-        spec = saved_memory(load)
+    spec = saved_memory(load) if load and named is None else checked(named)
     language_model, tokenizer = loading.load(spinner=not is_interactive())
     if moved is None:
         method = open_method(for_talking(spec, language_model), language_model, tokenizer)

@@ -12,7 +12,7 @@ import typer
 from ..models.loading import Device, Dtype, Loading, ModelName
 from ..models.memory_option import MemoryName
 from ..models.placement import AUTO
-from .options import AsJson, MemoryFile, new_console
+from .options import AsJson, MemoryFile, can_write, new_console
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -64,7 +64,9 @@ def show(
             metavar="TEXT", help="Ask this, and show which entries the answer read; nothing is kept."
         ),
     ] = None,
-    png: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw it into this file.")] = None,
+    png: Annotated[
+        Path | None, typer.Option(metavar="FILE", callback=can_write, help="Draw it into this file.")
+    ] = None,
     model: ModelName = None,
     memory: MemoryName = None,
     device: Device = AUTO,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigError, MissingPackageError
+from ..models.placement import AUTO
 from ..serving.options import Options, takes_options
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ def serve(
     """Serve OpenAI's clients: one persistent compressed memory for every conversation, and a web page."""
     from ..serving.keys import KeyFile, Keys, is_loopback
 
-    options.loading.check_names()
+    # a replica's device may be on another machine
+    (replace(options, device=AUTO) if ray and options.device == "cuda" else options).check()
     if api_keys is None and not is_loopback(host):
         raise ConfigError(
             f"--host {host} is open to other machines: give --api-keys FILE (make one with: ccm key NAME "
@@ -56,7 +58,13 @@ def serve(
         raise ConfigError("--replicas: only Ray Serve has several; give --ray")
     keys = None if api_keys is None else KeyFile(api_keys)
     listener = _listen(host, port)
-    options = replace(options, store=options.store or default_store())
+    options, store = replace(options, store=options.store or default_store()), None
+    if not ray:
+        from ..serving.logs import to_stderr
+        from ..serving.store import open_store
+
+        to_stderr(options.log_format)  # what the store has to say is among it
+        store = open_store(options.store, options.limits)
     try:
         from ..serving.api import create_app
     except ImportError as error:
@@ -74,11 +82,9 @@ def serve(
     from rich.console import Console
 
     from ..serving.build import build_service
-    from ..serving.logs import to_stderr
 
-    to_stderr(options.log_format)  # what the store has to say is among it
     with Console(stderr=True).status("Loading the model"):
-        service = build_service(options)
+        service = build_service(options, store)
     _run(create_app(service, keys=keys), service, listener, drain)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,6 +132,36 @@ def check_names(
         raise UnknownNameError("kind of weights to decode from", decode_in, list(DECODE_IN))
     if isinstance(device, str) and not _DEVICE.fullmatch(device):
         raise ConfigError(f"device {device!r}: no such device; expected auto, cpu, cuda, cuda:1 or mps")
+    if isinstance(device, str) and "torch" not in sys.modules and (why := _absent(device.partition(":")[0])):
+        raise ConfigError(f"device {device!r} is not there: {why}")
+
+
+def _absent(kind: str) -> str:
+    """Why no device of this kind can be here; empty if one may be. Files tell: to import torch takes seconds."""
+    if kind == "mps" and sys.platform != "darwin":
+        return "it is the GPU of a Mac; give auto or cpu"
+    if kind != "cuda":
+        return ""
+    built = _torch_built_for()
+    if built == set():
+        return "this torch is built for processors alone; install its build for your GPU, or give auto or cpu"
+    if built == {"cuda"} and sys.platform == "linux":
+        try:
+            ctypes.CDLL("libcuda.so.1")
+        except OSError:
+            return "no driver of NVIDIA is found (libcuda.so.1); give auto or cpu"
+    return ""
+
+
+def _torch_built_for() -> set[str] | None:
+    """Those of cuda and hip that the installed torch was built for; None if its files do not say."""
+    try:
+        found = importlib.util.find_spec("torch")
+        text = (Path(str(found and found.origin)).parent / "version.py").read_text()
+    except (ImportError, OSError, ValueError):
+        return None
+    said = dict(re.findall(r"^(cuda|hip)\b[^=\n]*= *(\S+)", text, re.MULTILINE))
+    return {name for name, value in said.items() if value != "None"} if "cuda" in said else None
 
 
 def is_default(name: str | None) -> bool:

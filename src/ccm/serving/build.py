@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError, UnsupportedModelError
+from ..errors import UnsupportedModelError
 from .options import Options
 
 if TYPE_CHECKING:
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .engine import Engine
     from .metrics import Metrics
     from .service import Service
+    from .store import Store
 
 #: Seconds after which a memory that a killed server left for vLLM is forgotten.
 TURN = 3600
@@ -20,12 +21,17 @@ TURN = 3600
 VLLM_KEY = "VLLM_API_KEY"
 
 
-def build_service(options: Options) -> Service:
+def build_service(options: Options, store: Store | None = None) -> Service:
     """Open the store, load model and memory, and start the engine.
+
+    Args:
+        options: of the service.
+        store: that is open already.
 
     Raises:
         CCMError: one of them is not usable as given.
     """
+    options.check()
     import torch
 
     from ..methods.default import checked, open_method
@@ -34,10 +40,8 @@ def build_service(options: Options) -> Service:
     from .store import open_store
 
     options.loading.check()
-    if options.llama is not None and options.vllm is not None:
-        raise ConfigError("--llama and --vllm: one of them writes the answers, give one")
     spec = checked(options.memory_name)
-    store = open_store(options.store, options.limits)
+    store = store or open_store(options.store, options.limits)
     threads = options.threads or torch.get_num_threads()
     torch.set_num_threads(1)
     model, tokenizer = options.loading.load()

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from ..errors import UnknownNameError
+from ..errors import ConfigError, UnknownNameError
 from ..models.loading import DecodeIn, Device, DeviceMap, Dtype, LoadIn, Loading, ModelName
 from ..models.memory_option import Adapter, MemoryName, Sink, Slots, Window, memory_name
 from ..models.placement import AUTO
-from .llama.options import LlamaContext, LlamaFile, LlamaType
+from .llama.options import LlamaContext, LlamaFile, LlamaType, check_llama
 from .logs import check_format
 from .settings import DISCONNECT, PRECISIONS, RESENDS, Settings
 
@@ -132,6 +132,19 @@ class Options:
     slots: Slots = None
     sink: Sink = None
     window: Window = None
+
+    def check(self) -> None:
+        """What can be told at once, before torch is imported.
+
+        Raises:
+            ConfigError: options that exclude each other, or names of what is not here.
+            MissingPackageError: a package that they need is not installed.
+        """
+        if self.llama is not None and self.vllm is not None:
+            raise ConfigError("--llama and --vllm: one of them writes the answers, give one")
+        _ = self.memory_name
+        self.loading.check_names()
+        check_llama(self.llama)
 
     @property
     def loading(self) -> Loading:
