@@ -242,6 +242,9 @@ def test_stages_are_lines_where_nobody_sees_a_spinner(
     with stages("[reading]") as tell:
         tell("writing")
     assert capsys.readouterr() == ("", "[reading]\nwriting\n")
+    with stages("reading", tells=True) as tell:
+        tell("writing")
+    assert capsys.readouterr() == ("", "writing\n")
     monkeypatch.setattr("ccm.cli.progress.moves", lambda console: True)
     with stages("reading") as tell:
         tell("writing")

@@ -49,7 +49,7 @@ def bench(
     from ..bench.run import bench as run
     from .progress import stages
 
-    with stages("ccm bench") as tell:
+    with stages("ccm bench", tells=True) as tell:
         result = run(model, llama, threads, quick, only or (), tell)
     text = json.dumps(result, indent=1) + "\n"
     if out is not None:

@@ -65,7 +65,7 @@ def plan(
     from .progress import stages
 
     load = Load(users, turns, tokens_per_turn, pace)
-    with stages("Measuring" if measure else "Planning"):
+    with stages("Planning", tells=True) as tell:
         made = make_plan(
             load,
             model=model,
@@ -76,6 +76,7 @@ def plan(
             gpu_memory=None if gpu_memory is None else int(gpu_memory * 1e9),
             store=store,
             measured=measure,
+            tell=tell,
         )
     if as_json:
         from dataclasses import asdict

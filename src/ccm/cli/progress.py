@@ -23,11 +23,17 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def stages(first: str) -> Iterator[Tell]:
-    """While a block runs, say what it is doing; the function that it gets says what comes next."""
+def stages(first: str, *, tells: bool = False) -> Iterator[Tell]:
+    """While a block runs, say what it is doing; the function that it gets says what comes next.
+
+    Args:
+        first: what it does at first.
+        tells: the block says by itself what it does, so ``first`` is for a spinner alone.
+    """
     console = Console(stderr=True)
     if not moves(console):
-        say(first)
+        if not tells:
+            say(first)
         yield say
         return
     with console.status(Text(first)) as status:

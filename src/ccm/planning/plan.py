@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -110,6 +110,7 @@ def plan(
     gpu_memory: int | None = None,
     store: str | None = None,
     measured: bool = True,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> Plan:
     """Make a plan.
 
@@ -121,6 +122,7 @@ def plan(
         gpu_memory: bytes; None takes those of the device, and leaves GPUs out where that is none.
         store: URL of a store to measure; None takes a temporary SQLite file.
         measured: whether to measure at all.
+        tell: hears what is measured now.
 
     Raises:
         ConfigError: a model or adapter that is not there, a memory that would not fit the model's context, or a
@@ -146,9 +148,11 @@ def plan(
         "Store": list(_store(load, held, nbytes)),
     }
     if measured:
+        tell("measuring the store")
         sections["Store"] += _bandwidth(load, nbytes, measure.writing(store, nbytes))
     if measured and not load_in:
         # halfway through, where a memory that grows has its mean size
+        tell("measuring folding and prefill")
         half = after(load.turns // 2, load.tokens, method)
         speed = measure.speed(model_config, shape, spec, half, load.tokens, where.device)
         sections["Prefill"] += _seconds(load, speed)
