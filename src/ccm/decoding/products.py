@@ -64,7 +64,8 @@ def packed(weight: Tensor, bias: Tensor | None, weights: str) -> Product:
 
 
 def _of(op: Any, weights: Any) -> Product:
-    return lambda x: op(x, weights)
+    call = getattr(op, "_op", op)  # its call looks for what tracers pass, in Python
+    return lambda x: call(x, weights)
 
 
 def _base(module: nn.Module) -> Any:

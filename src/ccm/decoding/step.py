@@ -5,43 +5,46 @@ The model's own layers, as tensors, without modules, hooks and adapters, none of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.linalg import vector_norm
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ..core.attention import RecurrentPlan, additive, heads
+from ..core.attention import RecurrentPlan, additive
 from ..core.families import get_family
-from ..core.head import head_of
-from ..core.rotary import Rotary, Tables, rotate
+from ..core.rotary import Rotary, rotate
 from ..core.twin import head_size, text_config
-from .products import Product, packed, product
+from .products import Product, product
 from .shape import LayerShape, Norm, Unfit
 
 
 @dataclass
 class _Layer:
+    """One decoder layer, ready to run.
+
+    Attributes:
+        shape: what it was read from.
+        qkv, out, gate_up, down: its products.
+        before, middle: weights (d,) of the norms in front of its parts.
+        act: the activation of the gate.
+        kind: which tables of angles it has.
+    """
+
     shape: LayerShape
     qkv: Product
     out: Product
     gate_up: Product
     down: Product
+    before: Tensor
+    middle: Tensor
+    act: Callable[[Tensor], Tensor]
     kind: str | None
-
-
-class _Head(nn.Module):
-    """The last product."""
-
-    def __init__(self, of: Product):
-        super().__init__()
-        self.of = of
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.of(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
 
 class Step:
@@ -59,40 +62,45 @@ class Step:
         family = get_family(model)
         self.rotary = Rotary(model, family.body, family.way, family.rotated)
         self.dtype = model.dtype
+        self.packed = weights is not None
+        #: What products take and give; copies float32.
+        self.given = self.dtype if weights is None else torch.float32
         self.size = head_size(text_config(model.config))
+        self.units = torch.eye(self.size, dtype=self.given, device=model.device)
         self.embed = model.get_input_embeddings()
-        # copies take and give float32
-        self.stream = self.dtype if weights is None else torch.float32
         self.layers: list[_Layer] = []
         try:
+            last = Norm.of(model.get_submodule(family.body).norm)
+            if last is None:
+                raise Unfit("it ends without a norm")
+            self.eps = last.eps
             for name, kind in zip(family.attention, self.rotary.layer_types, strict=True):
                 shape = LayerShape.of(model.get_submodule(name.rsplit(".", 1)[0]))
-                qkv, out, gate_up, down = (
+                products = (
                     product(each, weights) for each in (shape.qkv, [shape.out], shape.gate_up, [shape.down])
                 )
-                self.layers.append(_Layer(shape, qkv, out, gate_up, down, kind))
-            norm = Norm.of(model.get_submodule(family.body).norm)
-            if norm is None:
-                raise Unfit("it ends without a norm")
-            self.norm = norm
+                for norm in (shape.query_norm, shape.key_norm, shape.after, shape.end):
+                    if norm:
+                        norm.weight = norm.weight.to(self.given)
+                act = getattr(shape.act, "forward", shape.act)  # a module's, without looking for hooks
+                norms = self._weight(shape.before), self._weight(shape.middle)
+                self.layers.append(_Layer(shape, *products, *norms, act, kind))
+            self.last = self._weight(last)
+            self.head = product([model.get_output_embeddings()], weights)
         except (AttributeError, TypeError, RuntimeError) as error:
             raise Unfit(f"its layers are written in another way ({error})") from error
-        for each in self._norms():
-            each.weight = each.weight.to(self.stream)
         self.near = list(dict.fromkeys(layer.shape.near for layer in self.layers))
-        self.top = _top(model, weights)
 
     @property
     def kinds(self) -> list[tuple[int | None, str | None]]:
         """Of each layer how far it sees, and which tables of angles it has."""
         return [(layer.shape.near, layer.kind) for layer in self.layers]
 
-    def _norms(self) -> Sequence[Norm]:
-        shapes = [layer.shape for layer in self.layers]
-        found = [
-            n for s in shapes for n in (s.before, s.query_norm, s.key_norm, s.after, s.middle, s.end) if n
-        ]
-        return [*found, self.norm]
+    def _weight(self, norm: Norm) -> Tensor:
+        """The weight (d,) of a norm that divides by the length of a row, not by its root mean square."""
+        if norm.eps != self.eps:
+            raise Unfit("its norms differ")
+        return norm.weight.float() * len(norm.weight) ** 0.5
 
     def __call__(self, ids: Tensor, position: Tensor, valid: Tensor, plan: RecurrentPlan, cache: Any) -> Any:
         """The model's output, with logits (B, 1, V).
@@ -103,63 +111,56 @@ class Step:
             plan: of the pass.
             cache: of K entries; it takes the tokens in.
         """
-        x = self.embed(ids[:, 0]).to(self.stream)
-        tables = {kind: self._turn(heads(found)) for kind, found in self.rotary.tables(position).items()}
+        if not self.packed:
+            return self._run(ids, position, valid, plan, cache)
+        # without this torch asks the packed weights of each product for a __torch_function__, and they throw
+        with torch._C.DisableTorchFunctionSubclass():
+            return self._run(ids, position, valid, plan, cache)
+
+    def _run(self, ids: Tensor, position: Tensor, valid: Tensor, plan: RecurrentPlan, cache: Any) -> Any:
+        x = self.embed(ids[:, 0]).float()
+        # with this number behind it the length of a row is sqrt(d (mean x^2 + eps))
+        longer = torch.cat([x, x.new_full((len(x), 1), (x.shape[1] * self.eps) ** 0.5)], dim=1)
+        x = longer[:, :-1]
+
+        def normed(weight: Tensor) -> Tensor:
+            h = (x / vector_norm(longer, dim=-1, keepdim=True)).mul_(weight)
+            return h if self.given == torch.float32 else h.to(self.given)
+
+        # a rotation as a matrix is what it makes of the unit vectors
+        units = self.units.expand(len(x), -1, -1)
+        turns = {kind: rotate(units, *tables) for kind, tables in self.rotary.tables(position).items()}
         masks = {near: self._mask(near, valid, plan) for near in self.near}
         for layer, entries in zip(self.layers, cache.layers, strict=True):
             shape = layer.shape
-            a = layer.out(
-                self._attention(layer, shape.before(x), tables[layer.kind], masks[shape.near], entries)
-            )
-            x = x + (shape.after(a) if shape.after else a)
-            gate, up = layer.gate_up(shape.middle(x)).chunk(2, dim=-1)
-            h = layer.down(shape.act(gate) * up)
-            x = x + (shape.end(h) if shape.end else h)
-        own: Any = type(self.top).forward
-        return own(self.top, inputs_embeds=self.norm(x).unsqueeze(1), use_cache=False)
+            a = self._attention(layer, normed(layer.before), turns[layer.kind], masks[shape.near], entries)
+            x.add_(shape.after(a) if shape.after else a)
+            gate, up = layer.gate_up(normed(layer.middle)).chunk(2, dim=-1)
+            h = layer.down(layer.act(gate).mul_(up))
+            x.add_(shape.end(h) if shape.end else h)
+        return CausalLMOutputWithPast(logits=self.head(normed(self.last)).unsqueeze(1))
 
-    def _attention(
-        self, layer: _Layer, x: Tensor, turn: Product, mask: Tensor | None, entries: Any
-    ) -> Tensor:
+    def _attention(self, layer: _Layer, x: Tensor, turn: Tensor, mask: Tensor | None, entries: Any) -> Tensor:
         batch, shared = len(x), entries.keys.shape[1]
         states = layer.qkv(x).view(batch, -1, self.size)
-        both, value = states[:, :-shared], states[:, -shared:]
+        heads = states.shape[1] - 2 * shared
+        both, value = states.split_with_sizes([heads + shared, shared], dim=1)
         shape = layer.shape
         if shape.query_norm and shape.key_norm:
-            query, key = both[:, :-shared], both[:, -shared:]
+            query, key = both.split_with_sizes([heads, shared], dim=1)
             both = torch.cat([shape.query_norm(query), shape.key_norm(key)], dim=1)
-        both = turn(both.unsqueeze(2)).to(self.dtype)
-        keys, values = entries.update(both[:, -shared:], value.unsqueeze(2).to(self.dtype))
+        query, key = torch.bmm(both, turn).split_with_sizes([heads, shared], dim=1)
+        keys, values = entries.update(key.unsqueeze(2), value.unsqueeze(2))
         # the query heads of a key head are the rows of one matrix
-        query = both[:, :-shared].reshape(batch, shared, -1, self.size)
+        query = query.view(batch, shared, -1, self.size).to(self.dtype)
         out = scaled_dot_product_attention(query, keys, values, mask, scale=shape.scale)
-        return out.reshape(batch, -1).to(self.stream)
-
-    def _turn(self, tables: Tables) -> Product:
-        """The rotation of (B, H, 1, D); in three operations where it turns whole halves."""
-        cos, sin, interleaved = tables
-        half = self.size // 2
-        if interleaved or cos.shape[-1] != self.size:
-            return lambda x: rotate(x, *tables)
-        signed = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
-        return lambda x: torch.addcmul(x * cos, x.roll(half, -1), signed)
+        return layer.out(out.reshape(batch, -1).to(self.given))
 
     def _mask(self, near: int | None, valid: Tensor, plan: RecurrentPlan) -> Tensor | None:
         """(B, 1, 1, K + 1), as the layers with this window have it; None where all is seen."""
+        if near is None and bool(valid.all()):
+            return None
         mask = additive(valid[:, None, None].bool(), self.dtype)
         like = mask.new_empty(len(valid), 1, 1, 1), mask.new_empty(len(valid), 1, valid.shape[1], 1)
         mask = plan.extend(nn.Identity(), like[0], like[1], like[1], mask, near)[3]
         return mask if bool(mask.any()) else None
-
-
-def _top(model: PreTrainedModel, weights: str | None) -> PreTrainedModel:
-    """The model behind its last norm, its own way; the head from a copy as well."""
-    top = head_of(model)
-    head = model.get_output_embeddings()
-    names = [name for name, module in model._modules.items() if module is head]
-    if weights is not None:
-        if len(names) != 1 or type(head) is not nn.Linear:
-            raise Unfit("its head is no plain linear layer")
-        bias = None if head.bias is None else head.bias.float()
-        top._modules[names[0]] = _Head(packed(head.weight.float(), bias, weights))
-    return top
