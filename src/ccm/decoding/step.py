@@ -76,15 +76,16 @@ class Step:
             self.eps = last.eps
             for name, kind in zip(family.attention, self.rotary.layer_types, strict=True):
                 shape = LayerShape.of(model.get_submodule(name.rsplit(".", 1)[0]))
-                products = (
+                qkv, out, gate_up, down = (
                     product(each, weights) for each in (shape.qkv, [shape.out], shape.gate_up, [shape.down])
                 )
                 for norm in (shape.query_norm, shape.key_norm, shape.after, shape.end):
                     if norm:
                         norm.weight = norm.weight.to(self.given)
                 act = getattr(shape.act, "forward", shape.act)  # a module's, without looking for hooks
-                norms = self._weight(shape.before), self._weight(shape.middle)
-                self.layers.append(_Layer(shape, *products, *norms, act, kind))
+                before, middle = self._weight(shape.before), self._weight(shape.middle)
+                act = getattr(shape.act, "forward", shape.act)  # a module's, without looking for hooks
+                self.layers.append(_Layer(shape, qkv, out, gate_up, down, before, middle, act, kind))
             self.last = self._weight(last)
             self.head = product([model.get_output_embeddings()], weights)
         except (AttributeError, TypeError, RuntimeError) as error:
