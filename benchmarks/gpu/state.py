@@ -4,6 +4,8 @@
 
 The state is the trainer's checkpoint with the moments of the optimizer in bfloat16. Where that is too large the
 moments stay out, and the next slice gathers them anew; where all is too large, it begins with the adapter alone.
+
+torch is imported where it is needed: a slice starts its training before it reads any state, and seconds later.
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-import torch
 from pieces import BundleError, archive, below, digest
 
 LOG, CHECKPOINT = "log.jsonl", "checkpoint.pt"
@@ -26,6 +27,8 @@ FILE, FILES = 16_000_000, 4  # bytes of a file, and how many there may be
 
 def slim(checkpoint: Path, moments: bool = True) -> bytes:
     """A checkpoint with the optimizer's moments in half the bytes, or without them; the trainer reads it like any."""
+    import torch
+
     state = torch.load(checkpoint, weights_only=True, map_location="cpu")
     optimizer = state["optimizer"]
     for held in optimizer["state"].values():
@@ -38,6 +41,8 @@ def slim(checkpoint: Path, moments: bool = True) -> bytes:
 
 def begin_anew(checkpoint: Path, settings: dict[str, Any]) -> None:
     """Let the schedule of a saved run begin where the run is now, with settings that belong to this machine."""
+    import torch
+
     state = torch.load(checkpoint, weights_only=True, map_location="cpu")
     step, tokens, seconds, best, recall, *_ = state["counters"]
     state["counters"] = [step, tokens, seconds, best, recall, step, seconds]
@@ -92,6 +97,8 @@ def restore(folder: Path, run: Path) -> None:
 
 
 def _bytes(state: dict[str, Any]) -> bytes:
+    import torch
+
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return buffer.getvalue()

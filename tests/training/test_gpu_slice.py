@@ -74,6 +74,11 @@ def test_bundles_arrive_as_they_were_sent(tmp_path: Path) -> None:
     assert AutoModelForCausalLM.from_pretrained(root / MODEL).config.vocab_size > 90
 
 
+def test_a_slice_does_not_wait_for_torch() -> None:
+    told = "import slice, state, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", told], env={"PYTHONPATH": str(GPU)}).returncode == 0
+
+
 def test_what_changed_is_made_anew_and_nothing_else(tmp_path: Path) -> None:
     from pieces import receive as take
 
