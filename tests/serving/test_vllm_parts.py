@@ -59,8 +59,9 @@ def test_salts_differ_where_memories_do():
     assert replace(REFERENCE, length=8).salt == REFERENCE.salt  # it is the same memory
 
 
-def test_the_connector_needs_vllm():
-    assert "vllm" not in sys.modules
+def test_the_connector_needs_vllm(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)  # as if it were not installed
+    monkeypatch.delitem(sys.modules, "ccm.serving.vllm.connector", raising=False)
     with pytest.raises(MissingPackageError, match=r"docs/scaling\.md"):
         import ccm.serving.vllm.connector  # noqa: F401
 
