@@ -178,6 +178,13 @@ def test_errors_leave_the_session_as_it_was(merge: Compressor, tmp_path: Path) -
     memory, turns = session.memory, session.turns
     with pytest.raises(ConfigError, match="no text"):
         session.append("  ")
+    for wrong in ([], [{"role": "user", "content": "hello"}]):
+        with pytest.raises(
+            ConfigError, match="got list, expected a text; of several messages give one after"
+        ):
+            session.generate(wrong)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="nothing to answer: append a message first"):
+        Session(merge, TOKENIZER).generate()
     with pytest.raises(KeyboardInterrupt):
         session.generate("hello", streamer=lambda text: (_ for _ in ()).throw(KeyboardInterrupt))
     assert session.memory is memory and session.turns == turns

@@ -62,7 +62,10 @@ class Message:
 
     def __post_init__(self) -> None:
         if not isinstance(self.content, str):
-            raise ConfigError(f"content of a message: got {type(self.content).__name__}, expected a text")
+            raise ConfigError(
+                f"content of a message: got {type(self.content).__name__}, expected a text; of several messages "
+                "give one after another"
+            )
         if not self.role:
             raise ConfigError("a message has no role; give system, user, assistant or tool")
         silent = self.role in ("assistant", "tool")  # a model, or a tool, may have nothing to say

@@ -93,7 +93,7 @@ def show(made: Plan) -> None:
     from rich.text import Text
 
     console = Console()
-    console.print(Text(f"{made.model}; {made.memory}"))
+    console.print(Text(f"{made.model}; {made.memory}"), soft_wrap=True)
     for title, figures in made.sections.items():
         table = Table(title, "", "", box=None, padding=(0, 2, 0, 0))
         table.columns[1].justify = "right"
