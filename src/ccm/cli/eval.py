@@ -14,6 +14,7 @@ from ..models.known import check, check_all, split_methods
 from ..models.loading import Device, DeviceMap, Dtype, LoadIn, Loading, ModelName
 from ..models.memory_option import Adapter, memory_name
 from ..models.placement import AUTO
+from .options import can_hold
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -141,6 +142,7 @@ def evaluate(
         Path | None,
         typer.Option(
             metavar="FOLDER",
+            callback=can_hold,
             help="Records; a run resumes from it. The summary goes to FOLDER.json.",
             show_default="ccm-eval/ and the suite's name",
         ),

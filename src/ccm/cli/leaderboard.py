@@ -16,7 +16,7 @@ from ..models.known import check_all, split_methods
 from ..models.loading import Device, DeviceMap, Dtype, LoadIn, Loading, ModelName
 from ..models.placement import AUTO
 from .eval import FOLDER, before_in_words
-from .options import AsJson
+from .options import AsJson, can_hold
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -86,7 +86,11 @@ def leaderboard(
     device_map: DeviceMap = None,
     out: Annotated[
         Path,
-        typer.Option(metavar="FOLDER", help="Records; a run resumes from it. Figures go to FOLDER.json."),
+        typer.Option(
+            metavar="FOLDER",
+            callback=can_hold,
+            help="Records; a run resumes from it. Figures go to FOLDER.json.",
+        ),
     ] = FOLDER / "leaderboard",
     page: Annotated[
         Path | None,

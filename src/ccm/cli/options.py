@@ -57,6 +57,22 @@ def can_write(path: Path | None) -> Path | None:
     return path
 
 
+def can_hold(folder: Path | None) -> Path | None:
+    """A folder that files can be written into, or that can be made, as far as what is there tells.
+
+    Raises:
+        StorageError: a file is in its place or in that of a folder above it, or nothing may be written there.
+    """
+    if folder is None:
+        return None
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise StorageError(f"cannot write to {folder}: {there} is a file; give another folder")
+    if not os.access(there, os.W_OK):
+        raise StorageError(f"cannot write to {folder}: you may not write to {there}; give another folder")
+    return folder
+
+
 #: A saved memory or session, which is there.
 MemoryFile = Annotated[
     Path, typer.Argument(metavar="FILE", help="A memory or a saved session.", callback=memory_file)

@@ -13,7 +13,7 @@ import typer
 from ..errors import ConfigError, DataError
 from ..models.loading import Device, DeviceMap, LoadIn, Loading
 from ..models.placement import AUTO, DEFAULT_MODEL, check_names
-from .options import can_write
+from .options import can_hold, can_write
 
 if TYPE_CHECKING:
     import torch
@@ -97,6 +97,7 @@ def train(
         return
     if recipe is None:
         raise ConfigError("expected a recipe; `ccm train --init MODEL` writes one")
+    can_hold(out)
     config = load_recipe(recipe, [*(overrides or ()), *chosen])
     kind = dtype if dtype != AUTO else "bfloat16" if config.bf16 else None
     if show:
