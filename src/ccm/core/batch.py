@@ -6,19 +6,21 @@
     room      .  .  .  .  .  .  .  .  .
 
 A row that joins ends where all others end, and tokens are written behind that. The last row takes the place of one
-that leaves. Rows that there is no room for double the room.
+that leaves. Rows that there is no room for double the room. Columns in front come with a row that is wider than all
+before it. What is moved is moved layer by layer, so that the old and the new of one layer alone are there at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from .live import Live
-from .room import ROOM
+from .room import ROOM, blank
 
 
 class Batch:
@@ -53,15 +55,17 @@ class Batch:
             self._move(len(self), self._width)
 
     def join(self, live: Live) -> None:
-        """Put rows behind those that are there: (B, H, K, D) of each layer is copied."""
+        """Put rows behind those that are there: (B, H, K, D) of each layer is copied, and leaves their cache."""
         old, rows, width = len(self), len(self) + len(live), live.valid.shape[1]
         wide = max(self._width, width)
         if not self._room or rows > len(self._room[0][0]) or self._end < wide:
             self._move(rows, wide)
-        for room, layer in zip(self._room, live.cache.layers, strict=True):
+        begin, end = self._end - width, self._end
+        for room in self._room:
+            layer = live.cache.layers.pop(0)
             for states, new in zip(room, (layer.keys, layer.values), strict=True):
-                states[old:rows, :, self._end - width : self._end] = new
-        self._first = self._end - wide
+                states[old:rows, :, begin:end] = new
+        self._first = end - wide
         self.live = Live(self.live.cache, *self._both(live, wide))
         self._hold()
 
@@ -105,22 +109,27 @@ class Batch:
             more = max(rows, 2 * there)
         else:
             more = rows if 4 * len(self) <= there else there
-        first, last = ROOM + wide - self._width, ROOM + wide
+        front = wide - self._width
+        first = front + ROOM if front else 0
+        last = first + self._width
         made = []
+        self._room = []  # until all have moved, every layer lies where it is
         for layer in self.live.cache.layers:
             pair = []
             for held in (layer.keys, layer.values):
                 # zeros: what is masked must be numbers all the same
-                room = held.new_zeros(more, held.shape[1], last + ROOM, held.shape[3])
+                room = blank(held, more, held.shape[1], last + ROOM, held.shape[3])
                 room[: len(held), :, first:last] = held
                 pair.append(room)
             made.append((pair[0], pair[1]))
+            self._show(layer, made[-1], first)
         self._room, self._first = made, first
-        self._hold()
 
     def _hold(self) -> None:
         """Let the cache have what lies between the first and the last column of the rows that are taken."""
-        count, width = len(self), self._width
         for layer, room in zip(self.live.cache.layers, self._room, strict=True):
-            keys, values = (states[:count, :, self._first :] for states in room)
-            layer.hold(keys, values, width)
+            self._show(layer, room, self._first)
+
+    def _show(self, layer: Any, room: tuple[Tensor, Tensor], first: int) -> None:
+        keys, values = (states[: len(self), :, first:] for states in room)
+        layer.hold(keys, values, self._width)

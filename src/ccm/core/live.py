@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 from .attention import PLAN, RecurrentPlan
 from .memory import KV, Memory, Row
-from .room import CACHE, ROOM, Roomy, roomy_cache
+from .room import CACHE, ROOM, Roomy, blank, roomy_cache
 from .rotary import Rotary, unrotate
 
 
@@ -48,7 +48,7 @@ class Live:
             devices: of its layers, if they are on several.
         """
         width = memory.length
-        device = memory.rows[0].slots.keys.device
+        device = memory.rows[0].sink.keys.device
         valid = torch.zeros(len(memory), width, dtype=torch.bool, device=device)
         is_memory = torch.zeros_like(valid)
         for r, row in enumerate(memory.rows):
@@ -56,11 +56,10 @@ class Live:
             is_memory[r, width - row.length : width - row.window.length] = True
         cache = roomy_cache()
         if width:
-            keys, values = _side_by_side(memory, rotary, dtype)
-            for layer, (k, v) in enumerate(zip(keys, values, strict=True)):
-                place = devices[layer] if devices else device
-                cache.layers.append(Roomy())
-                cache.layers[layer].hold(k.to(place), v.to(place), width)
+            for keys, values in _side_by_side(memory, rotary, dtype, devices):
+                layer = Roomy()
+                layer.hold(keys, values, width)
+                cache.layers.append(layer)
         return cls(cache, (valid.long().cumsum(1) - 1).clamp(min=0), is_memory, valid)
 
     def __len__(self) -> int:
@@ -126,18 +125,29 @@ class Live:
         return Live(cache, position, is_memory, valid[:, columns])
 
 
-def _side_by_side(memory: Memory, rotary: Rotary, dtype: torch.dtype) -> KV:
-    """All rows as past keys and values, left-padded, with room behind them: (L, B, H, m + ROOM, D).
+def _side_by_side(
+    memory: Memory, rotary: Rotary, dtype: torch.dtype, devices: Sequence[torch.device]
+) -> list[tuple[Tensor, Tensor]]:
+    """All rows as past keys and values of each layer, left-padded, with room behind them: (B, H, m + ROOM, D).
 
-    One row at a time is copied there, so that nothing else is as large as the whole.
+    One part of one row at a time is copied there, so that nothing else is as large as the whole. Every layer has
+    tensors of its own, which can go without the others.
     """
-    held, width = memory.rows[0].slots.keys, memory.length
-    shape = held.shape[0], len(memory), held.shape[1], width + ROOM, held.shape[3]
-    whole = KV(held.new_zeros(shape, dtype=dtype), held.new_zeros(shape, dtype=dtype))
-    known: tuple[Row, KV] | None = None
+    like, width = memory.rows[0].sink.keys, memory.length
+    shape = len(memory), like.shape[1], width + ROOM, like.shape[3]
+    whole = []
+    for layer in range(len(like)):
+        none = torch.empty(0, dtype=dtype, device=devices[layer] if devices else like.device)
+        whole.append((blank(none, *shape), blank(none, *shape)))
+    rows: dict[int, tuple[Row, list[int]]] = {}  # a memory that many options read is placed once
     for r, row in enumerate(memory.rows):
-        if known is None or known[0] is not row:  # a memory that many options read is placed once
-            known = row, row.placed(rotary, dtype)
-        for states, own in zip(whole, known[1], strict=True):
-            states[:, r, :, width - row.length : width] = own
+        rows.setdefault(id(row), (row, []))[1].append(r)
+    for row, those in rows.values():
+        stop = width - row.length
+        for part in row.parts_placed(rotary, dtype):
+            start, stop = stop, stop + part.length
+            for pair, own in zip(whole, zip(*part, strict=True), strict=True):
+                for states, new in zip(pair, own, strict=True):
+                    for r in those:
+                        states[r, :, start:stop] = new
     return whole
