@@ -16,6 +16,7 @@ from ..errors import MismatchError
 from ..methods import Method
 from ..methods.accounting import counters, say_losses
 from . import transcript
+from .engine.resting import rest
 from .metrics import Metrics
 from .settings import Settings
 from .store import ConflictError, NotFoundError, Snapshot, Store, codec
@@ -33,7 +34,7 @@ class State:
     Attributes:
         session: its id. A new conversation and a branch get theirs by the commit.
         version: the version that the commit follows; 0 creates the session.
-        memory: decoded, on the model's device.
+        memory: decoded, on the model's device, at rest (``engine.resting``).
         dialogue: how far the chat template has come.
         turns: messages so far.
         metadata: the caller's own.
@@ -89,7 +90,7 @@ class Records:
         if anew:
             return State(session, snapshot.version, self.method.empty(), metadata=user, pins=pins)
         memory, _ = await asyncio.to_thread(codec.decode, snapshot.payload)
-        memory = self.checked(memory)
+        memory = await asyncio.to_thread(rest, self.checked(memory))
         dialogue = self.dialogues.kept(kept, memory.rows[0].seen)
         return State(session, snapshot.version, memory, dialogue, kept["stats"]["turns"], user, pins=pins)
 

@@ -12,7 +12,7 @@ import time
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -28,6 +28,7 @@ from ...methods.inside import Reading, read_by
 from ...models.generation import own_drawing
 from ..metrics import Metrics
 from .base import Engine, EngineError, Job, Listener, OverloadedError, Result, Ticket
+from .resting import rest, wake
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ class Running:
     """A job that the engine works on; ``prompt`` empties when its answer begins.
 
     ``known`` is what was read to write the answer, once that is complete; ``read`` what one that was given reads.
+    ``memory`` is at rest (``resting``) while the job waits, and while an answer is written.
     """
 
     job: Job
@@ -144,6 +146,7 @@ class FoldingEngine(Engine, Generic[R]):
         for ids in (*job.pins, *job.segments, job.prompt, job.answer):
             if ids:
                 self.method.reader.check_ids(torch.tensor(ids))
+        job = replace(job, memory=rest(job.memory))
         running = self._accept(
             job=job,
             ticket=Ticket(lambda: self._inbox.put(lambda: None)),
@@ -201,20 +204,21 @@ class FoldingEngine(Engine, Generic[R]):
         with torch.inference_mode():
             while self._admit():
                 self._beat = time.monotonic()
-                for running in [r for r in (*self._active, *self._waiting) if r.ticket.cancelled]:
-                    self._leave(running)
-                self._do(self._pin, [r for r in self._active if r.pins])
-                self._do(self._take_in, self._foldable())
-                for running in self._to_end():
-                    running.prompt, running.finish_reason = [], "stopped"
-                    self._end([running])
-                for running in [r for r in self._active if r.job.answer and r.prompt and not r.segments]:
-                    self._do(self._look, [running])
-                self._answer()
-                for running in [
-                    r for r in self._active if not (r.segments or r.prompt or r in self._writing)
-                ]:
-                    self._finish(running)
+                self._round()
+
+    def _round(self) -> None:
+        for running in [r for r in (*self._active, *self._waiting) if r.ticket.cancelled]:
+            self._leave(running)
+        self._do(self._pin, [r for r in self._active if r.pins])
+        self._do(self._take_in, self._foldable())
+        for running in self._to_end():
+            running.prompt, running.finish_reason = [], "stopped"
+            self._end([running])
+        for running in [r for r in self._active if r.job.answer and r.prompt and not r.segments]:
+            self._do(self._look, [running])
+        self._answer()
+        for running in [r for r in self._active if not (r.segments or r.prompt or r in self._writing)]:
+            self._finish(running)
 
     def _admit(self) -> bool:
         """Hear other threads, wait for them if there is nothing to do, and let jobs in; false at the end."""
@@ -318,7 +322,8 @@ class FoldingEngine(Engine, Generic[R]):
         answered = [bool(running.prompt) and not running.segments for running in rows]
         memory = self.method.take_in(Memory.stack(before), parts, answered=answered, read=known)
         for i, running in enumerate(rows):
-            running.memory, running.known = memory[i], None
+            running.memory = rest(memory[i]) if answered[i] else memory[i]
+            running.known = None
         self.metrics.folding.observe(time.monotonic() - began)
         self.metrics.folded.inc(memory.tokens - sum(m.tokens for m in before))
 
@@ -388,7 +393,7 @@ class FoldingEngine(Engine, Generic[R]):
     def _finish(self, running: R) -> None:
         writer = running.writer
         result = Result(
-            running.memory,
+            wake(running.memory),
             writer.text,
             running.finish_reason or "stop",
             len(writer.ids) + (running.token in self._ends),

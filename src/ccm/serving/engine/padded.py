@@ -97,8 +97,8 @@ class PaddedEngine(DrawingEngine[_Row]):
         parts = [tuple(running.prompt[:CHUNK]) for running in rows]
         ids, mask = left_padded(parts, self.method.reader.model.device)
         if batch is None:
-            held = self.method.recall(Memory.stack([running.memory for running in rows]))
-            batch = self.method.reader.live(held)
+            memory = Memory.stack([running.memory for running in rows])
+            batch = self.method.reader.live(self.method.recall(memory))
         batch, logits = run(self.method.reader, batch, ids, mask)
         for running, part in zip(rows, parts, strict=True):
             del running.prompt[: len(part)]
