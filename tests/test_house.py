@@ -27,7 +27,7 @@ MAY = {
     "session": "errors core files chat models methods",
     "comparison": "chat methods session",
     "data": "errors hub registry chat models",
-    "planning": "errors chat core files models methods session serving",
+    "planning": "errors chat core decoding files models methods session serving",
     "training": "errors hub core encoder_decoder decoding files chat models methods data planning evaluation",
     "evaluation": "errors registry core files chat models methods session data",
     "serving": "errors registry core files chat models methods session",

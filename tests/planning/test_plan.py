@@ -15,7 +15,7 @@ import transformers as hf
 from tiny import BACKENDS, scramble, tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 
-from ccm import cli
+from ccm import cli, decoding
 from ccm.core.compressor import Compressor, CompressorConfig
 from ccm.core.live import Live
 from ccm.errors import ConfigError, StorageError, UnsupportedModelError
@@ -194,6 +194,33 @@ def test_the_page_shows_what_is_printed(tmp_path, monkeypatch, capsys):
     for command, output in shown:
         assert cli.main(shlex.split(command)) == 0
         assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == output.splitlines()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_copy_that_answers_are_decoded_from_is_counted(tmp_path, monkeypatch, dtype):
+    """What is packed when such a model first decodes; nothing on a GPU, and nothing of a large one."""
+    folders = saved(tmp_path, "llama", dtype, rule="mean", slots=2)
+    sizes: list[int] = []
+    for module in ("products", "step"):
+        own = getattr(decoding, module).packed
+        monkeypatch.setattr(
+            f"ccm.decoding.{module}.packed",
+            lambda weight, *rest, own=own: (sizes.append(2 * weight.numel()), own(weight, *rest))[1],
+        )
+    decoding.Step(base("llama", dtype), "float16")
+    copied, options = sum(sizes), {"model": folders[0], "memory": folders[1], "measured": False}
+    made = plan(Load(1, 6), **options)
+    assert made["copy_bytes"] == copied > made["weight_bytes"] / dtype.itemsize
+    (figure,) = (f for f in made.sections["GPUs"] if f.name == "copy_bytes")
+    assert figure.origin == "calculated" and "--decode-in" in figure.note
+
+    def names(**more: Any) -> set[str]:
+        return {f.name for f in plan(Load(1, 6), **{**options, **more}).sections["GPUs"]}
+
+    assert "copy_bytes" not in names(gpu_memory=10**7)
+    assert "copy_bytes" not in names(dtype="float16")
+    monkeypatch.setattr("ccm.planning.sizes.SMALL", 1000)
+    assert "copy_bytes" not in names()
 
 
 def test_help_has_an_example(capsys):

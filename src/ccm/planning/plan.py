@@ -135,7 +135,7 @@ def plan(
     where = place(model, dtype, device, load_in)
     model_config = load_config(model)
     model_config.dtype = where.dtype or model_config.dtype
-    shape = Shape.of(model_config, load_in)
+    shape = Shape.of(model_config, load_in, where.device)
     method = planned(spec, random_model(model_config, "meta"))
     held = after(load.turns, load.tokens, method)
     check_fits(held, method, shape)
@@ -198,6 +198,9 @@ def _gpus(load: Load, shape: Shape, held: Held, gpu_memory: int | None, where: P
     if gpu_memory is None and where.device.type == "cuda":
         gpu_memory, origin = torch.cuda.get_device_properties(where.device).total_memory, "measured"
     if gpu_memory is None:
+        if shape.copy_bytes:
+            note = "float16, beside the weights once an answer is written; none with --decode-in model"
+            yield Figure("copy_bytes", "copy to decode from", shape.copy_bytes, "bytes", "calculated", note)
         return
     yield Figure("gpu_bytes", "memory of a GPU", gpu_memory, "bytes", origin)
     yield Figure("reserve", "of it kept free", RESERVE, "x", "assumed", "activations, fragmentation")

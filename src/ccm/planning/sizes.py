@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from ..core.families import get_family
 from ..core.twin import kv_shape, text_config
+from ..decoding import SMALL
 from ..errors import ConfigError
 from ..files.adapter_folder import CHANGEABLE, read_config
 from ..methods import Method
@@ -19,6 +20,7 @@ from ..methods.compressed import Trained
 from ..methods.default import named, with_window
 from ..methods.spec import Spec
 from ..models.load import random_model
+from ..models.placement import can_pack
 
 #: Bits of a quantized weight: 4-bit ones share a float32 among 64, 8-bit ones one among a row.
 BITS = {"4bit": 4.5, "8bit": 8}
@@ -34,6 +36,7 @@ class Shape:
         parameters: their number.
         weight_bytes: of all of them.
         context: most positions.
+        copy_bytes: of the copy of its weights that answers are decoded from on this device; 0 where none is made.
     """
 
     layers: int
@@ -43,9 +46,10 @@ class Shape:
     parameters: int
     weight_bytes: int
     context: int
+    copy_bytes: int = 0
 
     @classmethod
-    def of(cls, config: Any, load_in: str | None = None) -> Shape:
+    def of(cls, config: Any, load_in: str | None = None, device: torch.device | None = None) -> Shape:
         """From a transformers config, its layers quantized if that is asked for.
 
         Raises:
@@ -55,16 +59,25 @@ class Shape:
         get_family(model)
         count = sum(parameter.numel() for parameter in model.parameters())
         nbytes = count * model.dtype.itemsize
+        linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
         if load_in:
             head = model.get_output_embeddings()
-            layers = (m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head)
+            layers = (m for m in linear if m is not head)
             nbytes -= sum(m.weight.numel() * (8 * model.dtype.itemsize - BITS[load_in]) for m in layers) // 8
+        copied = device is not None and not load_in and _is_copied(model, count, device)
+        copy = sum(m.weight.numel() for m in linear) * torch.float16.itemsize if copied else 0
         context = text_config(config).max_position_embeddings
-        return cls(*kv_shape(config), model.dtype, count, int(nbytes), context)
+        return cls(*kv_shape(config), model.dtype, count, int(nbytes), context, copy)
 
     def kv_bytes(self, tokens: int, dtype: torch.dtype | None = None) -> int:
         """Bytes of the keys and values of so many tokens or slots, in the model's type by default."""
         return 2 * self.layers * self.heads * self.size * (dtype or self.dtype).itemsize * tokens
+
+
+def _is_copied(model: PreTrainedModel, count: int, device: torch.device) -> bool:
+    """Whether answers are decoded from a copy of the weights, unless another way is asked for (``ccm.decoding``)."""
+    small = count <= SMALL and model.dtype in (torch.float32, torch.bfloat16)
+    return small and can_pack(device) and not model.config.is_encoder_decoder
 
 
 @dataclass(frozen=True)
