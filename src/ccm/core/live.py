@@ -17,7 +17,7 @@ from transformers import DynamicCache
 from .attention import PLAN, RecurrentPlan
 from .memory import KV, Memory, Row
 from .room import CACHE, ROOM, Roomy, blank, roomy_cache
-from .rotary import Rotary, unrotate
+from .rotary import Rotary, rotate, unrotate
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def _side_by_side(
 ) -> list[tuple[Tensor, Tensor]]:
     """All rows as past keys and values of each layer, left-padded, with room behind them: (B, H, m + ROOM, D).
 
-    One part of one row at a time is copied there, so that nothing else is as large as the whole. Every layer has
+    One layer of one row at a time is copied there, so that nothing else is as large as a memory. Every layer has
     tensors of its own, which can go without the others.
     """
     like, width = memory.rows[0].sink.keys, memory.length
@@ -143,11 +143,16 @@ def _side_by_side(
     for r, row in enumerate(memory.rows):
         rows.setdefault(id(row), (row, []))[1].append(r)
     for row, those in rows.values():
-        stop = width - row.length
-        for part in row.parts_placed(rotary, dtype):
-            start, stop = stop, stop + part.length
-            for pair, own in zip(whole, zip(*part, strict=True), strict=True):
-                for states, new in zip(pair, own, strict=True):
+        tables = rotary.tables(torch.arange(row.length, device=like.device))
+        for layer, kind in enumerate(rotary.layer_types):
+            cos, sin, interleaved = tables[kind]
+            start = 0
+            for part in (row.sink, row.slots, row.window):
+                stop = start + part.length
+                keys, values = (states.to(dtype) for states in part.layer(layer))
+                keys = rotate(keys, cos[start:stop], sin[start:stop], interleaved)
+                for states, own in zip(whole[layer], (keys, values), strict=True):
                     for r in those:
-                        states[r, :, start:stop] = new
+                        states[r, :, width - row.length + start : width - row.length + stop] = own
+                start = stop
     return whole

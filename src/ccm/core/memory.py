@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +37,10 @@ class KV(NamedTuple):
     def slice(self, start: int, stop: int | None = None) -> KV:
         """Entries from ``start`` up to ``stop``, copied: (L, H, n, D)."""
         return KV(self.keys[:, :, start:stop].clone(), self.values[:, :, start:stop].clone())
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of one layer, both (H, N, D)."""
+        return self.keys[index], self.values[index]
 
     def take(self, index: Tensor) -> KV:
         """Entries by index (L, H, n): every layer and head has its own choice."""
@@ -127,17 +131,9 @@ class Row:
 
     def placed(self, rotary: Rotary, dtype: torch.dtype) -> KV:
         """Sink, slots and window as past keys and values, (L, H, m, D), keys at positions 0..m-1."""
-        return KV.cat(self.parts_placed(rotary, dtype))
-
-    def parts_placed(self, rotary: Rotary, dtype: torch.dtype) -> Iterator[KV]:
-        """As :meth:`placed`, one after the other: sink (L, H, k, D), slots (L, H, n, D), window (L, H, w, D)."""
-        cos, sin, interleaved = rotary.stacked(torch.arange(self.length, device=self.sink.keys.device))
-        start = 0
-        for part in (self.sink, self.slots, self.window):
-            kv, stop = part.to(dtype), start + part.length
-            tables = cos[:, :, start:stop], sin[:, :, start:stop], interleaved
-            yield KV(rotate(kv.keys, *tables), kv.values)
-            start = stop
+        kv = KV.cat(kv.to(dtype) for kv in (self.sink, self.slots, self.window))
+        positions = torch.arange(kv.length, device=kv.keys.device)
+        return KV(rotate(kv.keys, *rotary.stacked(positions)), kv.values)
 
 
 @dataclass(frozen=True)

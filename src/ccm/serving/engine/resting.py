@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...core.memory import KV, Memory, Row
+from ...core.room import blank
 from ...files.memory_file import PARTS
 
 _SMALL = (torch.float16, torch.bfloat16)
@@ -36,12 +37,15 @@ class _Rested:
     def held(self) -> int:
         return sum(part.entries.nbytes for part in self.parts)
 
-    def whole(self) -> Tensor:
-        if len(self.parts) == 1:
-            return self.parts[0].entries.to(self.dtype)
-        x = self.parts[0].entries.new_empty(self.shape, dtype=self.dtype)
-        for entries, index in self.parts:
-            x[:, :, index] = entries.to(self.dtype)
+    def layers(self, some: slice) -> Tensor:
+        """What it was made from, (l, H, N, D), of some layers."""
+        parts = [(entries[some].to(self.dtype), index) for entries, index in self.parts]
+        if len(parts) == 1:
+            return parts[0][0]
+        first = parts[0][0]
+        x = first.new_empty(*first.shape[:2], *self.shape[2:])
+        for entries, index in parts:
+            x[:, :, index] = entries
         return x
 
 
@@ -58,11 +62,15 @@ class Resting(KV):
 
     @property
     def keys(self) -> Tensor:  # type: ignore[override]
-        return self._both[0].whole()
+        return self._both[0].layers(slice(None))
 
     @property
     def values(self) -> Tensor:  # type: ignore[override]
-        return self._both[1].whole()
+        return self._both[1].layers(slice(None))
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        keys, values = (each.layers(slice(index, index + 1))[0] for each in self._both)
+        return keys, values
 
     def __iter__(self) -> Iterator[Tensor]:
         yield self.keys
@@ -126,19 +134,24 @@ def _at_rest(kv: KV) -> KV:
 def _split(x: Tensor) -> Iterator[_Part]:
     left = torch.arange(x.shape[2], device=x.device)
     for dtype in _SMALL:
-        small = x.to(dtype)
-        same = _same(small.to(x.dtype), x)
+        same = _exact(x, dtype)
         if bool(same.all()):
-            yield _Part(small, left)
+            yield _Part(_copied(x, dtype), left)
             return
         if bool(same.any()):
-            yield _Part(small[:, :, same], left[same])
+            yield _Part(_copied(x[:, :, same], dtype), left[same])
             x, left = x[:, :, ~same], left[~same]
-    yield _Part(x, left)
+    yield _Part(_copied(x, x.dtype), left)
 
 
-def _same(a: Tensor, b: Tensor) -> Tensor:
-    """(N,): in which entries two tensors (L, H, N, D) have the same bits."""
-    bits = torch.int32 if a.itemsize == 4 else torch.int64
-    differ = a.view(bits) ^ b.view(bits)
-    return (differ.amax((0, 1, 3)) == 0) & (differ.amin((0, 1, 3)) == 0)
+def _exact(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """(N,): the entries whose every bit comes back from a type."""
+    bits, same = torch.int32 if x.itemsize == 4 else torch.int64, x.new_ones(x.shape[2], dtype=torch.bool)
+    for layer in x:  # one at a time: nothing else is as large as the whole
+        differ = layer.to(dtype).to(x.dtype).view(bits) ^ layer.view(bits)
+        same &= (differ.amax((0, 2)) == 0) & (differ.amin((0, 2)) == 0)
+    return same
+
+
+def _copied(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return blank(x.new_empty(0, dtype=dtype), *x.shape).copy_(x)
