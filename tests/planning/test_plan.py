@@ -207,7 +207,8 @@ def test_the_copy_that_answers_are_decoded_from_is_counted(tmp_path, monkeypatch
             f"ccm.decoding.{module}.packed",
             lambda weight, *rest, own=own: (sizes.append(2 * weight.numel()), own(weight, *rest))[1],
         )
-    decoding.Step(base("llama", dtype), "float16")
+    with torch.no_grad():
+        decoding.Step(base("llama", dtype), "float16")
     copied, options = sum(sizes), {"model": folders[0], "memory": folders[1], "measured": False}
     made = plan(Load(1, 6), **options)
     assert made["copy_bytes"] == copied > made["weight_bytes"] / dtype.itemsize

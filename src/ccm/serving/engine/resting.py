@@ -53,7 +53,7 @@ class Resting(KV):
     """Keys and values at rest, to be used like others. They are made anew for everyone who asks for them."""
 
     def __new__(cls, kv: KV) -> Resting:
-        return tuple.__new__(cls, map(_Rested, kv))
+        return tuple.__new__(cls, (_Rested(kv.keys), _Rested(kv.values)))
 
     @property
     def _both(self) -> tuple[_Rested, _Rested]:
