@@ -270,7 +270,7 @@ def test_limits_and_failures_commit_nothing(make, monkeypatch):
             with monkeypatch.context() as patch, pytest.raises(ConfigError, match="1000 characters"):
                 patch.setattr(service, "tokenizer", None)  # it is not even tokenized
                 await service.answer("t", session, user("x" * 1000), GREEDY)
-        with pytest.raises(ConfigError, match="none"):
+        with pytest.raises(ConfigError, match="got no messages"):
             await service.answer("t", "s", [], GREEDY)
 
         def broken(*args):
