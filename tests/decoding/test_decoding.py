@@ -104,6 +104,31 @@ def test_the_engine_gets_the_same_logits(family):
     torch.testing.assert_close(found, right, atol=1e-4, rtol=1e-4)
 
 
+@packs
+@pytest.mark.parametrize("decode_in", ["float16", "int8"])
+@pytest.mark.parametrize("family", STEPS)
+def test_layers_of_the_usual_shape_are_one_call_and_give_the_same(family, decode_in):
+    compressor = installed(made(family, decode_in))
+    memory = Memory.stack(remembered(compressor))
+    ids, mask = pad(PROMPTS, "left")
+
+    def logits() -> Tensor:
+        batch, last = run(compressor, compressor.live(memory), ids, mask.bool())
+        found = []
+        for token in range(5, 5 + NEW):
+            batch, last = run(compressor, batch, torch.tensor([[token], [token + 1], [token + 2]]))
+            found.append(last)
+        return torch.stack(found)
+
+    found = logits()
+    (step,) = compressor.model.__dict__["_ccm_decoder"]._steps.values()
+    assert (step.script is not None) == (
+        family in ("llama", "qwen2", "phi3")
+    )  # others: more norms, or windows
+    step.script = None
+    torch.testing.assert_close(found, logits(), atol=1e-5, rtol=1e-5)
+
+
 def test_keys_and_values_of_an_answer_are_the_same():
     compressor = made()
     memory = remembered(compressor)[0]
@@ -197,7 +222,7 @@ def counted(compressor: Compressor, held: int) -> Operations:
     return found
 
 
-@pytest.mark.parametrize(("decode_in", "most"), [("model", 177), pytest.param("float16", 140, marks=packs)])
+@pytest.mark.parametrize(("decode_in", "most"), [("model", 177), pytest.param("float16", 141, marks=packs)])
 def test_a_token_costs_few_operations_and_copies_no_cache(decode_in, most):
     ordinary = counted(made(), 40)
     short, long = (counted(installed(made(decode_in=decode_in)), held) for held in (40, 160))

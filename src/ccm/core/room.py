@@ -56,14 +56,18 @@ class Roomy(DynamicLayer):
         if torch.is_grad_enabled() or not self.get_seq_length():
             return super().update(key_states, value_states, *args, **kwargs)
         held, new = self.keys.shape[2], key_states.shape[2]
-        if self._room is None or not self._fits(held + new):
-            self._room = tuple(self._larger(states, held + new + ROOM) for states in (self.keys, self.values))
-        keys, values = self._room
+        keys, values = self.reserve(new)
         keys.narrow(2, held, new).copy_(key_states)
         values.narrow(2, held, new).copy_(value_states)
-        self.keys = self._shown = keys.narrow(2, 0, held + new)
-        self.values = values.narrow(2, 0, held + new)
+        self.hold(keys, values, held + new)
         return self.keys, self.values
+
+    def reserve(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """Tensors that begin with what is held and have room for so many tokens behind it, without gradients."""
+        length = self.keys.shape[2] + tokens
+        if self._room is None or not self._fits(length):
+            self._room = self._larger(self.keys, length + ROOM), self._larger(self.values, length + ROOM)
+        return self._room
 
     def hold(self, keys: Tensor, values: Tensor, length: int) -> None:
         """Hold the first ``length`` entries of tensors (B, H, K, D), and write what comes behind them there."""

@@ -21,6 +21,23 @@ from .shape import Unfit
 Product: TypeAlias = Callable[[Tensor], Tensor]
 
 
+class Packed:
+    """A product from a copy.
+
+    Attributes:
+        product: torch's operation.
+        weights: what it takes beside the input.
+    """
+
+    def __init__(self, product: Any, weights: Any):
+        self.product, self.weights = product, weights
+        self._call = getattr(product, "_op", product)  # its call looks for what tracers pass, in Python
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out: Tensor = self._call(x, self.weights)
+        return out
+
+
 def product(modules: Sequence[nn.Module], weights: str | None) -> Product:
     """Of projections that read the same input: their outputs, one behind the other.
 
@@ -45,13 +62,13 @@ def product(modules: Sequence[nn.Module], weights: str | None) -> Product:
     return packed(weight, bias, weights)
 
 
-def packed(weight: Tensor, bias: Tensor | None, weights: str) -> Product:
+def packed(weight: Tensor, bias: Tensor | None, weights: str) -> Packed:
     """x W^T + b from a copy of W (d_out, d_in). Raises Unfit if that cannot hold it."""
     ops = torch.ops.quantized
     if weights == "float16":
         if float(weight.abs().max()) > torch.finfo(torch.float16).max:
             raise Unfit("some of its weights are too large for float16")
-        return _of(ops.linear_dynamic_fp16.default, ops.linear_prepack_fp16(weight, bias))
+        return Packed(ops.linear_dynamic_fp16, ops.linear_prepack_fp16(weight, bias))
     scale = (weight.abs().amax(1) / 127).clamp(min=1e-12)
     rounded = (weight / scale.unsqueeze(1)).round().to(torch.int8)
     zero = torch.zeros(len(scale), dtype=torch.long)
@@ -60,12 +77,7 @@ def packed(weight: Tensor, bias: Tensor | None, weights: str) -> Product:
             "ignore"
         )  # torch means to give these tensors up, and has no other for its int8 products
         kept = torch._make_per_channel_quantized_tensor(rounded, scale.double(), zero, 0)
-    return _of(ops.linear_dynamic.default, ops.linear_prepack(kept, bias))
-
-
-def _of(op: Any, weights: Any) -> Product:
-    call = getattr(op, "_op", op)  # its call looks for what tracers pass, in Python
-    return lambda x: call(x, weights)
+    return Packed(ops.linear_dynamic, ops.linear_prepack(kept, bias))
 
 
 def _base(module: nn.Module) -> Any:

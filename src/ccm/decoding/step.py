@@ -21,6 +21,7 @@ from ..core.families import get_family
 from ..core.rotary import Rotary, rotate
 from ..core.twin import head_size, text_config
 from .products import Product, product
+from .script import Script
 from .shape import LayerShape, Norm, Unfit
 
 
@@ -90,6 +91,7 @@ class Step:
             self.head = product([model.get_output_embeddings()], weights)
         except (AttributeError, TypeError, RuntimeError) as error:
             raise Unfit(f"its layers are written in another way ({error})") from error
+        self.script = Script.of(self.layers) if self.packed else None
         self.near = list(dict.fromkeys(layer.shape.near for layer in self.layers))
 
     @property
@@ -132,6 +134,9 @@ class Step:
         units = self.units.expand(len(x), -1, -1)
         turns = {kind: rotate(units, *tables) for kind, tables in self.rotary.tables(position).items()}
         masks = {near: self._mask(near, valid, plan) for near in self.near}
+        if self.script is not None:
+            self.script(longer, turns[self.layers[0].kind], masks[None], cache)
+            return self._output(normed(self.last))
         for layer, entries in zip(self.layers, cache.layers, strict=True):
             shape = layer.shape
             a = self._attention(layer, normed(layer.before), turns[layer.kind], masks[shape.near], entries)
@@ -139,7 +144,10 @@ class Step:
             gate, up = layer.gate_up(normed(layer.middle)).chunk(2, dim=-1)
             h = layer.down(layer.act(gate).mul_(up))
             x.add_(shape.end(h) if shape.end else h)
-        return CausalLMOutputWithPast(logits=self.head(normed(self.last)).unsqueeze(1))
+        return self._output(normed(self.last))
+
+    def _output(self, x: Tensor) -> Any:
+        return CausalLMOutputWithPast(logits=self.head(x).unsqueeze(1))
 
     def _attention(self, layer: _Layer, x: Tensor, turn: Tensor, mask: Tensor | None, entries: Any) -> Tensor:
         batch, shared = len(x), entries.keys.shape[1]
