@@ -38,6 +38,11 @@ class Packed:
         return out
 
 
+def copy_bytes(rows: int, columns: int) -> int:
+    """Of the float16 copy of a matrix, whose columns torch's kernels pad to multiples of 512."""
+    return 2 * rows * (-(-columns // 512) * 512)
+
+
 def product(modules: Sequence[nn.Module], weights: str | None) -> Product:
     """Of projections that read the same input: their outputs, one behind the other.
 

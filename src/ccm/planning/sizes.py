@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from ..core.families import get_family
 from ..core.twin import kv_shape, text_config
 from ..decoding import SMALL
+from ..decoding.products import copy_bytes
 from ..errors import ConfigError
 from ..files.adapter_folder import CHANGEABLE, read_config
 from ..methods import Method
@@ -65,7 +66,7 @@ class Shape:
             layers = (m for m in linear if m is not head)
             nbytes -= sum(m.weight.numel() * (8 * model.dtype.itemsize - BITS[load_in]) for m in layers) // 8
         copied = device is not None and not load_in and _is_copied(model, count, device)
-        copy = sum(m.weight.numel() for m in linear) * torch.float16.itemsize if copied else 0
+        copy = sum(copy_bytes(*m.weight.shape) for m in linear) if copied else 0
         context = text_config(config).max_position_embeddings
         return cls(*kv_shape(config), model.dtype, count, int(nbytes), context, copy)
 
