@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ccm.core.batch import Batch
 from ccm.core.live import Live
-from ccm.core.room import ROOM, blank
+from ccm.core.pages import blank
+from ccm.core.room import ROOM
 from ccm.serving.engine.padded import run
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import gc
+import threading
 from dataclasses import replace
 
 import pytest
@@ -213,10 +214,12 @@ def test_no_job_holds_a_whole_memory(method, tokenizer, counted, monkeypatch, re
         memory = method.admit(codec.decode(payload)[0])
         return Job(memory, prompt=(5, 50, 6), sampling=Sampling(max_tokens=20, temperature=0))
 
-    engine = PaddedEngine(method, tokenizer, rows=2)
+    engine, ready = PaddedEngine(method, tokenizer, rows=2), threading.Event()
+    engine._inbox.put(ready.wait)  # until all are there: who makes a job holds its memory
     heard = [Heard() for _ in range(5)]
     for each in heard:
         engine.submit(job(), each)
+    ready.set()
     results = [each.result() for each in heard]
     engine.close()
     assert len({result.text for result in results}) == 1

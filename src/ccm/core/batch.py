@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .live import Live
-from .room import ROOM, blank
+from .pages import blank
+from .room import ROOM
 
 
 class Batch:

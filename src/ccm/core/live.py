@@ -16,7 +16,8 @@ from transformers import DynamicCache
 
 from .attention import PLAN, RecurrentPlan
 from .memory import KV, Memory, Row
-from .room import CACHE, ROOM, Roomy, blank, roomy_cache
+from .pages import blank
+from .room import CACHE, ROOM, Roomy, roomy_cache
 from .rotary import Rotary, rotate, unrotate
 
 

@@ -211,7 +211,7 @@ class Memory:
         """Raises MemoryFileError if a value is NaN or infinite."""
         for r, row in enumerate(self.rows):
             for name in ("sink", "slots", "window"):
-                if not all(torch.isfinite(t).all() for t in getattr(row, name)):
+                if not all(_is_finite(t) for t in getattr(row, name)):
                     raise MemoryFileError(
                         f"memory row {r}: {name} holds NaN or infinite values; do not use it"
                     )
@@ -266,3 +266,8 @@ class Memory:
         memory = Memory(tuple(made), metadata["fingerprint"])
         memory.check_finite()
         return memory
+
+
+def _is_finite(x: Tensor) -> bool:
+    """Whether all numbers are finite, by the least and the largest, so that nothing as large is made on the way."""
+    return not x.numel() or bool(torch.stack(torch.aminmax(x)).isfinite().all())

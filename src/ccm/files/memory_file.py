@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.pages import blank
 from ..errors import ConfigError, MemoryFileError, StorageError, UnknownNameError
 from .kind import LONGEST_HEADER, format_of
 
@@ -221,7 +222,10 @@ def _packed(x: Tensor, precision: str) -> dict[str, Tensor]:
 
 def _unpacked(stored: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
     x = stored[""]
-    return (x.float() * stored[".scale"]).to(dtype) if ".scale" in stored else x.to(dtype)
+    if ".scale" in stored:
+        return (x.float() * stored[".scale"]).to(dtype)
+    # most of it is there for a moment alone: what a server has decoded rests in fewer bits
+    return x if x.dtype == dtype else blank(x.new_empty(0, dtype=dtype), *x.shape).copy_(x)
 
 
 def check_replaceable(path: Path) -> None:
@@ -318,7 +322,10 @@ def _views(data: bytes | bytearray, specs: Mapping[str, Any], by_entry: bool) ->
         specs: of its tensors, shapes as (L, H, N, D).
         by_entry: whether they lie there as (N, L, H, D).
     """
-    owned = data if isinstance(data, bytearray) else bytearray(data)
+    owned: Any = data
+    if not isinstance(data, bytearray):
+        owned = blank(torch.empty(0, dtype=torch.uint8), len(data)).numpy()
+        memoryview(owned)[:] = data
     body = done = 8 + int.from_bytes(data[:8], "little")
     found = {}
     for name, spec in sorted(specs.items(), key=lambda item: item[1]["data_offsets"]):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...core.memory import KV, Memory, Row
-from ...core.room import blank
+from ...core.pages import blank
 from ...files.memory_file import PARTS
 
 _SMALL = (torch.float16, torch.bfloat16)
