@@ -144,16 +144,16 @@ def _side_by_side(
     for r, row in enumerate(memory.rows):
         rows.setdefault(id(row), (row, []))[1].append(r)
     for row, those in rows.values():
-        tables = rotary.tables(torch.arange(row.length, device=like.device))
-        for layer, kind in enumerate(rotary.layer_types):
-            cos, sin, interleaved = tables[kind]
+        cos, sin, interleaved = rotary.stacked(torch.arange(row.length, device=like.device))
+        for layer, made in enumerate(whole):
             start = 0
             for part in (row.sink, row.slots, row.window):
                 stop = start + part.length
                 keys, values = (states.to(dtype) for states in part.layer(layer))
-                keys = rotate(keys, cos[start:stop], sin[start:stop], interleaved)
-                for states, own in zip(whole[layer], (keys, values), strict=True):
+                keys = rotate(keys, cos[layer][:, start:stop], sin[layer][:, start:stop], interleaved)
+                for states, own in zip(made, (keys, values), strict=True):
+                    there = own.to(states.device)
                     for r in those:
-                        states[r, :, width - row.length + start : width - row.length + stop] = own
+                        states[r, :, width - row.length + start : width - row.length + stop] = there
                 start = stop
     return whole
