@@ -132,7 +132,7 @@ def _at_rest(kv: KV) -> KV:
 
 
 def _split(x: Tensor) -> Iterator[_Part]:
-    left = torch.arange(x.shape[2], device=x.device)
+    whole, left = x, torch.arange(x.shape[2], device=x.device)
     for dtype in _SMALL:
         same = _exact(x, dtype)
         if bool(same.all()):
@@ -141,7 +141,7 @@ def _split(x: Tensor) -> Iterator[_Part]:
         if bool(same.any()):
             yield _Part(_copied(x[:, :, same], dtype), left[same])
             x, left = x[:, :, ~same], left[~same]
-    yield _Part(_copied(x, x.dtype), left)
+    yield _Part(x if x is whole else _copied(x, x.dtype), left)
 
 
 def _exact(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -150,6 +150,8 @@ def _exact(x: Tensor, dtype: torch.dtype) -> Tensor:
     for layer in x:  # one at a time: nothing else is as large as the whole
         differ = layer.to(dtype).to(x.dtype).view(bits) ^ layer.view(bits)
         same &= (differ.amax((0, 2)) == 0) & (differ.amin((0, 2)) == 0)
+        if not bool(same.any()):  # most often the first layer tells
+            break
     return same
 
 
