@@ -101,7 +101,10 @@ def test_what_is_refused_at_the_start(command, home, gguf, tmp_path, capsys, run
     arguments = ["--port", "0", "--store", f"sqlite://{tmp_path}/m.db"] if command == "serve" else []
     memory = ["--memory", "streaming-llm:window=32"]
     for given, message in (
-        (["--llama", str(tmp_path / "none.gguf"), "--model", str(home / "model")], "no such file"),
+        (
+            ["--llama", str(tmp_path / "none.gguf"), "--model", str(home / "model")],
+            "expected a GGUF file of the model",
+        ),
         (["--llama", str(gguf), "--model", folder], "give the GGUF file of that model"),
         (["--llama", str(gguf), "--llama-type", "f64"], "expected f32, f16, q8_0"),
         (["--llama", str(gguf), "--llama-context", "20"], "the memory grows to 36 positions"),
