@@ -17,8 +17,9 @@ Written by `ccm report` from `results/bench.json`, which `ccm bench --out result
 page is typed by hand. Every contender has a process and a model of its own, all in the same number of threads, and
 they take turns within one run: what disturbs one disturbs all, so ratios hold on a busy machine. With one thread,
 seconds are those of the processor, and what it did for others does not count. A history is not read before: keys and
-values of the size that it leaves are put in place. Figures are medians; small numbers are
-the least and the most.
+values of the size that it leaves are put in place. Figures are medians; small numbers are the least and the most.
+Where weights and caches lie in memory differs from process to process. These numbers do not show it, and it moves a
+token by a tenth and many at once by up to a fifth, so contenders that are nearer than that are not told apart.
 
 - **ccm**: the default memory on transformers, whose answers are read from a float16 copy of the weights, as
   `ccm chat` and `ccm serve` do. **ccm in llama.cpp**: the same memory, read, folded and answered in llama.cpp
@@ -48,6 +49,10 @@ _MANY = """\
 New tokens per second of conversations that are answered at the same time, whole turns, each behind a history of
 {among:,} tokens."""
 
+_TRIED = """\
+What was tried on the way and kept or dropped: [one pass a turn](decisions.md#a-turn-goes-through-the-model-once),
+[decoding](decisions.md#decoding), [memories at rest](decisions.md#memories-rest-in-half-of-the-bytes)."""
+
 
 def page(result: Mapping[str, Any]) -> str:
     """``docs/performance.md``."""
@@ -64,7 +69,7 @@ def page(result: Mapping[str, Any]) -> str:
         f"{result['limits']['operations'] / 1e9:.0f} GFLOP/s."
     )
     picture = f"![A turn by history, and many at once]({PICTURE})"
-    return "\n\n".join([_INTRO, picture, *tables(result), "## How it was measured", how]) + "\n"
+    return "\n\n".join([_INTRO, picture, *tables(result), "## How it was measured", how, _TRIED]) + "\n"
 
 
 def tables(result: Mapping[str, Any]) -> list[str]:
@@ -76,7 +81,7 @@ def tables(result: Mapping[str, Any]) -> list[str]:
         _table(rows, "turns", "behind {:,} tokens", lambda turn: _seconds(turn["total"])),
         "To the first token:",
         _table(rows, "turns", "behind {:,} tokens", lambda turn: _seconds(turn["first"])),
-        "Keys and values that the next token attends to:",
+        "Keys and values that are kept between turns:",
         _table(rows, "turns", "behind {:,} tokens", lambda turn: f"{turn['kv_bytes'] / 1e6:.1f} MB"),
         _PARTS.format(among=among),
         _parts(rows, among),
@@ -143,6 +148,7 @@ def picture(result: Mapping[str, Any]) -> bytes:
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator
     except ImportError as error:
         raise MissingPackageError(
             "the picture needs matplotlib: pip install 'compressed-context-memory[plot]'"
@@ -173,8 +179,9 @@ def picture(result: Mapping[str, Any]) -> bytes:
     for axes in (turns, many):
         axes.grid(axis="y", which="both", color="0.92")
         axes.spines[["top", "right"]].set_visible(False)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
     turns.xaxis.set_major_formatter("{x:,.0f}")
     many.set_xticks([int(key) for key in next(iter(result["rows"].values()))["many"]])
     many.xaxis.set_major_formatter("{x:.0f}")
