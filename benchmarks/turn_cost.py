@@ -5,6 +5,7 @@ machine changes:
 
 * 200 tokens taken in over a full memory of 256 slots, segment by segment and in one pass, against plainly prefilling
   the same tokens over as many entries, by transformers alone on a copy of the model that has no adapter;
+* 4,000 tokens pasted at once, some 3,000 words, against a prefill of them;
 * an answer of 24 tokens remembered, read again and taken over from what wrote it, against a prefill of its tokens.
 
     python benchmarks/turn_cost.py --threads 1
@@ -23,10 +24,11 @@ from common import parser, store
 
 import ccm
 from ccm.core.live import Live
+from ccm.core.room import CACHE
 from ccm.methods.base import segments_of
 from ccm.methods.default import open_method
 
-TEXT, ANSWER = 200, 24
+TEXT, PASTE, ANSWER = 200, 4_000, 24
 
 
 @contextmanager
@@ -89,16 +91,23 @@ def main() -> None:
     memory = method.empty()
     while memory.length < method.limit or memory.slots < 256:
         memory = method.take_in(memory, [segments_of(words(256), method.longest)])
-    text, answer = words(TEXT), words(ANSWER)
+    text, paste, answer = words(TEXT), words(PASTE), words(ANSWER)
 
     def prefill(ids: tuple[int, ...]) -> object:
         cache = Live.over(memory, reader.rotary, clean.dtype).cache
-        return clean.base_model(input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True)
+        return clean.base_model(input_ids=torch.tensor([ids]), use_cache=True, **{CACHE: cache})
 
     def one_by_one() -> object:
         after = memory
         for part in segments_of(text, method.longest):
             after = method.fold(after, [part])
+        return after
+
+    def pasted() -> object:
+        after, left = memory, segments_of(paste, method.longest)
+        while left:
+            count = method.portion(after.length, left)
+            after, left = method.take_in(after, [left[:count]]), left[count:]
         return after
 
     parts = segments_of(text, method.longest)
@@ -108,6 +117,7 @@ def main() -> None:
         "segment by segment": one_by_one,
         "one pass": lambda: method.take_in(memory, [parts]),
     }
+    pasting = {"prefill": lambda: prefill(paste), "as a session takes it in": pasted}
     remembering = {
         "prefill": lambda: prefill(answer),
         "read again, then folded": lambda: method.fold(memory, [answer]),
@@ -121,6 +131,7 @@ def main() -> None:
             "task": "take in text, and remember an answer, against prefilling as many tokens",
             "memory": {"method": method.text, "entries": memory.length, "slots": memory.slots},
             "taking_in": {"tokens": TEXT, **measure(taking_in, bodies, repeats)},
+            "pasting": {"tokens": PASTE, **measure(pasting, bodies, min(repeats, 3))},
             "remembering": {"tokens": ANSWER, **measure(remembering, bodies, repeats)},
         },
     )
