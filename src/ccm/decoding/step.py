@@ -83,7 +83,6 @@ class Step:
                 for norm in (shape.query_norm, shape.key_norm, shape.after, shape.end):
                     if norm:
                         norm.weight = norm.weight.to(self.given)
-                act = getattr(shape.act, "forward", shape.act)  # a module's, without looking for hooks
                 before, middle = self._weight(shape.before), self._weight(shape.middle)
                 act = getattr(shape.act, "forward", shape.act)  # a module's, without looking for hooks
                 self.layers.append(_Layer(shape, qkv, out, gate_up, down, before, middle, act, kind))
