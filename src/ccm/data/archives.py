@@ -23,7 +23,6 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Literal
 
 from filelock import FileLock
-from rich.console import Console
 
 from ..errors import DataError, MissingPackageError
 from ..models import packages
@@ -86,7 +85,7 @@ class Archive:
             download, kept = Path(temp, "download"), Path(temp, "kept")
             download.mkdir()
             kept.mkdir()
-            with Console(stderr=True).status(f"Downloading {self} ({self.megabytes:g} MB, only once)"):
+            with packages.waiting(f"Downloading {self} ({self.megabytes:g} MB, only once)"):
                 self._unpack(self._download(download), kept)
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(kept, folder)

