@@ -144,7 +144,7 @@ def test_fingerprints_and_rotary_from_files(family, tmp_path):
 
 def test_files_without_the_plain_weights(tmp_path):
     (tmp_path / "model.gguf").touch()
-    with pytest.raises(UnsupportedModelError, match="among its safetensors"):
+    with pytest.raises(UnsupportedModelError, match="among its weights"):
         Checkpoint(str(tmp_path), tiny_model("llama").config).fingerprint()
 
 

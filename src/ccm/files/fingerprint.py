@@ -20,6 +20,9 @@ from transformers import PreTrainedModel
 from ..core.twin import text_config
 from ..errors import MismatchError
 
+#: Columns of a weight matrix that are hashed.
+COLUMNS = 16
+
 
 def base_name(model: PreTrainedModel) -> str:
     """The model's name without any folder of this machine."""
@@ -40,11 +43,17 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     if known is None:
         with torch.no_grad():
             samples = (
-                _plain(model, name)[sampled_rows(len(parameter)), :16]
+                _plain(model, name)[sampled_rows(len(parameter)), :COLUMNS]
                 for name, parameter in model.named_parameters()
                 if "lora_" not in name and parameter.ndim == 2
             )
-            known = model.__dict__["_ccm_fingerprint"] = fingerprint_of(model, samples)
+            known = remember(model, samples)
+    return known
+
+
+def remember(model: PreTrainedModel, samples: Iterable[Tensor]) -> str:
+    """Let a model know its fingerprint, from samples of its matrices in its order."""
+    known = model.__dict__["_ccm_fingerprint"] = fingerprint_of(model, samples)
     return known
 
 
@@ -58,7 +67,7 @@ def _plain(model: nn.Module, name: str) -> Tensor:
 
 
 def sampled_rows(rows: int) -> slice:
-    """The rows of a weight matrix whose first 16 columns are hashed."""
+    """The rows of a weight matrix whose first :data:`COLUMNS` columns are hashed."""
     return slice(None, None, max(1, rows // 4))
 
 
