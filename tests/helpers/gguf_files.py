@@ -1,4 +1,4 @@
-"""Tiny GGUF files, as a converter writes them from a Llama of transformers and its tokenizer."""
+"""Tiny GGUF files, as a converter writes them from a model of transformers and its tokenizer."""
 
 from __future__ import annotations
 
@@ -8,29 +8,22 @@ from typing import Any
 import gguf
 from torch import Tensor
 
-_NAMES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
+from ccm.core.twin import head_size
 
 
-def write_gguf(path: Path, model: Any, tokenizer: Any) -> None:
+def write_gguf(path: Path, model: Any, tokenizer: Any, architecture: str = "llama") -> None:
     """The model in float32, with the tokenizer and its chat template."""
     config = model.config
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head_size(config))
+    writer.add_value_length(head_size(config))
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     words = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__)
@@ -44,27 +37,19 @@ def write_gguf(path: Path, model: Any, tokenizer: Any) -> None:
     writer.add_eos_token_id(tokenizer.eos_token_id)
     writer.add_bos_token_id(tokenizer.eos_token_id)
     writer.add_chat_template(tokenizer.chat_template)
-    for name, weight in model.state_dict().items():
-        writer.add_tensor(_renamed(name), _as_stored(name, weight, config).contiguous().numpy())
+    known = next(each for each, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    names = gguf.get_tensor_name_map(known, config.num_hidden_layers)
+    for name, parameter in model.named_parameters():
+        weight = _in_pairs(name, parameter.data, config) if architecture == "llama" else parameter.data
+        found = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        writer.add_tensor(found, weight.contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
-def _renamed(name: str) -> str:
-    if name.startswith("model.layers."):
-        _, _, layer, rest = name.split(".", 3)
-        inner, kind = rest.rsplit(".", 1)
-        return f"blk.{layer}.{_NAMES[inner]}.{kind}"
-    return {
-        "model.embed_tokens.weight": "token_embd.weight",
-        "model.norm.weight": "output_norm.weight",
-        "lm_head.weight": "output.weight",
-    }[name]
-
-
-def _as_stored(name: str, weight: Tensor, config: Any) -> Tensor:
+def _in_pairs(name: str, weight: Tensor, config: Any) -> Tensor:
     """Rows of queries and keys are stored in pairs, as llama.cpp rotates them."""
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for part, count in heads.items():

@@ -128,10 +128,13 @@ def _open(
     from .repl import Opened
 
     spec = saved_memory(load) if load and named is None else checked(named)
-    language_model, tokenizer = loading.load(spinner=not is_interactive())
     if moved is None:
+        language_model, tokenizer = loading.load(spinner=not is_interactive())
         method = open_method(for_talking(spec, language_model), language_model, tokenizer)
     else:  # another reader cannot say which slots a question attends to
+        from ..serving.llama import hollow
+
+        language_model, tokenizer = hollow.load(loading, spinner=not is_interactive())
         method = moved(open_method(spec, language_model, tokenizer))
 
     def begin() -> Session:

@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -43,6 +44,7 @@ from transformers.utils import logging as transformers_logging
 from ccm import hub
 from ccm.errors import CCMError, ConfigError, MissingPackageError, StorageError, UnsupportedModelError
 from ccm.models import packages
+from ccm.models.hollow import hollow
 from ccm.models.placement import AUTO, DEFAULT_MODEL, OWN, Placement, is_default, is_gguf, place
 
 log = logging.getLogger(__name__)
@@ -133,6 +135,48 @@ def load_model(
             model = _auto_class(config).from_pretrained(name, config=config, **options, **_from(str(name)))
             tokenizer = load_tokenizer(str(name))
     return _frozen(model, where), tokenizer
+
+
+def load_hollow(
+    name: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    *,
+    spinner: bool = True,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
+    """As :func:`load_model`, but for the weights, which come at the first pass (``ccm.models.hollow``).
+
+    Returns:
+        model, tokenizer, and the folder, hub id or GGUF file that holds the weights.
+
+    Raises:
+        ConfigError, UnsupportedModelError, StorageError: as for :func:`load_model`.
+    """
+    where = place(name, dtype, device)
+    config, files = load_config(name), str(_folder() if is_default(name) else name)
+    loading = Console(stderr=True, quiet=not spinner).status(f"Loading {name or DEFAULT_MODEL}")
+    with _quiet(), _load_errors(files), loading:
+        kind = _options(config, files, where)["dtype"]
+        if is_gguf(name):
+            kind = where.dtype or torch.float32
+        elif kind == AUTO:
+            raise UnsupportedModelError(f"{files}: its config does not say the type of its weights")
+
+        def shape() -> PreTrainedModel:
+            made: PreTrainedModel = _auto_class(config).from_config(
+                config, dtype=kind, trust_remote_code=False
+            )
+            return made
+
+        model: PreTrainedModel = hollow(shape, where.device, lambda: load_model(name, dtype, device)[0])
+        with suppress(OSError):  # a folder without one has that of its config
+            local = _from(files)["local_files_only"]
+            model.generation_config = GenerationConfig.from_pretrained(files, local_files_only=local)
+        tokenizer = load_tokenizer(str(name or DEFAULT_MODEL))
+    model.config._name_or_path = model.name_or_path = DEFAULT_MODEL if is_default(name) else str(name)
+    if is_gguf(name):
+        tokenizer.name_or_path = str(name)
+    return _frozen(model, where), tokenizer, files
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

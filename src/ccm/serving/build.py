@@ -44,7 +44,12 @@ def build_service(options: Options, store: Store | None = None) -> Service:
     store = store or open_store(options.store, options.limits)
     threads = options.threads or torch.get_num_threads()
     torch.set_num_threads(1)
-    model, tokenizer = options.loading.load()
+    if options.llama is None:
+        model, tokenizer = options.loading.load()
+    else:
+        from .llama import hollow
+
+        model, tokenizer = hollow.load(options.loading)
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError(
             f"no engine of the server writes with an encoder-decoder ({model.config.model_type}): take ccm chat, "

@@ -16,6 +16,7 @@ from ...core.window import joined
 from ...errors import ConfigError
 from ...methods import Method
 from ...methods.default import check_fits
+from ...models.hollow import is_hollow
 from ...models.load import gguf_file
 from ..engine.base import Sampling
 from ..engine.sampling import Sampler
@@ -62,6 +63,10 @@ def in_llama(
         MissingPackageError: llama-cpp-python is not installed.
     """
     method.check_plain("llama.cpp")
+    if method.queries and is_hollow(
+        method.reader.model
+    ):  # every fold will ask: better now than in the first turn
+        method.reader.model.ccm_hollow.fill()
     memory = None if method.limit is None else method.limit + method.longest + method.behind
     runtime = Runtime(
         gguf_file(path),

@@ -25,13 +25,10 @@ from ...core.memory import KV, Row
 from ...core.reader import Reader
 from ...core.rotary import Tables, rotate, unrotate
 from ...errors import ConfigError
-from . import adapter
+from . import adapter, hollow
 from .layout import Layout, LayoutError, transposed_in
 from .library import TYPES, Context, LlamaError, Model, Part
 
-#: Keys and values of another model differ from the expected ones by more than all of their size, those of the same
-#: model in 2 bits by less than this share of it.
-SAME = 0.5
 _PROBE = 12  # tokens
 
 
@@ -149,7 +146,8 @@ class Runtime:
 
     @torch.no_grad()
     def _tried(self, path: str, layout: Layout) -> Layout:
-        """The layout of this build and this file: both models read a text, and a state is written and read back.
+        """The layout of this build and this file: both models read a text, one of them maybe in its first layers, and
+        a state is written and read back.
 
         Raises:
             LayoutError: the state is laid out otherwise.
@@ -159,12 +157,15 @@ class Runtime:
         self.reading.read([Part(0, 0, probe)])
         blob = self.reading.state(0)
         self.reading.cut(0, 0)
-        ((text),) = self.reader.read([probe.tolist()])
-        expected = self._placed(text, 0)
+        expected = self._placed(hollow.read(self.reader, path, probe.tolist()), 0)
         layout = replace(layout, transposed=transposed_in(blob))
         ways = [replace(layout, interleaved=way) for way in (False, True)]
-        error, found = min(((_distance(way.unpack(blob), expected), way) for way in ways), key=lambda p: p[0])
-        if error > SAME:
+        first = slice(len(expected.keys))
+        read = [KV(*(part[first] for part in way.unpack(blob))) for way in ways]
+        error, found = min(
+            ((_distance(got, expected), way) for got, way in zip(read, ways, strict=True)), key=lambda p: p[0]
+        )
+        if not error <= hollow.SAME:
             raise ConfigError(
                 f"--llama {path}: it is not the model that the memory is for (keys and values of one text differ by "
                 f"{error:.0%}): give the GGUF file of that model"
@@ -310,7 +311,9 @@ class Runtime:
 
     def _tables(self, kv: KV, start: int) -> Tables:
         at = torch.arange(start, start + kv.length, device=kv.keys.device)
-        return self.reader.rotary.stacked(at)
+        cos, sin, interleaved = self.reader.rotary.stacked(at)
+        layers = len(kv.keys)  # they may be those of the first layers
+        return Tables(cos[:layers], sin[:layers], interleaved)
 
 
 def _shared(a: Sequence[int], b: Sequence[int]) -> int:
