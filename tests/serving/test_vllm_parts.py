@@ -15,6 +15,7 @@ import pytest
 import torch
 from tiny import random_rows, tiny_compressor, tiny_model, tiny_tokenizer
 
+from ccm import cli
 from ccm.core.live import Live
 from ccm.errors import ConfigError, MismatchError, MissingPackageError, UnsupportedModelError
 from ccm.files.fingerprint import model_fingerprint
@@ -198,19 +199,16 @@ def test_tokens_of_a_stream():
         tokens(url)
 
 
-def test_a_method_that_is_not_plain_is_refused_before_vllm_is_asked(monkeypatch):
+def test_a_method_that_is_not_plain_is_refused(monkeypatch):
     class Placed(METHODS["none"]):
         plain = False
 
-    asked: list[str] = []
-    monkeypatch.setattr(VllmServer, "__init__", lambda self, url, **options: asked.append(url) or 1 / 0)
-    options = Options(store="dir:///nowhere", vllm="http://127.0.0.1:9")
+    monkeypatch.setattr("ccm.serving.store.open_store", lambda *given: 1 / 0)
+    options, server = Options(store="dir:///nowhere", vllm="http://127.0.0.1:9"), object()
     with pytest.raises(ConfigError, match="vLLM cannot serve method none"):
-        _engine(options, Placed().bind(tiny_model()), tiny_tokenizer(), Metrics())
-    assert not asked
-    with pytest.raises(ZeroDivisionError):  # the control: a plain one goes on to the server
-        _engine(options, METHODS["none"]().bind(tiny_model()), tiny_tokenizer(), Metrics())
-    assert asked
+        _engine(options, Placed().bind(tiny_model()), tiny_tokenizer(), Metrics(), server)
+    with pytest.raises(ZeroDivisionError):  # the control: a plain one goes on to the store
+        _engine(options, METHODS["none"]().bind(tiny_model()), tiny_tokenizer(), Metrics(), server)
 
 
 def test_an_unsupported_vllm_is_refused():
@@ -240,3 +238,10 @@ def test_a_schema_is_passed_on():
     options = _options(Sampling(schema=schema), Drawing(), 5, [2])
     assert options["structured_outputs"] == {"json": {"type": "object"}}
     assert "structured_outputs" not in _options(Sampling(), Drawing(), 5, [2])
+
+
+def test_a_server_that_is_not_there_is_told_before_a_model_is_loaded(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("ccm.models.loading.Loading.load", None)
+    store = f"sqlite://{tmp_path}/m.db"
+    assert cli.main(["serve", "--port", "0", "--store", store, "--vllm", "http://127.0.0.1:1"]) == 2
+    assert "vLLM at http://127.0.0.1:1 is not reachable" in capsys.readouterr().err

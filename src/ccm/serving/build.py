@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .metrics import Metrics
     from .service import Service
     from .store import Store
+    from .vllm.client import VllmServer
 
 #: Seconds after which a memory that a killed server left for vLLM is forgotten.
 TURN = 3600
@@ -42,6 +43,11 @@ def build_service(options: Options, store: Store | None = None) -> Service:
     options.loading.check()
     spec = checked(options.memory_name)
     store = store or open_store(options.store, options.limits)
+    server = None
+    if options.vllm is not None:  # one that is not there is told before a model is loaded
+        from .vllm.client import VllmServer
+
+        server = VllmServer(options.vllm, key=os.environ.get(VLLM_KEY))
     threads = options.threads or torch.get_num_threads()
     torch.set_num_threads(1)
     if options.llama is None:
@@ -70,26 +76,26 @@ def build_service(options: Options, store: Store | None = None) -> Service:
     metrics = Metrics()
     # The engine's thread alone gets helpers: with more of them than cores, OpenMP lets all sleep between operations
     torch.set_num_threads(threads)
-    engine = _engine(options, method, tokenizer, metrics)
+    engine = _engine(options, method, tokenizer, metrics, server)
     torch.set_num_threads(1)
     return Service(method, tokenizer, store, options.settings(method.title), engine, metrics)
 
 
-def _engine(options: Options, method: Method, tokenizer: Any, metrics: Metrics) -> Engine:
+def _engine(
+    options: Options, method: Method, tokenizer: Any, metrics: Metrics, server: VllmServer | None
+) -> Engine:
     sizes = {"rows": options.batch, "waiting": options.queue}
     if options.llama is not None:
         from .llama.engine import LlamaEngine
 
         return LlamaEngine(method, tokenizer, waiting=options.queue, metrics=metrics)
-    if options.vllm is None:
+    if server is None:
         from .engine import PaddedEngine
 
         return PaddedEngine(method, tokenizer, metrics=metrics, **sizes)
     from .store import Limits, open_store
-    from .vllm.client import VllmServer
     from .vllm.engine import VllmEngine
 
-    method.check_plain("vLLM")  # before anybody waits for a server
-    server = VllmServer(options.vllm, key=os.environ.get(VLLM_KEY))
+    method.check_plain("vLLM")
     shared = open_store(options.vllm_store or options.store, Limits(ttl=TURN))
     return VllmEngine(method, tokenizer, server, shared, metrics=metrics, **sizes)
