@@ -13,8 +13,9 @@ from passes import counted
 from tiny import saved_folder
 
 from ccm import cli
-from ccm.bench import contenders, page, run
+from ccm.bench import page, run
 from ccm.bench.contenders import CONTENDERS, InMemory, Turn, history
+from ccm.bench.contenders.memories import Streaming
 from ccm.bench.sizes import ANSWER, HEAD, NAMES, QUESTION
 from ccm.bench.worker import Commands
 
@@ -31,7 +32,7 @@ def small(monkeypatch) -> None:
     """A memory that needs no training, and texts that a tiny model can hold."""
     monkeypatch.setattr("ccm.bench.worker.PREFILL", 200)
     monkeypatch.setattr(InMemory, "memory", "streaming-llm:window=32,sink=4")
-    monkeypatch.setattr(contenders.Streaming, "memory", "streaming-llm:window=28,sink=4")
+    monkeypatch.setattr(Streaming, "memory", "streaming-llm:window=28,sink=4")
 
 
 @torch.inference_mode()

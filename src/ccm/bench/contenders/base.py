@@ -1,0 +1,114 @@
+"""What a contender is, and what several of them count."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from ..machine import clock_of
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Seconds of one turn.
+
+    Attributes:
+        first: to the first token.
+        between: between two tokens, the median.
+        total: until the next question may come.
+    """
+
+    first: float
+    between: float
+    total: float
+
+    @classmethod
+    def of(cls, began: float, tokens: Sequence[float], ended: float) -> Turn:
+        """From the times at which it began, each token came, and it ended."""
+        gaps = sorted(b - a for a, b in pairwise(tokens))
+        return cls(tokens[0] - began, gaps[len(gaps) // 2], ended - began)
+
+
+class Contender(ABC):
+    """One way, with a model of its own.
+
+    Args:
+        model: folder, GGUF file or hub id; None is the embedded one.
+        llama: GGUF file of the same model.
+        threads: of the CPU.
+    """
+
+    name: ClassVar[str]
+    #: Longest history that it is measured at.
+    reach: ClassVar[int] = 4_000
+    #: Most conversations at once that it is measured with.
+    crowd: ClassVar[int] = 32
+
+    def __init__(self, model: str | None, llama: str, threads: int):
+        self.threads, self.clock = threads, clock_of(threads)
+        torch.set_num_threads(threads)
+
+    @abstractmethod
+    def take(self, ids: list[int]) -> None:
+        """Be as behind this history."""
+
+    @abstractmethod
+    def turn(self, ids: list[int], head: list[int]) -> Turn:
+        """Play a turn, and go back."""
+
+    @abstractmethod
+    def prefill(self, ids: list[int]) -> float:
+        """Seconds in which these tokens are read behind nothing."""
+
+    @abstractmethod
+    def answer(self, count: int, ids: list[int], head: list[int]) -> float:
+        """Seconds of a turn of so many conversations at once, all with the history of this one."""
+
+    @property
+    @abstractmethod
+    def kv_bytes(self) -> int:
+        """Of the keys and values that the next token attends to."""
+
+    @property
+    @abstractmethod
+    def weight_bytes(self) -> int:
+        """Of the weights that every token reads."""
+
+    @property
+    @abstractmethod
+    def parameters(self) -> int:
+        """Of the model, without a table of embeddings that is only looked up."""
+
+    @property
+    @abstractmethod
+    def vocabulary(self) -> int:
+        """Token ids that the model has."""
+
+
+def history(length: int, vocabulary: int) -> list[int]:
+    """Token ids of the one history that all have; what they say makes no difference to the time."""
+    generator = torch.Generator().manual_seed(0)
+    most = min(10_000, vocabulary)
+    return torch.randint(min(100, most // 2), most, (length,), generator=generator).tolist()
+
+
+def vocabulary_of(model: Any) -> int:
+    return int(model.get_input_embeddings().num_embeddings)
+
+
+def parameters_of(model: Any) -> int:
+    """A head that is tied to the embeddings counts, a table that is only looked up does not."""
+    table = model.get_input_embeddings().weight
+    head = model.get_output_embeddings().weight
+    total = sum(p.numel() for n, p in model.named_parameters() if "lora_" not in n)
+    return total if head is table else total - table.numel()
+
+
+def file_bytes(path: str) -> int:
+    return Path(path).stat().st_size
