@@ -14,7 +14,7 @@ KVPRESS := .venv-kvpress
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo report bench-serving test test-slow test-oldest test-newest test-ray ray-env test-vllm vllm-env test-quant quant-env test-llama llama-env test-kvpress kvpress-env docs package release lint types clean
+.PHONY: help demo report bench bench-serving test test-slow test-oldest test-newest test-ray ray-env test-vllm vllm-env test-quant quant-env test-llama llama-env test-kvpress kvpress-env docs package release lint types clean
 
 help: ## show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
@@ -24,6 +24,10 @@ demo: $(STAMP) ## run the demonstration (fetches the embedded model the first ti
 
 report: $(STAMP) ## write the project's own pages of results, docs/results.md and docs/results/
 	$(BIN)/ccm report results --out docs
+
+bench: $(STAMP) $(LLAMA)/.installed $(VLLM)/.installed $(KVPRESS)/.installed ## measure a memory beside everything else (some twenty-five minutes)
+	$(BIN)/ccm bench --env vllm=$(VLLM)/bin/python --env kvpress=$(KVPRESS)/bin/python \
+		--env llama.cpp=$(LLAMA)/bin/python --env "ccm in llama.cpp=$(LLAMA)/bin/python" --out results/bench.json
 
 bench-serving: $(STAMP) ## measure the server: exactness, speed, load, kills, fuzz, clients (some forty minutes)
 	$(BIN)/python benchmarks/serving
@@ -64,8 +68,8 @@ test-llama: $(LLAMA)/.installed ## run the tests of the engine on llama.cpp, in 
 
 llama-env: $(LLAMA)/.installed ## make that environment
 
-test-kvpress: $(KVPRESS)/.installed ## run the tests of the bridge to kvpress, in an environment of their own
-	$(KVPRESS)/bin/python -m pytest tests/methods/test_kvpress.py
+test-kvpress: $(KVPRESS)/.installed ## run the tests with kvpress, in an environment of their own
+	$(KVPRESS)/bin/python -m pytest tests/methods/test_kvpress.py tests/bench/test_kvpress_bench.py
 
 kvpress-env: $(KVPRESS)/.installed ## make that environment
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,12 @@ from tiny import saved_folder
 
 from ccm import cli
 from ccm.bench import page, run
-from ccm.bench.contenders import CONTENDERS, InMemory, Turn, history
-from ccm.bench.contenders.memories import Streaming
+from ccm.bench.contenders import Turn, history, named
+from ccm.bench.contenders.memories import InMemory, Streaming
 from ccm.bench.sizes import ANSWER, HEAD, NAMES, QUESTION
 from ccm.bench.worker import Commands
 
-TORCH = [name for name in NAMES if "llama" not in name]
+TORCH = ["ccm", "full cache", "streaming-llm", "window", "resend"]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def small(monkeypatch) -> None:
 @torch.inference_mode()
 @pytest.mark.parametrize("name", TORCH)
 def test_a_turn_goes_back_to_where_it_began(name, folder, small):
-    commands = Commands(CONTENDERS[name](folder, "default", 1))
+    commands = Commands(named(name)(folder, "default", 1))
     before = commands.take(100)["kv_bytes"]
     for _ in range(2):
         turn = commands.turn()
@@ -68,9 +69,15 @@ def test_a_turn_is_that_of_a_session(folder, small):
     assert passes == [longest, question, HEAD, longest, rest]
 
 
+def test_contenders_that_load_the_same_have_one_model(folder, small):
+    ours, streaming = (named(name)(folder, "default", 1) for name in ("ccm", "streaming-llm"))
+    assert ours.method.reader.model is streaming.method.reader.model
+    assert ours.method is not streaming.method
+
+
 def test_what_a_full_cache_holds_is_the_history(folder, small):
     with torch.inference_mode():
-        commands = Commands(CONTENDERS["full cache"](folder, "default", 1))
+        commands = Commands(named("full cache")(folder, "default", 1))
         assert commands.take(100)["kv_bytes"] == 100 * 2 * 3 * 2 * 8 * 4
 
 
@@ -124,13 +131,25 @@ def result() -> dict[str, Any]:
         "peak_bytes": 10**9,
         "prefill": value,
         "prefill_share": 0.25,
+        "packages": {"torch": "2", "transformers": "5"},
     }
     memory = {**common, "turns": {"250": turn, "1000": turn}, "many": {"4": value}}
     memory |= {"fold": {**value, "median": 3.0}, "prefill_of_it": value, "restore": value}
     alone = {**common, "turns": {"250": turn}, "many": {}}
-    made = {"threads": 1, "cores": 2, "torch": "2", "transformers": "5", "llama-cpp-python": None}
+    rows = {name: memory if name in ("ccm", "streaming-llm") else alone for name in NAMES}
+    rows["vllm"] = {
+        **alone,
+        "turns": {"250": turn, "1000": {**turn, "read": 12.34}},
+        "packages": {"vllm": "1"},
+    }
+    rows["kvpress"] = {
+        **alone,
+        "turns": {"1000": {**turn, "read": 5.0}},
+        "packages": {"torch": "2", "kvpress": "3"},
+    }
+    made = {"threads": 1, "cores": 2}
     return {
-        "rows": {"ccm": memory, "resend": alone},
+        "rows": rows,
         "limits": {"bandwidth": 1e10, "operations": 5e10},
         "quick": True,
         "repeats": 2,
@@ -142,9 +161,10 @@ def test_the_page(tmp_path, capsys):
     text = page.page(result())
     assert "| ccm | 1.50 <small>(1.00-2.00)</small> s | 1.50 <small>(1.00-2.00)</small> s |" in text
     assert "| resend | 1.50 <small>(1.00-2.00)</small> s |  |" in text  # not measured so far
-    assert (
-        "2.0× a prefill" in text and "bandwidth 10.0 GB/s" in text and "llama-cpp-python" not in text[-300:]
-    )
+    assert "2.0× a prefill" in text and "bandwidth 10.0 GB/s" in text
+    assert "each; torch 2, transformers 5, vllm 1, kvpress 3; 2 repetitions" in text
+    assert "To read 1,000 tokens of history once: 12.3 s for vllm, 5.0 s for kvpress." in text
+    assert all(f"\n- **{name}**: " in text and text.count(f"\n| {name} | ") >= 4 for name in NAMES)
     pytest.importorskip("matplotlib")
     (tmp_path / "bench.json").write_text(json.dumps(result()))
     (tmp_path / "eval").mkdir()
@@ -155,8 +175,41 @@ def test_the_page(tmp_path, capsys):
 
 
 def test_what_is_refused(capsys):
-    assert cli.main(["bench", "--only", "vllm"]) == 2
-    assert "unknown contender 'vllm'" in capsys.readouterr().err
+    assert cli.main(["bench", "--only", "ollama"]) == 2
+    assert "unknown contender 'ollama'" in capsys.readouterr().err
+
+
+def test_who_lacks_a_package_is_left_out(monkeypatch, caplog):
+    monkeypatch.setattr(
+        run, "_NEEDS", {"window": ("no_such_package", "a package"), "ccm": ("torch", "torch")}
+    )
+    assert run._can_run("ccm", sys.executable) and run._can_run("resend", "not asked")
+    assert not run._can_run("window", sys.executable)
+    assert "window is left out: it needs a package" in caplog.text and "--env window=PYTHON" in caplog.text
+    with pytest.raises(run.BenchError, match="no contender"):
+        run.bench(only=["window"])
+
+
+def test_who_shares_a_process():
+    assert run._processes(dict.fromkeys(("ccm", "window", "streaming-llm"), "python")) == [
+        (["ccm", "streaming-llm"], "python"),
+        (["window"], "python"),
+    ]
+    apart = run._processes({"ccm": "python", "streaming-llm": "another"})
+    assert apart == [(["ccm"], "python"), (["streaming-llm"], "another")]
+
+
+def test_a_process_of_two(folder):
+    settings = {"model": folder, "llama": "default", "threads": 1}
+    with run.working(["window", "resend"], sys.executable, **settings) as workers:
+        for worker in workers:
+            assert worker.do("take", tokens=400) == {"kv_bytes": 0}
+            assert worker.about["packages"]["torch"] == torch.__version__
+            assert worker.do("turn")["total"] > 0
+        assert workers[0].process is workers[1].process
+        workers[0].process.process.kill()
+        with pytest.raises(run.BenchError, match="resend: it ended"):
+            workers[1].do("turn")
 
 
 @pytest.mark.slow
@@ -164,8 +217,22 @@ def test_a_run_with_processes(folder, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(run, "HISTORIES", {True: (50, 90)})
     monkeypatch.setattr(run, "AMONG", {True: 90})
     monkeypatch.setattr(run, "CROWDS", {True: (1,)})
-    arguments = ["bench", "--quick", "--model", folder, "--only", "window", "--json"]
+    python = tmp_path / "python"  # of another environment
+    python.write_text(f'#!/bin/sh\ntouch "{tmp_path}/used"\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    arguments = [
+        "bench",
+        "--quick",
+        "--model",
+        folder,
+        "--only",
+        "window",
+        "--env",
+        f"window={python}",
+        "--json",
+    ]
     assert cli.main([*arguments, "--out", str(tmp_path / "out.json")]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found == json.loads((tmp_path / "out.json").read_text())
     assert found["rows"]["window"]["turns"].keys() == {"50", "90"}
+    assert (tmp_path / "used").exists()

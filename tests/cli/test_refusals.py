@@ -31,6 +31,9 @@ from ccm.serving.store import codec
 REFUSED: list[tuple[str, str]] = [
     ("nonsense", "nonsense"),
     ("bench --only nobody", "unknown contender 'nobody'"),
+    ("bench --env nobody=run.yaml", "unknown contender 'nobody'"),
+    ("bench --env vllm", "--env is 'vllm': expected NAME=PYTHON"),
+    ("bench --env vllm=absent", "--env vllm: no file 'absent'"),
     ("bench --model ./modle", "no model './modle': there is no such folder"),
     ("bench --llama absent.gguf", "no file 'absent.gguf'"),
     ("bench --out absent/bench.json", "cannot write absent/bench.json: there is no folder absent"),

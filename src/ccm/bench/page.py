@@ -13,20 +13,36 @@ PAGE, PICTURE = "performance.md", "figures/performance.png"
 _INTRO = """\
 # How fast it is
 
-Written by `ccm report` from `results/bench.json`, which `ccm bench --out results/bench.json` makes; nothing on this
-page is typed by hand. Every contender has a process and a model of its own, all in the same number of threads, and
-they take turns within one run: what disturbs one disturbs all, so ratios hold on a busy machine. With one thread,
-seconds are those of the processor, and what it did for others does not count. A history is not read before: keys and
-values of the size that it leaves are put in place. Figures are medians; small numbers are the least and the most.
-Where weights and caches lie in memory differs from process to process. These numbers do not show it, and it moves a
-token by a tenth and many at once by up to a fifth, so contenders that are nearer than that are not told apart.
+Written by `ccm report` from `results/bench.json`, which `make bench` makes with `ccm bench`; nothing on this page is
+typed by hand. All contenders run in the same number of threads and take turns within one run: what disturbs one
+disturbs all, so ratios hold on a busy machine. With one thread, seconds are those of the processor, and what it did
+for others does not count. Figures are medians; small numbers are the least and the most.
 
-- **ccm**: the default memory on transformers, whose answers are read from a float16 copy of the weights, as
-  `ccm chat` and `ccm serve` do. **ccm in llama.cpp**: the same memory, read, folded and answered in llama.cpp
-  ([how](llama.md)).
-- **llama.cpp**: the same file with its keys and values kept. **full cache**: transformers with its cache kept.
-- **streaming-llm**: sink and window of as many entries as the memory has. **window**: the newest as many tokens, read
-  anew in every turn. **resend**: the whole history, read anew in every turn."""
+`ccm` and `streaming-llm` have one process, one model and one copy of its weights. The others have a process and a
+model each. Where weights and caches lie in memory differs from process to process, and that moves a token by a tenth
+and many at once by up to a fifth. These numbers do not show it, so contenders of two processes that are nearer than
+that are not told apart.
+
+A history is not read before: keys and values of the size that it leaves are put in place. `vllm` and `kvpress` read
+it, once."""
+
+#: What each contender is.
+_WHAT = {
+    "ccm": "the default memory on transformers. Answers are read from a float16 copy of the weights, as `ccm chat` "
+    "and `ccm serve` do.",
+    "ccm in llama.cpp": "the same memory, read, folded and answered in llama.cpp ([how](llama.md)).",
+    "llama.cpp": "the same file with its keys and values kept.",
+    "vllm": "vLLM in bfloat16, compiled, whose prefix cache has the history; every turn sends all of it with another "
+    "question. The last token of an answer is left to the next turn. Many at once have one history, which vLLM keeps "
+    "once; conversations of their own would need as many times its blocks.",
+    "full cache": "transformers with its cache kept.",
+    "kvpress": "SnapKV of NVIDIA's kvpress, which leaves as many entries of the history as the memory has, and "
+    "transformers behind it. A press reads the whole history before it chooses. What is said afterwards is kept "
+    "whole, so the cache grows again.",
+    "streaming-llm": "sink and window of as many entries as the memory has, in this library.",
+    "window": "the newest as many tokens, read anew in every turn, in transformers.",
+    "resend": "the whole history, read anew in every turn, in transformers.",
+}
 
 _TURN = """\
 ## A turn
@@ -41,7 +57,7 @@ most: the bytes of weights, keys and values that one token reads, over the measu
 weight and token, over the measured rate in float32. Weights in fewer bits than that may reach more than all of the
 second. `fold` takes 200 tokens into a full memory and stands beside a prefill of the same tokens behind nothing.
 `restore` goes from the bytes of a memory to the first token behind it. Peak memory is that of the whole process, with
-the libraries and whatever else was measured in it."""
+the libraries and whatever else was measured in it; `ccm` and `streaming-llm` have one process."""
 
 _MANY = """\
 ## Many at once
@@ -58,9 +74,12 @@ def page(result: Mapping[str, Any]) -> str:
     """``docs/performance.md``."""
     made = result["environment"]
     loads = made["load_before_and_after"]
-    versions = ", ".join(
-        f"{name} {made[name]}" for name in ("torch", "transformers", "llama-cpp-python") if made[name]
-    )
+    found = [
+        f"{name} {version}"
+        for row in result["rows"].values()
+        for name, version in row.get("packages", {}).items()
+    ]
+    versions = ", ".join(dict.fromkeys(found))
     how = (
         f"{made['threads']} thread{'s' if made['threads'] > 1 else ''} of {made['cores']} cores each; {versions}; "
         f"{result['repeats']} repetitions{' (quick)' if result['quick'] else ''}; load of the machine {loads[0]} "
@@ -69,7 +88,8 @@ def page(result: Mapping[str, Any]) -> str:
         f"{result['limits']['operations'] / 1e9:.0f} GFLOP/s."
     )
     picture = f"![A turn by history, and many at once]({PICTURE})"
-    return "\n\n".join([_INTRO, picture, *tables(result), "## How it was measured", how, _TRIED]) + "\n"
+    what = "\n".join(f"- **{name}**: {_WHAT[name]}" for name in result["rows"])
+    return "\n\n".join([_INTRO, what, picture, *tables(result), "## How it was measured", how, _TRIED]) + "\n"
 
 
 def tables(result: Mapping[str, Any]) -> list[str]:
@@ -79,6 +99,7 @@ def tables(result: Mapping[str, Any]) -> list[str]:
     return [
         _TURN,
         _table(rows, "turns", "behind {:,} tokens", lambda turn: _seconds(turn["total"])),
+        *_read(rows, among),
         "To the first token:",
         _table(rows, "turns", "behind {:,} tokens", lambda turn: _seconds(turn["first"])),
         "Keys and values that are kept between turns:",
@@ -101,6 +122,17 @@ def _table(rows: Mapping[str, Any], kind: str, title: str, cell: Callable[[Any],
             cells = [cell(row[kind][key]) if key in row[kind] else "" for key in columns]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _read(rows: Mapping[str, Any], among: int) -> list[str]:
+    """What it took to be behind a history, for those that read it."""
+    key = str(among)
+    found = [
+        f"{row['turns'][key]['read']:.1f} s for {name}"
+        for name, row in rows.items()
+        if "read" in row["turns"].get(key, {})
+    ]
+    return [f"To read {among:,} tokens of history once: {', '.join(found)}."] if found else []
 
 
 def _parts(rows: Mapping[str, Any], among: int) -> str:
@@ -186,7 +218,7 @@ def picture(result: Mapping[str, Any]) -> bytes:
     many.set_xticks([int(key) for key in next(iter(result["rows"].values()))["many"]])
     many.xaxis.set_major_formatter("{x:.0f}")
     many.set_xticks([], minor=True)
-    figure.legend(loc="outside lower center", ncols=7, frameon=False)
+    figure.legend(loc="outside lower center", ncols=5, frameon=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     return buffer.getvalue()

@@ -1,9 +1,7 @@
-"""One run of all contenders, each in a process of its own, in turns: what disturbs one disturbs all."""
+"""One run of all contenders in turns: what disturbs one disturbs all. Each has a process, or shares one."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import json
 import logging
 import os
@@ -12,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import IO, Any
@@ -29,24 +27,29 @@ CROWDS = {True: (1, 4), False: (1, 4, 16, 32)}
 REPEATS = {True: 2, False: 3}
 #: History at which folds, restores and many at once are measured: the memory is full by then.
 AMONG = {True: 1_000, False: 4_000}
-#: Contenders that need llama-cpp-python.
-_IN_LLAMA = ("ccm in llama.cpp", "llama.cpp")
+#: What some need beside this library: as it is imported, and as it is told of.
+_NEEDS = {
+    "ccm in llama.cpp": ("llama_cpp", "llama-cpp-python (docs/llama.md)"),
+    "llama.cpp": ("llama_cpp", "llama-cpp-python (docs/llama.md)"),
+    "vllm": ("vllm", "vLLM (make vllm-env)"),
+    "kvpress": ("kvpress", "kvpress (make kvpress-env)"),
+}
+#: Contenders that go into the process of another, so that both read the same weights where they lie.
+TOGETHER = {"streaming-llm": "ccm"}
 
 
 class BenchError(CCMError):
     """A contender failed."""
 
 
-@dataclass
-class Worker:
-    """One contender's process."""
+class Process:
+    """One process of contenders; the first thing that it says is ``about`` each."""
 
-    name: str
-    process: subprocess.Popen[str]
-    log: IO[str]
-    about: dict[str, Any]
+    def __init__(self, process: subprocess.Popen[str], log: IO[str]):
+        self.process, self.log = process, log
+        self.about: dict[str, Any] = self._hear()
 
-    def do(self, what: str, **arguments: int) -> dict[str, Any]:
+    def ask(self, **order: Any) -> dict[str, Any]:
         """One command.
 
         Raises:
@@ -54,38 +57,62 @@ class Worker:
         """
         assert self.process.stdin is not None
         try:
-            self.process.stdin.write(json.dumps({"do": what, **arguments}) + "\n")
+            self.process.stdin.write(json.dumps(order) + "\n")
             self.process.stdin.flush()
         except OSError:
             pass
-        return self.hear()
+        return self._hear()
 
-    def hear(self) -> dict[str, Any]:
-        """The next answer of the process."""
+    def _hear(self) -> dict[str, Any]:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
             self.log.seek(0)
             last = self.log.read().strip().splitlines()
-            raise BenchError(f"{self.name} ended: {last[-1] if last else 'it does not say why'}")
+            raise BenchError(f"it ended: {last[-1] if last else 'it does not say why'}")
         found: dict[str, Any] = json.loads(line)
         return found
 
 
+@dataclass
+class Worker:
+    """One contender in its process."""
+
+    name: str
+    process: Process
+
+    @property
+    def about(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.process.about[self.name]
+        return found
+
+    def do(self, what: str, **arguments: int) -> dict[str, Any]:
+        """One command.
+
+        Raises:
+            BenchError: the process has ended.
+        """
+        try:
+            return self.process.ask(do=what, of=self.name, **arguments)
+        except BenchError as error:
+            raise BenchError(f"{self.name}: {error}") from error
+
+
 @contextmanager
-def working(name: str, model: str | None, llama: str, threads: int) -> Iterator[Worker]:
-    """A contender until the end of the block."""
-    settings = json.dumps({"name": name, "model": model, "llama": llama, "threads": threads})
-    command = [sys.executable, "-m", "ccm.bench.worker", settings]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+def working(names: Sequence[str], python: str, **settings: Any) -> Iterator[list[Worker]]:
+    """Contenders in a process of this interpreter, until the end of the block."""
+    command = [python, "-m", "ccm.bench.worker", json.dumps({"names": names, **settings})]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(settings["threads"])}
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
         )
         try:
-            worker = Worker(name, process, errors, {})
-            worker.about = worker.hear()
-            yield worker
+            try:
+                own = Process(process, errors)
+            except BenchError as error:
+                raise BenchError(f"{', '.join(names)}: {error}") from error
+            yield [Worker(name, own) for name in names]
         finally:
             process.kill()
             process.wait()
@@ -97,6 +124,7 @@ def bench(
     threads: int = 1,
     quick: bool = False,
     only: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Measure.
@@ -107,25 +135,31 @@ def bench(
         threads: of the CPU, for every contender.
         quick: fewer and shorter.
         only: names of contenders; none: all of :data:`NAMES` that can run here.
+        env: Python interpreters of other environments, by contender.
         tell: hears what is being done.
 
     Returns:
         what ``results/bench.json`` holds (docs/performance.md).
 
     Raises:
-        BenchError: a contender failed.
+        BenchError: a contender failed, or none can run.
     """
-    names = [name for name in only or NAMES if _can_run(name)]
+    pythons = {name: (env or {}).get(name, sys.executable) for name in only or NAMES}
+    pythons = {name: python for name, python in pythons.items() if _can_run(name, python)}
+    if not pythons:
+        raise BenchError("no contender is left to measure")
     began = os.getloadavg()[0]
     with ExitStack() as stack:
-        workers = []
-        for name in names:
-            tell(f"{name}: loading")
-            workers.append(stack.enter_context(working(name, model, llama, threads)))
-        found = []
+        found: dict[str, Worker] = {}
+        for names, python in _processes(pythons):
+            tell(f"{', '.join(names)}: loading")
+            started = working(names, python, model=model, llama=llama, threads=threads)
+            found |= {worker.name: worker for worker in stack.enter_context(started)}
+        workers = [found[name] for name in pythons]
+        limits = []
         rows = {worker.name: {**worker.about, "turns": {}, "many": {}} for worker in workers}
         for tokens in HISTORIES[quick]:
-            found.append(workers[0].do("limits"))  # again and again: they move with the load as well
+            limits.append(workers[0].do("limits"))  # again and again: they move with the load as well
             able = [worker for worker in workers if worker.about["reach"] >= tokens]
             _turns(able, tokens, REPEATS[quick], rows, tell)
             if tokens == AMONG[quick]:
@@ -133,24 +167,44 @@ def bench(
                 _many(able, CROWDS[quick], REPEATS[quick], rows, tell)
         for worker in workers:
             rows[worker.name].update(worker.do("peak"))
-    limits = {name: statistics.median(each[name] for each in found) for name in found[0]}
+    most = {name: statistics.median(each[name] for each in limits) for name in limits[0]}
     loads = [round(began, 2), round(os.getloadavg()[0], 2)]
     return {
         "task": "a turn of 24 tokens in and 32 out, and what it is made of",
         "model": model or "embedded",
         "quick": quick,
         "repeats": REPEATS[quick],
-        "limits": {name: round(value) for name, value in limits.items()},
-        "rows": {name: _with_shares(row, limits) for name, row in rows.items()},
-        "environment": _environment(threads, loads),
+        "limits": {name: round(value) for name, value in most.items()},
+        "rows": {name: _with_shares(row, most) for name, row in rows.items()},
+        "environment": {
+            "ccm": __version__,
+            "python": platform.python_version(),
+            "threads": threads,
+            "cores": os.cpu_count(),
+            "load_before_and_after": loads,
+        },
     }
 
 
-def _can_run(name: str) -> bool:
-    if name in _IN_LLAMA and importlib.util.find_spec("llama_cpp") is None:
-        log.warning("%s is left out: it needs llama-cpp-python (docs/llama.md)", name)
-        return False
-    return True
+def _can_run(name: str, python: str) -> bool:
+    if name not in _NEEDS:
+        return True
+    module, package = _NEEDS[name]
+    look = f"import sys, importlib.util as util; sys.exit(util.find_spec({module!r}) is None)"
+    if subprocess.run([python, "-c", look]).returncode == 0:
+        return True
+    log.warning(
+        "%s is left out: it needs %s; where another environment has it: --env %s=PYTHON", name, package, name
+    )
+    return False
+
+
+def _processes(pythons: Mapping[str, str]) -> list[tuple[list[str], str]]:
+    """Contenders that go into one process, and its interpreter."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for name, python in pythons.items():
+        found.setdefault((TOGETHER.get(name, name), python), []).append(name)
+    return [(names, python) for (_, python), names in found.items()]
 
 
 # ---------------------------------------------------------------------- what is measured
@@ -229,22 +283,3 @@ def _with_shares(row: dict[str, Any], limits: dict[str, float]) -> dict[str, Any
         least = 2 * row["parameters"] * PREFILL / limits["operations"]
         row["prefill_share"] = float(f"{least / row['prefill']['median']:.3g}")
     return row
-
-
-def _environment(threads: int, loads: list[float]) -> dict[str, Any]:
-    packages = ("torch", "transformers", "llama-cpp-python")
-    return {
-        "ccm": __version__,
-        **{name: _version(name) for name in packages},
-        "python": platform.python_version(),
-        "threads": threads,
-        "cores": os.cpu_count(),
-        "load_before_and_after": loads,
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -8,5 +8,17 @@ QUESTION, HEAD, ANSWER = 21, 3, 32
 LONGEST = 100_000
 #: What is prefilled, and folded, at once to see how fast that is.
 PREFILL, FOLD = 1024, 200
+#: Entries of the memory, and of what is measured beside it.
+ENTRIES = 328
 #: Contenders, ours first.
-NAMES = ("ccm", "ccm in llama.cpp", "llama.cpp", "full cache", "streaming-llm", "window", "resend")
+NAMES = (
+    "ccm",
+    "ccm in llama.cpp",
+    "llama.cpp",
+    "vllm",
+    "full cache",
+    "kvpress",
+    "streaming-llm",
+    "window",
+    "resend",
+)

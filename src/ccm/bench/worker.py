@@ -1,8 +1,10 @@
-"""The process of one contender: commands come in as JSON lines, results go out as JSON lines."""
+"""The process of contenders: commands come in as JSON lines, results go out as JSON lines."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -11,12 +13,12 @@ from typing import Any
 import torch
 
 from . import machine
-from .contenders import CONTENDERS, Contender, InMemory, history
+from .contenders import Contender, history, named
 from .sizes import ANSWER, FOLD, HEAD, LONGEST, PREFILL, QUESTION
 
 
 class Commands:
-    """What a worker can be asked for."""
+    """What a worker can be asked for of one contender."""
 
     def __init__(self, contender: Contender):
         self.contender = contender
@@ -32,13 +34,17 @@ class Commands:
             "parameters": own.parameters,
             "reach": own.reach,
             "crowd": own.crowd,
-            "folds": isinstance(own, InMemory),
+            "folds": own.folds,
+            "packages": {name: version for name in own.packages if (version := _version(name))},
         }
 
     def take(self, tokens: int) -> dict[str, Any]:
-        """Be as behind a history of so many tokens."""
-        self.contender.take(self.history[:tokens])
-        return {"kv_bytes": self.contender.kv_bytes}
+        """Be as behind a history of so many tokens; the seconds count where it is read for that."""
+        own = self.contender
+        began = own.clock()
+        own.take(self.history[:tokens])
+        seconds = own.clock() - began
+        return {"kv_bytes": own.kv_bytes, **({"read": seconds} if own.reads else {})}
 
     def turn(self) -> dict[str, Any]:
         """One turn: seconds, tokens and bytes."""
@@ -50,14 +56,12 @@ class Commands:
 
     def fold(self) -> dict[str, Any]:
         """Beside a plain prefill of the same tokens."""
-        own = self.contender
-        assert isinstance(own, InMemory)
+        own: Any = self.contender
         return {"fold": own.fold(self.history[:FOLD]), "prefill_of_it": own.prefill(self.history[:FOLD])}
 
     def restore(self) -> dict[str, Any]:
         """Seconds from the bytes of a memory to the first token behind it."""
-        own = self.contender
-        assert isinstance(own, InMemory)
+        own: Any = self.contender
         return {"restore": own.restore(self.head)}
 
     def answer(self, count: int) -> dict[str, Any]:
@@ -78,13 +82,21 @@ class Commands:
 def main() -> None:
     """Until the end of input. Its settings are the first argument, as JSON."""
     settings = json.loads(sys.argv[1])
-    out, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no result
-    commands = Commands(CONTENDERS[settings.pop("name")](**settings))
-    print(json.dumps(commands.about()), file=out, flush=True)
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no result
+    commands = {name: Commands(named(name)(**settings)) for name in settings.pop("names")}
+    print(json.dumps({name: each.about() for name, each in commands.items()}), file=out, flush=True)
     for line in sys.stdin:
         order = json.loads(line)
-        call: Callable[..., dict[str, Any]] = getattr(commands, order.pop("do"))
+        call: Callable[..., dict[str, Any]] = getattr(commands[order.pop("of")], order.pop("do"))
         print(json.dumps(call(**order)), file=out, flush=True)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..bench.sizes import NAMES
-from ..errors import UnknownNameError
+from ..errors import ConfigError, UnknownNameError
 from ..files.atomic import write_atomically
 from ..models.loading import ModelName
 from ..models.placement import check_names
@@ -27,6 +27,12 @@ def bench(
     only: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help=f"{', '.join(NAMES)}; may be given again.")
     ] = None,
+    env: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=PYTHON", help="Contender in another environment, by its Python; may be given again."
+        ),
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer and shorter: some minutes.")] = False,
     out: Annotated[
         Path | None,
@@ -37,7 +43,8 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure a memory beside what one would do without it: per turn, many at once, bytes, share of the limit."""
-    for name in only or ():
+    pythons = dict(_environment(text) for text in env or ())
+    for name in (*(only or ()), *pythons):
         if name not in NAMES:
             raise UnknownNameError("contender", name, list(NAMES))
     for file in (model, llama):
@@ -50,7 +57,7 @@ def bench(
     from .progress import stages
 
     with stages("ccm bench", tells=True) as tell:
-        result = run(model, llama, threads, quick, only or (), tell)
+        result = run(model, llama, threads, quick, only or (), pythons, tell)
     text = json.dumps(result, indent=1) + "\n"
     if out is not None:
         write_atomically(out, text.encode())
@@ -58,3 +65,13 @@ def bench(
         typer.echo(text, nl=False)
     else:
         Console().print(Markdown("\n\n".join(tables(result))))
+
+
+def _environment(text: str) -> tuple[str, str]:
+    """A contender and the interpreter of its environment."""
+    name, given, python = text.partition("=")
+    if not given:
+        raise ConfigError(f"--env is {text!r}: expected NAME=PYTHON, as in vllm=.venv-vllm/bin/python")
+    if not Path(python).is_file():
+        raise ConfigError(f"--env {name}: no file {python!r}: expected the Python of an environment")
+    return name, python

@@ -36,7 +36,7 @@ class Turn:
 
 
 class Contender(ABC):
-    """One way, with a model of its own.
+    """One way to keep a conversation.
 
     Args:
         model: folder, GGUF file or hub id; None is the embedded one.
@@ -49,6 +49,12 @@ class Contender(ABC):
     reach: ClassVar[int] = 4_000
     #: Most conversations at once that it is measured with.
     crowd: ClassVar[int] = 32
+    #: Packages that do its work, where they are installed.
+    packages: ClassVar[tuple[str, ...]] = ("torch", "transformers")
+    #: Whether it reads a history to be behind it; else keys and values are put in place.
+    reads: ClassVar[bool] = False
+    #: Whether it has a memory, with ``fold`` and ``restore``.
+    folds: ClassVar[bool] = False
 
     def __init__(self, model: str | None, llama: str, threads: int):
         self.threads, self.clock = threads, clock_of(threads)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -20,7 +20,7 @@ class InLlama(InMemory):
     """The same with llama.cpp as the reader."""
 
     name = "ccm in llama.cpp"
-    reach = 100_000
+    packages: ClassVar[tuple[str, ...]] = ("llama-cpp-python",)
 
     def _method(self, method: Method, llama: str) -> Method:
         from ...serving.llama.reader import in_llama
@@ -49,6 +49,7 @@ class Llama(Contender):
     """llama.cpp with its own cache."""
 
     name = "llama.cpp"
+    packages: ClassVar[tuple[str, ...]] = ("llama-cpp-python",)
 
     def __init__(self, model: str | None, llama: str, threads: int):
         from ...serving.llama.library import Context, Model

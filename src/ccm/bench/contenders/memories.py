@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -16,8 +17,11 @@ from ...models.load import load_model
 from ...models.placement import AUTO
 from ...serving.engine import Job, Kept, PaddedEngine, Sampling
 from ...serving.engine.base import Event
-from ..sizes import ANSWER
+from ..sizes import ANSWER, ENTRIES
 from .base import Contender, Turn, parameters_of, vocabulary_of
+
+#: What one process loads is one model: where it lies moves a token by more than two memories differ.
+_loaded = cache(load_model)
 
 
 class _Streamer:
@@ -39,11 +43,12 @@ class InMemory(Contender):
 
     name = "ccm"
     reach = 100_000
+    folds = True
     memory: ClassVar[str] = "default"
 
     def __init__(self, model: str | None, llama: str, threads: int):
         super().__init__(model, llama, threads)
-        loaded, self.tokenizer = load_model(model, decode_in=AUTO)  # as the commands do
+        loaded, self.tokenizer = _loaded(model, decode_in=AUTO)  # as the commands do
         self.method = self._method(open_method(self.memory, loaded, self.tokenizer), llama)
         self.held: Memory = self.method.empty()
         self.answered: tuple[int, ...] = ()
@@ -174,4 +179,4 @@ class Streaming(InMemory):
     """The same with StreamingLLM of as many entries."""
 
     name = "streaming-llm"
-    memory = "streaming-llm:window=324,sink=4"
+    memory = f"streaming-llm:window={ENTRIES - 4},sink=4"

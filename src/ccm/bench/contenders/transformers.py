@@ -11,7 +11,7 @@ from ...core.room import CACHE
 from ...core.twin import kv_shape
 from ...errors import ConfigError
 from ...models.load import load_model
-from ..sizes import ANSWER
+from ..sizes import ANSWER, ENTRIES
 from .base import Contender, Turn, parameters_of, vocabulary_of
 
 
@@ -123,4 +123,4 @@ class Window(Resend):
 
     name = "window"
     reach = 100_000
-    newest = 328  # as many entries as the memory has
+    newest = ENTRIES
