@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, ClassVar
@@ -51,7 +52,6 @@ class InMemory(Contender):
         loaded, self.tokenizer = _loaded(model, decode_in=AUTO)  # as the commands do
         self.method = self._method(open_method(self.memory, loaded, self.tokenizer), llama)
         self.held: Memory = self.method.empty()
-        self.answered: tuple[int, ...] = ()
         self._parameters, self._vocabulary = parameters_of(loaded), vocabulary_of(loaded)
         # decoding proves its step on the first tokens: these say something, random keys and values do not
         self._written(self.held, self.tokenizer("Once upon a time, there was a")["input_ids"])
@@ -74,7 +74,7 @@ class InMemory(Contender):
             steps=len(lengths) - len(newest),
             tokens=len(ids) - window,
         )
-        self.held, self.answered = Memory((row,), self.method.fingerprint()), ()
+        self.held = Memory((row,), self.method.fingerprint())
 
     def _random(self, entries: int) -> KV:
         layers, heads, size = self.method.reader.kv_shape()
@@ -129,18 +129,25 @@ class InMemory(Contender):
         import queue
 
         done = queue.Queue[Event]()
-        if not self.answered:  # what all of them answer, as token ids that are remembered
-            self.answered, _ = self._written(self._folded(self.held, ids, answered=True), head)
-        kept = Kept(segments_of(self.answered, self.method.longest))
+        said = deque[tuple[int, ...]]()
         job = Job(
             self.held,
             segments_of(ids, self.method.longest),
             tuple(head),
             Sampling(max_tokens=ANSWER, temperature=0),
-            remember=lambda text: kept,
+            remember=lambda text: Kept(segments_of(said.popleft(), self.method.longest)),
         )
         engine = self._engine(count)
         engine._ends = frozenset()  # so that all answers are of one length
+        known = engine._known
+
+        def heard(running: Any) -> Known | None:
+            said.append((*head, *running.writer.ids))
+            found: Known | None = known(running)
+            return found
+
+        # what random keys and values say is no text that comes back as the same tokens: it is kept as it was written
+        engine._known = heard
         try:
             began = self.clock()
             for _ in range(count):
