@@ -57,7 +57,7 @@ class Ways:
     def check(self) -> None:
         """Raises if one of them came to nothing."""
         for name, (decoder, _) in self.known.items():
-            if name != "ordinary" and not all(decoder._steps.values()):
+            if name != "ordinary" and not (decoder._steps and all(decoder._steps.values())):
                 raise SystemExit(f"{name}: the model takes the ordinary way")
 
 

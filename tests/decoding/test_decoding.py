@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ccm
-from ccm import cli
+from ccm import cli, decoding
 from ccm.core.compressor import Compressor
 from ccm.core.memory import Memory
 from ccm.core.room import ROOM, roomy_cache
@@ -177,6 +177,34 @@ def test_a_step_that_says_something_else_is_not_taken(monkeypatch, caplog):
         found = installed(compressor).generate([PROMPTS[0]], memory, max_new_tokens=NEW, do_sample=False)
     assert torch.equal(found, right) and not has_step(compressor)
     assert "misses its logits" in caplog.text
+
+
+@pytest.mark.parametrize(("missed", "tried", "taken"), [(2, 3, True), (99, 4, False)])
+def test_a_miss_is_tried_again_and_no_step_is_taken_before_it_is_proved(
+    monkeypatch, caplog, missed, tried, taken
+):
+    """At the first, second, fourth and eighth token."""
+    compressor = made()
+    memory = remembered(compressor)[0]
+    right = compressor.generate([PROMPTS[0]], memory, max_new_tokens=NEW, do_sample=False)
+    installed(compressor)
+    errors: list[float] = []
+    own = decoding._misses
+
+    def misses(found: Tensor, expected: Tensor) -> float:
+        errors.append(own(found, expected))
+        return errors[-1] if len(errors) > missed else 0.5
+
+    monkeypatch.setattr(decoding, "PASSES", 8)
+    monkeypatch.setattr(decoding, "_tried", lambda model: 0.0)
+    monkeypatch.setattr(decoding, "_misses", misses)
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            found = compressor.generate([PROMPTS[0]], memory, max_new_tokens=NEW, do_sample=False)
+            assert torch.equal(found, right)
+    assert len(errors) == tried and max(errors) < 1e-3
+    assert has_step(compressor) == taken
+    assert caplog.text.count("misses its logits") == (not taken)
 
 
 def test_weights_that_a_copy_cannot_hold_are_not_copied(caplog):
