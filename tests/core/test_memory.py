@@ -514,30 +514,42 @@ def test_everything_works_under_inference_mode() -> None:
     compressor.check(memory)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_a_memory_is_placed_layer_by_layer_as_a_whole(family):
+    """Also where layers rotate in several ways."""
+    compressor = tiny_compressor(family, window=8, sink=2)
+    (row,) = compressor.compress([list(range(5, 25))], compressor.compress([list(range(5, 25))])).rows
+    whole, positions = KV.cat((row.sink, row.slots, row.window)), torch.arange(row.length)
+    placed = row.placed(compressor.rotary, torch.float32)
+    assert torch.equal(placed.keys, rotate(whole.keys, *compressor.rotary.stacked(positions)))
+    assert torch.equal(placed.values, whole.values)
+
+
 @torch.inference_mode()
 def test_a_cache_is_filled_without_a_second_one_beside_it():
-    """Of many rows one at a time is copied, and what comes behind them is written where they lie."""
+    """Of many rows a layer at a time is copied, and what comes behind them is written where they lie."""
     compressor = tiny_compressor(window=8, sink=2)
     ids = torch.randint(3, 90, (16, 40))
-    memory = compressor.compress(ids, window=8, sink=2)
-    largest = 0
+    memory = compressor.compress(ids, window=40, sink=2)
+    largest = operations = 0
 
     class Sizes(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
+            nonlocal largest, operations
             out = func(*args, **(kwargs or {}))
             if (
                 func.overloadpacket.__name__ != "new_zeros"
                 and not func.is_view
                 and isinstance(out, torch.Tensor)
             ):
-                largest = max(largest, out.nbytes)
+                largest, operations = max(largest, out.nbytes), operations + 1
             return out
 
     with Sizes():
         live = Live.over(memory, compressor.rotary, torch.float32)
     layers = live.cache.layers
-    assert largest <= memory.nbytes / 8  # keys of a row or two, of sixteen
+    assert largest <= memory.nbytes / 16 / len(layers)  # of a row in one layer
+    assert operations <= 16 * (13 + 9 * len(layers))
     places = [layer.keys.data_ptr() for layer in layers]
     live, call = live.ahead(torch.ones(16, 3, dtype=torch.bool))
     compressor.model(input_ids=ids[:, :3], **call)

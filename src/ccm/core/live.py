@@ -18,7 +18,7 @@ from .attention import PLAN, RecurrentPlan
 from .memory import KV, Memory, Row
 from .pages import blank
 from .room import CACHE, ROOM, Roomy, roomy_cache
-from .rotary import Rotary, rotate, unrotate
+from .rotary import Rotary, unrotate
 
 
 @dataclass(frozen=True)
@@ -144,16 +144,9 @@ def _side_by_side(
     for r, row in enumerate(memory.rows):
         rows.setdefault(id(row), (row, []))[1].append(r)
     for row, those in rows.values():
-        cos, sin, interleaved = rotary.stacked(torch.arange(row.length, device=like.device))
-        for layer, made in enumerate(whole):
-            start = 0
-            for part in (row.sink, row.slots, row.window):
-                stop = start + part.length
-                keys, values = (states.to(dtype) for states in part.layer(layer))
-                keys = rotate(keys, cos[layer][:, start:stop], sin[layer][:, start:stop], interleaved)
-                for states, own in zip(made, (keys, values), strict=True):
-                    there = own.to(states.device)
-                    for r in those:
-                        states[r, :, width - row.length + start : width - row.length + stop] = there
-                start = stop
+        for made, placed in zip(whole, row.layers(rotary, dtype), strict=True):
+            for states, own in zip(made, placed, strict=True):
+                there = own.to(states.device)
+                for r in those:
+                    states[r, :, width - row.length : width] = there
     return whole

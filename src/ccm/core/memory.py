@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -131,9 +131,18 @@ class Row:
 
     def placed(self, rotary: Rotary, dtype: torch.dtype) -> KV:
         """Sink, slots and window as past keys and values, (L, H, m, D), keys at positions 0..m-1."""
-        kv = KV.cat(kv.to(dtype) for kv in (self.sink, self.slots, self.window))
-        positions = torch.arange(kv.length, device=kv.keys.device)
-        return KV(rotate(kv.keys, *rotary.stacked(positions)), kv.values)
+        keys, values = zip(*self.layers(rotary, dtype), strict=True)
+        return KV(torch.stack(keys), torch.stack(values))
+
+    def layers(self, rotary: Rotary, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+        """What :meth:`placed` gives, one layer at a time, (H, m, D): that fits a processor's cache, all does not."""
+        tables = rotary.tables(torch.arange(self.length, device=self.sink.keys.device))
+        for layer, kind in enumerate(rotary.layer_types):
+            parts = [part.layer(layer) for part in (self.sink, self.slots, self.window)]
+            keys, values = (
+                torch.cat([states.to(dtype) for states in each], dim=1) for each in zip(*parts, strict=True)
+            )
+            yield rotate(keys, *tables[kind]), values
 
 
 @dataclass(frozen=True)

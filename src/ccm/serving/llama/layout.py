@@ -11,6 +11,7 @@ llama.cpp rotates neighbours there; which ones is measured (``runtime``).
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +60,11 @@ class Layout:
         width = self.heads * self.size
         return {"f32": 4 * width, "f16": 2 * width, "q8_0": width // 32 * 34}[self.kind]
 
+    @property
+    def _number(self) -> Any:
+        """Of the types that are plain numbers."""
+        return np.float16 if self.kind == "f16" else np.float32
+
     def _heads(self) -> tuple[bytes, bytes]:
         """What stands in front of a layer's keys and of its values."""
         plain = struct.pack("<iQ", TYPES[self.kind], self._row)
@@ -71,36 +77,33 @@ class Layout:
 
     def pack(self, kv: KV) -> NDArray[np.uint8]:
         """The state of a sequence that holds these keys, at positions 0..N-1, and values, (L, H, N, D), N > 0."""
-        count = kv.length
-        keys, values = (part.detach().to("cpu", torch.float32).transpose(1, 2) for part in kv)
-        if self.interleaved:
-            keys = keys.unflatten(-1, (2, -1)).transpose(-1, -2)
-        values = values.flatten(2)
-        if self.transposed:
-            values = values.transpose(1, 2)
+        return self.packed(zip(*kv, strict=True), kv.length)
+
+    def packed(self, layers: Iterable[tuple[Tensor, Tensor]], count: int) -> NDArray[np.uint8]:
+        """As :meth:`pack`, of the keys and values of each layer, (H, N, D)."""
         meta = np.empty((count, 3), np.int32)
         meta[:, 0], meta[:, 1], meta[:, 2] = np.arange(count), 1, 0
-        begin = struct.pack("<IiII", _MAGIC, 0, self.streams, count)
-        middle = struct.pack("<II", int(self.transposed), self.layers)
-        sections = [
-            self._section(part, head) for part, head in zip((keys, values), self._heads(), strict=True)
-        ]
-        parts = [np.frombuffer(begin, np.uint8), meta.view(np.uint8).reshape(-1)]
-        parts += [np.frombuffer(middle, np.uint8), *sections, np.zeros(4 * (self.streams - 1), np.uint8)]
-        return np.concatenate(parts)
+        begin = struct.pack("<IiII", _MAGIC, 0, self.streams, count) + meta.tobytes()
+        begin += struct.pack("<II", int(self.transposed), self.layers)
+        end = len(begin) + 2 * self.layers * (_HEAD + self._row * count)
+        blob = np.empty(end + 4 * (self.streams - 1), np.uint8)
+        blob[: len(begin)], blob[end:] = np.frombuffer(begin, np.uint8), 0
+        sections = blob[len(begin) : end].reshape(2, self.layers, -1)
+        for section, head in zip(sections, self._heads(), strict=True):
+            section[:, :_HEAD] = np.frombuffer(head, np.uint8)
+        for layer, (keys, values) in enumerate(layers):
+            sections[0, layer, _HEAD:] = self._encoded(keys, halves=self.interleaved)
+            sections[1, layer, _HEAD:] = self._encoded(values, transposed=self.transposed)
+        return blob
 
-    def _section(self, part: Tensor, head: bytes) -> NDArray[np.uint8]:
-        rows = self._encoded(part.reshape(self.layers, -1))
-        section = np.empty((self.layers, _HEAD + rows.shape[1]), np.uint8)
-        section[:, :_HEAD] = np.frombuffer(head, np.uint8)
-        section[:, _HEAD:] = rows
-        return section.reshape(-1)
-
-    def _encoded(self, numbers: Tensor) -> NDArray[np.uint8]:
-        if self.kind == "q8_0":
-            return gguf.quants.quantize(numbers.contiguous().numpy(), _QUANTIZED)
-        plain = numbers.to(torch.float16 if self.kind == "f16" else torch.float32).contiguous().numpy()
-        return plain.view(np.uint8)
+    def _encoded(self, states: Tensor, halves: bool = False, transposed: bool = False) -> NDArray[np.uint8]:
+        """The rows of one layer, from (H, N, D), with interleaved halves or number by number."""
+        states = states.detach().to("cpu", torch.float16 if self.kind == "f16" else torch.float32)
+        states = states.permute(0, 2, 1) if transposed else states.transpose(0, 1)
+        if halves:
+            states = torch.stack(states.chunk(2, -1), dim=-1)
+        numbers = states.reshape(-1).numpy()
+        return gguf.quants.quantize(numbers, _QUANTIZED) if self.kind == "q8_0" else numbers.view(np.uint8)
 
     # ------------------------------------------------------------------ read
 
@@ -126,8 +129,8 @@ class Layout:
         if self.interleaved:
             keys = keys.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
         if self.transposed:
-            numbers = sections[1].reshape(self.layers, self.heads * self.size, count, -1)[:, :, chosen]
-            values = self._decoded(numbers.reshape(*numbers.shape[:2], -1)).transpose(1, 2)
+            numbers = sections[1].view(self._number).reshape(self.layers, -1, count)[:, :, chosen]
+            values = torch.from_numpy(numbers.astype(np.float32, copy=False)).transpose(1, 2)
         else:
             values = self._decoded(sections[1].reshape(self.layers, count, -1)[:, chosen])
         values = values.unflatten(-1, (self.heads, self.size))
@@ -156,8 +159,8 @@ class Layout:
     def _decoded(self, rows: NDArray[np.uint8]) -> Tensor:
         if self.kind == "q8_0":
             return torch.from_numpy(gguf.quants.dequantize(np.ascontiguousarray(rows), _QUANTIZED))
-        kind: Any = np.float16 if self.kind == "f16" else np.float32
-        return torch.from_numpy(np.ascontiguousarray(rows).view(kind).astype(np.float32, copy=False))
+        numbers = np.ascontiguousarray(rows).view(self._number)
+        return torch.from_numpy(numbers.astype(np.float32, copy=False))
 
     @staticmethod
     def _expect(what: str, got: object, expected: object) -> None:

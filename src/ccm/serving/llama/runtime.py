@@ -299,7 +299,8 @@ class Runtime:
 
     def _put(self, context: Context, number: int, row: Row) -> None:
         if row.length:
-            context.put(number, self.layout.pack(row.placed(self.reader.rotary, torch.float32)))
+            layers = row.layers(self.reader.rotary, torch.float32)
+            context.put(number, self.layout.packed(layers, row.length))
         else:
             context.cut(number, 0)
 
