@@ -135,14 +135,25 @@ class Row:
         return KV(torch.stack(keys), torch.stack(values))
 
     def layers(self, rotary: Rotary, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
-        """What :meth:`placed` gives, one layer at a time, (H, m, D): that fits a processor's cache, all does not."""
-        tables = rotary.tables(torch.arange(self.length, device=self.sink.keys.device))
-        for layer, kind in enumerate(rotary.layer_types):
-            parts = [part.layer(layer) for part in (self.sink, self.slots, self.window)]
-            keys, values = (
-                torch.cat([states.to(dtype) for states in each], dim=1) for each in zip(*parts, strict=True)
-            )
-            yield rotate(keys, *tables[kind]), values
+        """What :meth:`placed` gives, one layer at a time, (H, m, D)."""
+        positions = torch.arange(self.length, device=self.sink.keys.device)
+        return placed_layers((self.sink, self.slots, self.window), positions, rotary, dtype)
+
+
+def placed_layers(
+    parts: Sequence[KV], positions: Tensor, rotary: Rotary, dtype: torch.dtype
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Entries of all parts as past keys, at positions (N,), and values, one layer at a time, (H, N, D).
+
+    A layer fits into a processor's cache, where all of them do not.
+    """
+    tables = rotary.tables(positions)
+    for layer, kind in enumerate(rotary.layer_types):
+        keys, values = (
+            torch.cat([states.to(dtype) for states in each], dim=1)
+            for each in zip(*(part.layer(layer) for part in parts), strict=True)
+        )
+        yield rotate(keys, *tables[kind]), values
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from . import attention
 from .adapter import Adapted
 from .attention import MaskedPlan, additive, heads, in_two_frames
 from .folding import put
-from .memory import KV, Memory, Row
+from .memory import KV, Memory, Row, placed_layers
 from .room import CACHE
 from .rotary import Rotary, Tables, rotate, unrotate
 from .rule import Rule
@@ -73,9 +73,8 @@ class Course:
 
     def __init__(self, row: Row, turn: Turn, n: int, rule: Rule, sink: int):
         self.row, self.turn, self.n, self.rule, self.sink = row, turn, n, rule, sink
-        begun = [row.window, *([] if turn.read is None else [turn.read])]
-        self.raw = KV.cat(begun)
-        self.known = KV.cat([row.sink, self.raw])
+        self.known = [row.sink, row.window, *([] if turn.read is None else [turn.read])]
+        self.raw = sum(kv.length for kv in self.known[1:])  # tokens behind the sink
         self.lengths = [*row.segments, *map(len, turn.segments)]
         self._starts = [sum(self.lengths[:i]) for i in range(len(self.lengths) + 1)]
         self.held = row.sink.length if row.steps else row.pinned + min(sink, self.lengths[0])
@@ -91,7 +90,7 @@ class Course:
     def _run(self) -> None:
         first, folds = len(self.row.segments), 0
         for j, (ids, window) in enumerate(zip(self.turn.segments, self.turn.windows, strict=True), first):
-            begin = max(self.raw.length - self._starts[j], 0)
+            begin = max(self.raw - self._starts[j], 0)
             texts = [(token, -1, self._starts[j] + p) for p, token in enumerate(ids)][begin:]
             self.spans.append(self._put(texts, j, folds))
             for _ in range(overflow(self.lengths[folds : j + 1], window)):
@@ -143,7 +142,7 @@ class Course:
     def sources(self, width: int) -> list[tuple[int]]:
         """Where these are in known text of that width, and the tokens behind it."""
         # before the first fold the sink goes on with the beginning of the text
-        known = self.known.length
+        known = self.row.sink.length + self.raw
         return [(i if i < known else width + i - known,) for i, _ in self.places]
 
     @property
@@ -171,8 +170,8 @@ class Course:
         row, groups = self.row, iter(self.groups)
         for j, (ids, window) in enumerate(zip(self.turn.segments, self.turn.windows, strict=True)):
             text = new.slice(self.spans[j].start, self.spans[j].stop).to(dtype)
-            if known := len(ids) - text.length:
-                text = KV.cat([self.raw.slice(self.raw.length - known), text])
+            if text.length < len(ids):
+                text = KV.cat([*self.known[2:], text])
             row = joined(row, text, len(ids))
             for _ in range(overflow(row.segments, window)):
                 at = next(groups)
@@ -228,8 +227,7 @@ class OnwardPlan(MaskedPlan):
             each = own.unflatten(1, (own.shape[1] // course.n, course.n)).transpose(0, 1)
             each = each[: len(course.groups)]
             made.append(course.states(course.row.slots[part][layer], each))
-        width = max(states.shape[1] for states in made)
-        return torch.stack([pad(states, (0, 0, 0, width - states.shape[1])) for states in made])
+        return _side_by_side(made)
 
 
 class Onward(Adapted):
@@ -275,7 +273,7 @@ class Onward(Adapted):
         dtype = self.model.dtype
         grid = _grid([course.tokens for course in courses], PADDING).to(self.model.device)
         if not grid.shape[1]:  # all of it is known, and nothing leaves a window
-            return tuple(course.taken(course.raw.slice(0, 0), dtype) for course in courses)
+            return tuple(course.taken(course.row.window.slice(0, 0), dtype) for course in courses)
         ids, index = grid[..., 0], grid[..., 2]
         embeds = self.model.get_input_embeddings()(ids)
         comp = self.comp_embeddings.to(embeds.dtype)[index.clamp(min=0)]
@@ -344,22 +342,26 @@ def _known(
 
     Tokens of the sink, and padding, belong to segment -1.
     """
-    width = max(course.known.length for course in courses)
-    keys, values, whose, position = [], [], [], []
+    width = max(course.row.sink.length + course.raw for course in courses)
+    placed, whose, position = [], [], []
     for course in courses:
-        old, empty = course.known.length - course.raw.length, width - course.known.length
+        old, empty = course.row.sink.length, width - course.row.sink.length - course.raw
         moved = course.moved(0) if one_frame else 0
-        at = torch.cat([torch.arange(old), torch.arange(course.raw.length) + moved])
-        at = at.to(course.raw.keys.device)
-        placed = rotate(course.known.keys.to(dtype), *rotary.stacked(at))
-        keys.append(pad(placed, (0, 0, 0, empty)))
-        values.append(pad(course.known.values.to(dtype), (0, 0, 0, empty)))
+        at = torch.cat([torch.arange(old), torch.arange(course.raw) + moved])
+        at = at.to(course.row.sink.keys.device)
+        placed.append(placed_layers(course.known, at, rotary, dtype))
         lengths = torch.tensor(course.lengths, device=at.device)
-        of = torch.arange(len(lengths), device=at.device).repeat_interleave(lengths)[: course.raw.length]
+        of = torch.arange(len(lengths), device=at.device).repeat_interleave(lengths)[: course.raw]
         whose.append(pad(of, (old, empty), value=-1))
         position.append(pad(at, (0, empty)))
-    layers = zip(torch.stack(keys, 1), torch.stack(values, 1), strict=True)
-    return list(layers), torch.stack(whose), torch.stack(position)
+    layers = [tuple(map(_side_by_side, zip(*rows, strict=True))) for rows in zip(*placed, strict=True)]
+    return layers, torch.stack(whose), torch.stack(position)
+
+
+def _side_by_side(rows: Sequence[Tensor]) -> Tensor:
+    """(H, N, D) of each row as one tensor (B, H, W, D), padded at the right."""
+    width = max(states.shape[1] for states in rows)
+    return torch.stack([pad(states, (0, 0, 0, width - states.shape[1])) for states in rows])
 
 
 def _visible(columns: Tensor, whose: Tensor, segment: Tensor, comp: Tensor, seen: Tensor) -> Tensor:
