@@ -101,14 +101,17 @@ class Live:
             held: entries of its memory.
             rotary: of the model.
         """
-        columns = self.valid[r].nonzero().squeeze(1)[held:]
+        kv = self.taken(r, self.valid[r].nonzero().squeeze(1)[held:], rotary)
+        return KV(kv.keys.to(kv.values.dtype), kv.values)
+
+    def taken(self, r: int, columns: Tensor, rotary: Rotary) -> KV:
+        """Position-free keys, in fp32, and values (L, H, T, D) of some columns (T,) of a row."""
         device = columns.device
         keys, values = (
             torch.stack([s[r].index_select(1, columns.to(s.device)).to(device) for s in states])
             for states in zip(*((layer.keys, layer.values) for layer in self.cache.layers), strict=True)
         )
-        keys = unrotate(keys, *rotary.stacked(self.position[r, columns])).to(values.dtype)
-        return KV(keys, values)
+        return KV(unrotate(keys, *rotary.stacked(self.position[r, columns])), values)
 
     def select(self, rows: Sequence[int]) -> Live:
         """Some of the rows; columns that are padding in all of them go."""

@@ -176,13 +176,7 @@ class Reader(Carrier):
         for r in range(len(ids)):
             text = mask[r].nonzero().squeeze(1)[:keep]
             new = torch.cat([text, torch.arange(n, device=ids.device) + ids.shape[1]])
-            at = new + memory.length
-            keys, values = (
-                torch.stack([s[r].index_select(1, at.to(s.device)).to(ids.device) for s in states])
-                for states in zip(*((layer.keys, layer.values) for layer in live.cache.layers), strict=True)
-            )
-            place = call["position_ids"][r, new]
-            kv = KV(unrotate(keys, *self.rotary.stacked(place)), values)
+            kv = live.taken(r, new + memory.length, self.rotary)
             raw, block = kv.slice(0, len(text)), kv.slice(len(text))
             result.append((raw.to(self.model.dtype), block.to(torch.float32)))
         return result
