@@ -119,6 +119,23 @@ def test_an_answer_is_not_read_again(bound, compressor, read):
     assert close(memory, expected)
 
 
+def test_a_memory_is_placed_anew_for_every_fold_and_behind_them(bound, monkeypatch):
+    """What was read behind it stays where it is: question and answer are taken in without another one."""
+    put, placed = Context.put, []
+    monkeypatch.setattr(Context, "put", lambda *given: (placed.append(1), put(*given)))
+    method = bound(segment=16, window=16)
+    memory, folds = method.empty(), 0
+    for _ in range(4):
+        placed.clear()
+        before, slots_moved = memory.steps, folds > 0
+        memory = method.fold(memory, [[5, 6, 7, 8]], answered=True)
+        out = method.reader.generate([[9, 10]], memory, max_new_tokens=6, do_sample=False, eos_token_id=None)
+        memory = method.fold(memory, [[*out[0].tolist(), 11, 12]])
+        folds = memory.steps - before
+        assert len(placed) == slots_moved + folds
+    assert folds == 2
+
+
 def test_twins_that_say_different_things_never_mix(bound, compressor, tokenizer):
     """Copies of one memory, told different things of one length, at one time and one after the other."""
     engine = LlamaEngine(bound(sequences=4), tokenizer)
