@@ -185,7 +185,7 @@ def test_who_lacks_a_package_is_left_out(monkeypatch, caplog):
     )
     assert run._can_run("ccm", sys.executable) and run._can_run("resend", "not asked")
     assert not run._can_run("window", sys.executable)
-    assert "window is left out: it needs a package" in caplog.text and "--env window=PYTHON" in caplog.text
+    assert "window is left out: it needs a package" in caplog.text and "--env 'window=PYTHON'" in caplog.text
     with pytest.raises(run.BenchError, match="no contender"):
         run.bench(only=["window"])
 

@@ -194,7 +194,10 @@ def _can_run(name: str, python: str) -> bool:
     if subprocess.run([python, "-c", look]).returncode == 0:
         return True
     log.warning(
-        "%s is left out: it needs %s; where another environment has it: --env %s=PYTHON", name, package, name
+        "%s is left out: it needs %s; where another environment has it: --env '%s=PYTHON'",
+        name,
+        package,
+        name,
     )
     return False
 
