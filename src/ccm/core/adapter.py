@@ -77,7 +77,9 @@ class Adapted(Reader):
             torch.manual_seed(self.config.seed)
             self.lora_parameters = lora.attach(model, config_of_lora, self.adapter, self.family.attention)
             # COMP embeddings start like words of the vocabulary: same mean, same spread
-            table = model.get_input_embeddings().weight.detach().float()
+            table = model.get_input_embeddings().weight.detach()
+            # of a model without its weights (ccm.models.hollow) two rows show all that there is
+            table = (table if any(table.stride()) else table[:2]).float()
             noise = torch.randn(self.config.slots, table.shape[1]).to(table.device)
             self.comp_embeddings = nn.Parameter(table.mean(0) + table.std(0) * noise)
         self.source = ""

@@ -9,6 +9,7 @@ import torch
 from ...core.memory import KV
 from ...methods import Method
 from ...models.load import gguf_file
+from ...models.loading import Loading
 from ...serving.engine import Engine
 from ...serving.llama.layout import Layout, transposed_in
 from ..sizes import ANSWER, HEAD, QUESTION
@@ -21,6 +22,11 @@ class InLlama(InMemory):
 
     name = "ccm in llama.cpp"
     packages: ClassVar[tuple[str, ...]] = ("llama-cpp-python",)
+
+    def _load(self, model: str | None) -> tuple[Any, Any]:
+        from ...serving.llama import hollow
+
+        return hollow.load(Loading(model), spinner=False)
 
     def _method(self, method: Method, llama: str) -> Method:
         from ...serving.llama.reader import in_llama

@@ -49,12 +49,15 @@ class InMemory(Contender):
 
     def __init__(self, model: str | None, llama: str, threads: int):
         super().__init__(model, llama, threads)
-        loaded, self.tokenizer = _loaded(model, decode_in=AUTO)  # as the commands do
+        loaded, self.tokenizer = self._load(model)
         self.method = self._method(open_method(self.memory, loaded, self.tokenizer), llama)
         self.held: Memory = self.method.empty()
         self._parameters, self._vocabulary = parameters_of(loaded), vocabulary_of(loaded)
         # decoding proves its step on the first tokens: these say something, random keys and values do not
         self._written(self.held, self.tokenizer("Once upon a time, there was a")["input_ids"])
+
+    def _load(self, model: str | None) -> tuple[Any, Any]:
+        return _loaded(model, decode_in=AUTO)  # as the commands do
 
     def _method(self, method: Method, llama: str) -> Method:
         return method
