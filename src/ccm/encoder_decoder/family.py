@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..core.families import Family
-from ..core.rotary import Tables
+from ..core.rotary import UNROTATED, Tables
 from ..core.ways import Way
 from ..errors import UnsupportedModelError
 
@@ -77,12 +77,18 @@ class Unturned:
     """In place of a rotary embedding: keys carry no position, or one that stays."""
 
     def __init__(self, layers: int):
-        self.layers = layers
+        self.layer_types = [UNROTATED] * layers
+
+    def tables(self, positions: Tensor) -> dict[str, Tables]:
+        """For positions (T,): cos 1 and sin 0, (T, 2), which turn nothing."""
+        ones = torch.ones(len(positions), 2, device=positions.device)
+        return {UNROTATED: Tables(ones, torch.zeros_like(ones))}
 
     def stacked(self, positions: Tensor) -> Tables:
-        """For positions (T,): cos 1 and sin 0, (L, 1, T, 2), which turn nothing."""
-        ones = torch.ones(self.layers, 1, len(positions), 2, device=positions.device)
-        return Tables(ones, torch.zeros_like(ones))
+        """The same of all layers, (L, 1, T, 2)."""
+        cos, sin, _ = self.tables(positions)[UNROTATED]
+        shape = len(self.layer_types), 1, -1, -1
+        return Tables(cos.expand(shape), sin.expand(shape))
 
 
 def start_token(model: PreTrainedModel) -> int:
