@@ -83,6 +83,7 @@ class Worker:
 
     @property
     def about(self) -> dict[str, Any]:
+        """What it says of itself."""
         found: dict[str, Any] = self.process.about[self.name]
         return found
 

@@ -105,6 +105,7 @@ def history(length: int, vocabulary: int) -> list[int]:
 
 
 def vocabulary_of(model: Any) -> int:
+    """Token ids that a model has."""
     return int(model.get_input_embeddings().num_embeddings)
 
 
@@ -117,4 +118,5 @@ def parameters_of(model: Any) -> int:
 
 
 def file_bytes(path: str) -> int:
+    """The size of a file."""
     return Path(path).stat().st_size
