@@ -161,6 +161,7 @@ class InMemory(Contender):
             return self.clock() - began
         finally:
             engine.close()
+            del engine._known  # it holds the engine, whose memory would stay until somebody looks for circles
 
     def _engine(self, count: int) -> Any:
         return PaddedEngine(self.method, self.tokenizer, rows=count)
