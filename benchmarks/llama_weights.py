@@ -10,7 +10,6 @@ maps among them; seconds are those of the processor. Stored in ``results/llama_w
 from __future__ import annotations
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,7 @@ import torch
 from common import store
 
 from ccm import Session
+from ccm.bench.machine import peak_bytes
 from ccm.methods import get_method
 from ccm.models.load import gguf_file
 from ccm.models.loading import Loading
@@ -89,8 +89,7 @@ def talk(way: str, model: str) -> dict[str, float]:
     session = Session(in_llama(method, model, threads=1), tokenizer)
     for text in ("My cat is called Miso.", "What is my cat called?"):
         session.generate(text, max_new_tokens=16, do_sample=False)
-    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"peak_bytes": held, "seconds": time.process_time()}
+    return {"peak_bytes": peak_bytes(), "seconds": time.process_time()}
 
 
 def measured(model: str) -> dict[str, Any]:
@@ -120,10 +119,11 @@ def main() -> None:
     if len(sys.argv) == 3:
         print(json.dumps(talk(sys.argv[1], sys.argv[2])))
         return
+    rows = {"embedded": measured("default")}  # first: a process begins with the most that its parent has held
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "random.gguf"
         write(file)
-        rows = {"embedded": measured("default"), "1.07 billion weights, q8_0": measured(str(file))}
+        rows["1.07 billion weights, q8_0"] = measured(str(file))
     store("llama_weights", {"task": "two turns in llama.cpp", "repeats": REPEATS, "rows": rows})
 
 
