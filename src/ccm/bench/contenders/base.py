@@ -56,6 +56,11 @@ class Contender(ABC):
     #: Whether it has a memory, with ``fold`` and ``restore``.
     folds: ClassVar[bool] = False
 
+    #: Of the model, without a table of embeddings that is only looked up.
+    parameters: int
+    #: Token ids that the model has.
+    vocabulary: int
+
     def __init__(self, model: str | None, llama: str, threads: int):
         self.threads, self.clock = threads, clock_of(threads)
         torch.set_num_threads(threads)
@@ -85,16 +90,6 @@ class Contender(ABC):
     @abstractmethod
     def weight_bytes(self) -> int:
         """Of the weights that every token reads."""
-
-    @property
-    @abstractmethod
-    def parameters(self) -> int:
-        """Of the model, without a table of embeddings that is only looked up."""
-
-    @property
-    @abstractmethod
-    def vocabulary(self) -> int:
-        """Token ids that the model has."""
 
 
 def history(length: int, vocabulary: int) -> list[int]:

@@ -63,6 +63,8 @@ class Llama(Contender):
         super().__init__(model, llama, threads)
         self.file = gguf_file(llama)
         self.model = Model(self.file)
+        self.parameters = int(self.model.lib.llama_model_n_params(self.model.pointer))
+        self.vocabulary = self.model.words
         self.context = Context(
             self.model, positions=self.reach + 512, sequences=1, kind="f16", threads=threads
         )
@@ -134,11 +136,3 @@ class Llama(Contender):
     @property
     def weight_bytes(self) -> int:
         return file_bytes(self.file)
-
-    @property
-    def parameters(self) -> int:
-        return int(self.model.lib.llama_model_n_params(self.model.pointer))
-
-    @property
-    def vocabulary(self) -> int:
-        return self.model.words

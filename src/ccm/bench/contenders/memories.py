@@ -52,7 +52,7 @@ class InMemory(Contender):
         loaded, self.tokenizer = self._load(model)
         self.method = self._method(open_method(self.memory, loaded, self.tokenizer), llama)
         self.held: Memory = self.method.empty()
-        self._parameters, self._vocabulary = parameters_of(loaded), vocabulary_of(loaded)
+        self.parameters, self.vocabulary = parameters_of(loaded), vocabulary_of(loaded)
         # decoding proves its step on the first tokens: these say something, random keys and values do not
         self._written(self.held, self.tokenizer("Once upon a time, there was a")["input_ids"])
 
@@ -176,14 +176,6 @@ class InMemory(Contender):
     def weight_bytes(self) -> int:
         model = self.method.reader.model
         return self.parameters * COPIES.get(decodes_from(model) or "", model.dtype.itemsize)
-
-    @property
-    def parameters(self) -> int:
-        return self._parameters
-
-    @property
-    def vocabulary(self) -> int:
-        return self._vocabulary
 
 
 class Streaming(InMemory):

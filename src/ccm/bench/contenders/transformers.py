@@ -19,18 +19,11 @@ class _Transformers(Contender):
     def __init__(self, model: str | None, llama: str, threads: int):
         super().__init__(model, llama, threads)
         self.model, _ = load_model(model)
+        self.parameters, self.vocabulary = parameters_of(self.model), vocabulary_of(self.model)
 
     @property
     def weight_bytes(self) -> int:
         return self.parameters * self.model.dtype.itemsize
-
-    @property
-    def parameters(self) -> int:
-        return parameters_of(self.model)
-
-    @property
-    def vocabulary(self) -> int:
-        return vocabulary_of(self.model)
 
     def prefill(self, ids: list[int]) -> float:
         began = self.clock()

@@ -38,7 +38,7 @@ class Vllm(Contender):
         from vllm import LLM
 
         loaded, _ = load_model(model, torch.bfloat16)
-        self._parameters, self._vocabulary = parameters_of(loaded), vocabulary_of(loaded)
+        self.parameters, self.vocabulary = parameters_of(loaded), vocabulary_of(loaded)
         layers, heads, size = kv_shape(loaded.config)
         with tempfile.TemporaryDirectory() as folder:
             loaded.save_pretrained(folder)
@@ -102,12 +102,4 @@ class Vllm(Contender):
 
     @property
     def weight_bytes(self) -> int:
-        return self._parameters * 2
-
-    @property
-    def parameters(self) -> int:
-        return self._parameters
-
-    @property
-    def vocabulary(self) -> int:
-        return self._vocabulary
+        return self.parameters * 2
