@@ -172,6 +172,14 @@ class Slice:
         command = [str(script), "--adapter", str(self.adapter), "--out", str(self.out / "eval.json")]
         self._run([*command, "--model", str(self.root / MODEL)], seconds)
 
+    def turns(self, seconds: float) -> None:
+        """Turns, decoding and many at once, of what torch runs, by ``ccm bench``; kept after every history."""
+        command = ["-m", "ccm", "bench", "--model", str(self.root / MODEL)]
+        command += ["--out", str(self.out / "turns.json")]
+        for name in ("ccm", "streaming-llm", "full cache", "resend"):
+            command += ["--only", name]
+        self._run(command, seconds)
+
     # ------------------------------------------------------------------ processes
 
     def _progress(self, said: int) -> int:
@@ -229,7 +237,7 @@ def say(line: str) -> None:
 
 def main() -> int:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    arguments.add_argument("part", choices=("receive", "bench", "train", "evaluate", "all"))
+    arguments.add_argument("part", choices=("receive", "bench", "train", "evaluate", "turns", "all"))
     arguments.add_argument("bundle", nargs="?", type=Path, help="a bundle to take in first")
     arguments.add_argument("--recipe", default="recipes/one-gpu.yaml", help="of the run")
     arguments.add_argument(
@@ -277,6 +285,8 @@ def work_through(chosen: argparse.Namespace, work: Slice) -> None:
             work.train(minutes, seconds, measured)
         else:
             say("training: left out, the budget is too small")
+    if chosen.part == "turns":
+        work.turns(clock.left(CLOSE))
     if everything or chosen.part == "evaluate":
         work.evaluate(min(EVALUATE, clock.left(CLOSE / 2)) if everything else clock.left(CLOSE / 2))
 

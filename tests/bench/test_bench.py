@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from passes import counted
 from tiny import saved_folder
 
 from ccm import cli
-from ccm.bench import page, run
-from ccm.bench.contenders import Turn, history, named
+from ccm.bench import machine, page, run
+from ccm.bench.contenders import Setting, Turn, history, named
 from ccm.bench.contenders.memories import InMemory, Streaming
 from ccm.bench.sizes import ANSWER, HEAD, NAMES, QUESTION
 from ccm.bench.worker import Commands
@@ -39,7 +40,7 @@ def small(monkeypatch) -> None:
 @torch.inference_mode()
 @pytest.mark.parametrize("name", TORCH)
 def test_a_turn_goes_back_to_where_it_began(name, folder, small):
-    commands = Commands(named(name)(folder, "default", 1))
+    commands = Commands(named(name)(Setting(folder)))
     before = commands.take(100)["kv_bytes"]
     for _ in range(2):
         turn = commands.turn()
@@ -59,7 +60,7 @@ def test_a_turn_goes_back_to_where_it_began(name, folder, small):
 @torch.inference_mode()
 def test_a_turn_is_that_of_a_session(folder, small):
     """Answers are written by the step of decoding, and their first segment is not read a second time."""
-    commands = Commands(InMemory(folder, "default", 1))
+    commands = Commands(InMemory(Setting(folder)))
     commands.take(100)
     reader = commands.contender.method.reader
     with counted(reader) as passes:
@@ -70,14 +71,14 @@ def test_a_turn_is_that_of_a_session(folder, small):
 
 
 def test_contenders_that_load_the_same_have_one_model(folder, small):
-    ours, streaming = (named(name)(folder, "default", 1) for name in ("ccm", "streaming-llm"))
+    ours, streaming = (named(name)(Setting(folder)) for name in ("ccm", "streaming-llm"))
     assert ours.method.reader.model is streaming.method.reader.model
     assert ours.method is not streaming.method
 
 
 def test_what_a_full_cache_holds_is_the_history(folder, small):
     with torch.inference_mode():
-        commands = Commands(named("full cache")(folder, "default", 1))
+        commands = Commands(named("full cache")(Setting(folder)))
         assert commands.take(100)["kv_bytes"] == 100 * 2 * 3 * 2 * 8 * 4
 
 
@@ -107,6 +108,33 @@ class Said:
         return dict.fromkeys(keys, self.calls / self.speed)
 
 
+def test_an_accelerator_is_waited_for(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+    clock = machine.clock_of(1, torch.device("cuda", 1))
+    assert clock() <= clock() and waited == [torch.device("cuda", 1)] * 2
+    assert machine.clock_of(1) is time.process_time and machine.clock_of(2) is time.perf_counter
+
+
+def test_what_was_measured_is_kept_as_it_comes(folder, monkeypatch, tmp_path):
+    """A run that is stopped leaves a result of which a page can be made."""
+    histories = iter((50, 90))
+    monkeypatch.setattr(run, "HISTORIES", {True: histories})
+    monkeypatch.setattr(run, "AMONG", {True: 50})
+    monkeypatch.setattr(run, "CROWDS", {True: ()})
+    monkeypatch.setattr("ccm.bench.worker.PREFILL", 100)
+
+    def keep(result: dict[str, Any]) -> None:
+        kept.append(json.loads(json.dumps(result)))
+        raise KeyboardInterrupt
+
+    kept: list[dict[str, Any]] = []
+    with pytest.raises(KeyboardInterrupt):
+        run.bench(folder, quick=True, only=["window"], keep=keep)
+    assert kept[0]["rows"]["window"]["turns"].keys() == {"50"} and next(histories) == 90
+    assert "transformers on cpu, float32" in page.page(kept[0])
+
+
 def test_repetitions_take_turns_and_the_first_is_not_counted():
     workers = [Said("a", 1), Said("b", 2)]
     found = run._interleaved(workers, 3, "turn")
@@ -132,6 +160,7 @@ def result() -> dict[str, Any]:
         "prefill": value,
         "prefill_share": 0.25,
         "packages": {"torch": "2", "transformers": "5"},
+        "device": "cpu, float32",
     }
     memory = {**common, "turns": {"250": turn, "1000": turn}, "many": {"4": value}}
     memory |= {"fold": {**value, "median": 3.0}, "prefill_of_it": value, "restore": value}
@@ -162,7 +191,10 @@ def test_the_page(tmp_path, capsys):
     assert "| ccm | 1.50 <small>(1.00-2.00)</small> s | 1.50 <small>(1.00-2.00)</small> s |" in text
     assert "| resend | 1.50 <small>(1.00-2.00)</small> s |  |" in text  # not measured so far
     assert "2.0× a prefill" in text and "bandwidth 10.0 GB/s" in text
-    assert "each; torch 2, transformers 5, vllm 1, kvpress 3; 2 repetitions" in text
+    assert (
+        "each; torch 2, transformers 5, vllm 1, kvpress 3; transformers on cpu, float32; 2 repetitions"
+        in text
+    )
     assert "To read 1,000 tokens of history once: 12.3 s for vllm, 5.0 s for kvpress." in text
     assert all(f"\n- **{name}**: " in text and text.count(f"\n| {name} | ") >= 4 for name in NAMES)
     pytest.importorskip("matplotlib")
@@ -200,11 +232,12 @@ def test_who_shares_a_process():
 
 
 def test_a_process_of_two(folder):
-    settings = {"model": folder, "llama": "default", "threads": 1}
+    settings = {"model": folder, "threads": 1, "device": "cpu", "dtype": "bfloat16"}
     with run.working(["window", "resend"], sys.executable, **settings) as workers:
         for worker in workers:
             assert worker.do("take", tokens=400) == {"kv_bytes": 0}
             assert worker.about["packages"]["torch"] == torch.__version__
+            assert worker.about["device"] == "cpu, bfloat16"
             assert worker.do("turn")["total"] > 0
         assert workers[0].process is workers[1].process
         workers[0].process.process.kill()

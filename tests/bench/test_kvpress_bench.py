@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import saved_folder
 
-from ccm.bench.contenders import named
+from ccm.bench.contenders import Setting, named
 from ccm.bench.sizes import ENTRIES
 from ccm.bench.worker import Commands
 
@@ -16,7 +16,7 @@ from ccm.bench.worker import Commands
 @torch.inference_mode()
 @pytest.mark.skipif(find_spec("kvpress") is None, reason="kvpress has an environment of its own")
 def test_a_press_leaves_as_many_entries_as_a_memory_has(tmp_path):
-    commands = Commands(named("kvpress")(saved_folder(tmp_path, max_position_embeddings=2048), "default", 1))
+    commands = Commands(named("kvpress")(Setting(saved_folder(tmp_path, max_position_embeddings=2048))))
     for tokens, kept in ((100, 100), (500, ENTRIES)):
         found = commands.take(tokens)
         assert found["kv_bytes"] == kept * 2 * 3 * 2 * 8 * 4 and found["read"] > 0

@@ -8,7 +8,7 @@ from conftest import SHAPE
 from engine_contract import CONTEXT
 from tiny import saved_folder
 
-from ccm.bench.contenders import named
+from ccm.bench.contenders import Setting, named
 from ccm.bench.contenders.memories import InMemory
 from ccm.bench.worker import Commands
 
@@ -22,7 +22,7 @@ def test_a_turn_goes_back_to_where_it_began(name, gguf, tmp_path, monkeypatch):
     monkeypatch.setattr("ccm.bench.worker.FOLD", 40)
     monkeypatch.setattr(InMemory, "memory", "streaming-llm:window=32,sink=4")
     folder = saved_folder(tmp_path / "model", max_position_embeddings=CONTEXT, **SHAPE)
-    commands = Commands(named(name)(folder, str(gguf), 1))
+    commands = Commands(named(name)(Setting(folder, str(gguf))))
     for tokens in (60, 100):
         before = commands.take(tokens)["kv_bytes"]
         for _ in range(2):

@@ -1,4 +1,4 @@
-"""What this machine can do at most: bytes and operations per second."""
+"""What a device can do at most: bytes and operations per second, and the most memory that was held."""
 
 from __future__ import annotations
 
@@ -13,32 +13,48 @@ import torch
 _REPEATS = 5
 
 
-def clock_of(threads: int) -> Callable[[], float]:
-    """What times are taken with: one thread's work is its own processor time, whatever else runs beside it."""
-    return time.process_time if threads == 1 else time.perf_counter
+CPU = torch.device("cpu")
 
 
-def bandwidth(threads: int) -> float:
-    """Bytes per second that are read from memory: the sum of 256 MB of floats."""
-    numbers = torch.ones(1 << 26)
-    return numbers.nbytes / _seconds(lambda: numbers.sum(), threads)
+def clock_of(threads: int, device: torch.device = CPU) -> Callable[[], float]:
+    """What times are taken with.
+
+    One thread's work on a CPU is its own processor time, whatever else runs beside it. An accelerator is waited for.
+    """
+    if device.type == "cpu":
+        return time.process_time if threads == 1 else time.perf_counter
+
+    def waited() -> float:
+        torch.accelerator.synchronize(device)
+        return time.perf_counter()
+
+    return waited
 
 
-def operations(threads: int) -> float:
-    """Floating point operations per second of a product of matrices in float32."""
-    size = 1024
-    a, b = torch.randn(size, size), torch.randn(size, size)
-    return 2 * size**3 / _seconds(lambda: a @ b, threads)
+def bandwidth(threads: int, device: torch.device = CPU) -> float:
+    """Bytes per second that are read from memory: the sum of 256 MB of floats, on an accelerator of 4 GB."""
+    numbers = torch.ones(1 << (26 if device.type == "cpu" else 30), device=device)
+    return numbers.nbytes / _seconds(lambda: numbers.sum(), threads, device)
 
 
-def peak_bytes() -> int:
-    """Most memory that this process has had."""
+def operations(threads: int, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> float:
+    """Floating point operations per second of a product of matrices: on a CPU in float32, else in this type."""
+    size, dtype = (1024, torch.float32) if device.type == "cpu" else (8192, dtype)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / _seconds(lambda: a @ b, threads, device)
+
+
+def peak_bytes(device: torch.device = CPU) -> int:
+    """Most memory that this process has had; on an accelerator that counts it, of tensors there."""
+    counted = getattr(torch.get_device_module(device), "max_memory_allocated", None)
+    if counted is not None:
+        return int(counted(device))
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
 
 
-def _seconds(call: Callable[[], object], threads: int) -> float:
-    clock, times = clock_of(threads), []
+def _seconds(call: Callable[[], object], threads: int, device: torch.device) -> float:
+    clock, times = clock_of(threads, device), []
     for _ in range(1 + _REPEATS):
         began = clock()
         call()

@@ -54,10 +54,11 @@ _PARTS = """\
 
 `decode`, behind {among:,} tokens, and `prefill` have the share that they reach of what the machine could do at
 most: the bytes of weights, keys and values that one token reads, over the measured bandwidth; two operations per
-weight and token, over the measured rate in float32. Weights in fewer bits than that may reach more than all of the
-second. `fold` takes 200 tokens into a full memory and stands beside a prefill of the same tokens behind nothing.
-`restore` goes from the bytes of a memory to the first token behind it. Peak memory is that of the whole process, with
-the libraries and whatever else was measured in it; `ccm` and `streaming-llm` have one process."""
+weight and token, over the measured rate in float32, on a GPU in the type of the weights. Weights in fewer bits than
+that may reach more than all of the second. `fold` takes 200 tokens into a full memory and stands beside a prefill of
+the same tokens behind nothing. `restore` goes from the bytes of a memory to the first token behind it. Peak memory is
+that of the whole process, with the libraries and whatever else was measured in it, on a GPU that of tensors there;
+`ccm` and `streaming-llm` have one process."""
 
 _MANY = """\
 ## Many at once
@@ -80,8 +81,10 @@ def page(result: Mapping[str, Any]) -> str:
         for name, version in row.get("packages", {}).items()
     ]
     versions = ", ".join(dict.fromkeys(found))
+    where = "; ".join(dict.fromkeys(row["device"] for row in result["rows"].values() if "device" in row))
     how = (
         f"{made['threads']} thread{'s' if made['threads'] > 1 else ''} of {made['cores']} cores each; {versions}; "
+        f"transformers on {where}; "
         f"{result['repeats']} repetitions{' (quick)' if result['quick'] else ''}; load of the machine {loads[0]} "
         f"before and {loads[1]} after, of which one is this run; "
         f"bandwidth {result['limits']['bandwidth'] / 1e9:.1f} GB/s, "

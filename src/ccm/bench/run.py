@@ -17,6 +17,7 @@ from typing import IO, Any
 
 from .. import __version__
 from ..errors import CCMError
+from ..models.placement import AUTO
 from .sizes import NAMES, PREFILL
 
 log = logging.getLogger(__name__)
@@ -124,9 +125,12 @@ def bench(
     llama: str = "default",
     threads: int = 1,
     quick: bool = False,
+    device: str = AUTO,
+    dtype: str = AUTO,
     only: Sequence[str] = (),
     env: Mapping[str, str] | None = None,
     tell: Callable[[str], None] = lambda line: None,
+    keep: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
     """Measure.
 
@@ -135,9 +139,11 @@ def bench(
         llama: GGUF file of the same model; "default" is that of the embedded one.
         threads: of the CPU, for every contender.
         quick: fewer and shorter.
+        device, dtype: where torch runs the model, and in which type; llama.cpp and vLLM go by their build.
         only: names of contenders; none: all of :data:`NAMES` that can run here.
         env: Python interpreters of other environments, by contender.
         tell: hears what is being done.
+        keep: gets what there is after every history, so that a run that is stopped leaves something.
 
     Returns:
         what ``results/bench.json`` holds (docs/performance.md).
@@ -150,11 +156,12 @@ def bench(
     if not pythons:
         raise BenchError("no contender is left to measure")
     began = os.getloadavg()[0]
+    settings = {"model": model, "llama": llama, "threads": threads, "device": device, "dtype": dtype}
     with ExitStack() as stack:
         found: dict[str, Worker] = {}
         for names, python in _processes(pythons):
             tell(f"{', '.join(names)}: loading")
-            started = working(names, python, model=model, llama=llama, threads=threads)
+            started = working(names, python, **settings)
             found |= {worker.name: worker for worker in stack.enter_context(started)}
         workers = [found[name] for name in pythons]
         limits = []
@@ -166,25 +173,26 @@ def bench(
             if tokens == AMONG[quick]:
                 _alone(able, REPEATS[quick], rows, tell)
                 _many(able, CROWDS[quick], REPEATS[quick], rows, tell)
-        for worker in workers:
-            rows[worker.name].update(worker.do("peak"))
-    most = {name: statistics.median(each[name] for each in limits) for name in limits[0]}
-    loads = [round(began, 2), round(os.getloadavg()[0], 2)]
-    return {
-        "task": "a turn of 24 tokens in and 32 out, and what it is made of",
-        "model": model or "embedded",
-        "quick": quick,
-        "repeats": REPEATS[quick],
-        "limits": {name: round(value) for name, value in most.items()},
-        "rows": {name: _with_shares(row, most) for name, row in rows.items()},
-        "environment": {
-            "ccm": __version__,
-            "python": platform.python_version(),
-            "threads": threads,
-            "cores": os.cpu_count(),
-            "load_before_and_after": loads,
-        },
-    }
+            for worker in workers:
+                rows[worker.name].update(worker.do("peak"))
+            most = {name: statistics.median(each[name] for each in limits) for name in limits[0]}
+            result = {
+                "task": "a turn of 24 tokens in and 32 out, and what it is made of",
+                "model": model or "embedded",
+                "quick": quick,
+                "repeats": REPEATS[quick],
+                "limits": {name: round(value) for name, value in most.items()},
+                "rows": {name: _with_shares(row, most) for name, row in rows.items()},
+                "environment": {
+                    "ccm": __version__,
+                    "python": platform.python_version(),
+                    "threads": threads,
+                    "cores": os.cpu_count(),
+                    "load_before_and_after": [round(began, 2), round(os.getloadavg()[0], 2)],
+                },
+            }
+            keep(result)
+    return result
 
 
 def _can_run(name: str, python: str) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from . import machine
-from .contenders import Contender, history, named
+from .contenders import Contender, Setting, history, named
 from .sizes import ANSWER, FOLD, HEAD, LONGEST, PREFILL, QUESTION
 
 
@@ -35,6 +35,7 @@ class Commands:
             "reach": own.reach,
             "crowd": own.crowd,
             "folds": own.folds,
+            **({"device": own.device_name} if own.in_torch else {}),
             "packages": {name: version for name in own.packages if (version := _version(name))},
         }
 
@@ -70,12 +71,15 @@ class Commands:
 
     def peak(self) -> dict[str, Any]:
         """Most bytes that the process has held."""
-        return {"peak_bytes": machine.peak_bytes()}
+        return {"peak_bytes": machine.peak_bytes(self.contender.device)}
 
     def limits(self) -> dict[str, Any]:
         """What the machine can do at most: bytes and operations a second."""
-        threads = self.contender.threads
-        return {"bandwidth": machine.bandwidth(threads), "operations": machine.operations(threads)}
+        own = self.contender
+        return {
+            "bandwidth": machine.bandwidth(own.threads, own.device),
+            "operations": machine.operations(own.threads, own.device, own.dtype),
+        }
 
 
 @torch.inference_mode()
@@ -84,7 +88,8 @@ def main() -> None:
     settings = json.loads(sys.argv[1])
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no result
-    commands = {name: Commands(named(name)(**settings)) for name in settings.pop("names")}
+    names = settings.pop("names")
+    commands = {name: Commands(named(name)(Setting(**settings))) for name in names}
     print(json.dumps({name: each.about() for name, each in commands.items()}), file=out, flush=True)
     for line in sys.stdin:
         order = json.loads(line)

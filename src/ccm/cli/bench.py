@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ..bench.sizes import NAMES
 from ..errors import ConfigError, UnknownNameError
 from ..files.atomic import write_atomically
-from ..models.loading import ModelName
-from ..models.placement import check_names
+from ..models.loading import Device, Dtype, ModelName
+from ..models.placement import AUTO, check_names
 from .options import can_write
 
 EPILOG = "Example: ccm bench --quick"
@@ -24,6 +25,8 @@ def bench(
         str, typer.Option(metavar="FILE", help="GGUF file of the same model.", show_default="embedded")
     ] = "default",
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of each contender.")] = 1,
+    device: Device = AUTO,
+    dtype: Dtype = AUTO,
     only: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help=f"{', '.join(NAMES)}; may be given again.")
     ] = None,
@@ -37,7 +40,9 @@ def bench(
     out: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", callback=can_write, help="Where the JSON goes; the page is made by ccm report."
+            metavar="FILE",
+            callback=can_write,
+            help="Where the JSON goes, as it comes; the page is made by ccm report.",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -48,7 +53,7 @@ def bench(
         if name not in NAMES:
             raise UnknownNameError("contender", name, list(NAMES))
     for file in (model, llama):
-        check_names(file)
+        check_names(file, dtype, device)
     from rich.console import Console
     from rich.markdown import Markdown
 
@@ -56,15 +61,20 @@ def bench(
     from ..bench.run import bench as run
     from .progress import stages
 
+    def keep(result: Mapping[str, Any]) -> None:
+        if out is not None:
+            write_atomically(out, _text(result).encode())
+
     with stages("ccm bench", tells=True) as tell:
-        result = run(model, llama, threads, quick, only or (), pythons, tell)
-    text = json.dumps(result, indent=1) + "\n"
-    if out is not None:
-        write_atomically(out, text.encode())
+        result = run(model, llama, threads, quick, device, dtype, only or (), pythons, tell, keep)
     if as_json:
-        typer.echo(text, nl=False)
+        typer.echo(_text(result), nl=False)
     else:
         Console().print(Markdown("\n\n".join(tables(result))))
+
+
+def _text(result: Mapping[str, Any]) -> str:
+    return json.dumps(result, indent=1) + "\n"
 
 
 def _environment(text: str) -> tuple[str, str]:

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from .base import Contender, Turn, history
+from .base import Contender, Setting, Turn, history
 
-__all__ = ["Contender", "Turn", "history", "named"]
+__all__ = ["Contender", "Setting", "Turn", "history", "named"]
 
 #: Where each is: an environment need not have what the others import.
 _PLACES = {

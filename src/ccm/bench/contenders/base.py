@@ -11,7 +11,26 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..machine import clock_of
+from ...models.placement import AUTO
+from ..machine import CPU, clock_of
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all contenders of a run are given.
+
+    Attributes:
+        model: folder, GGUF file or hub id; None is the embedded one.
+        llama: GGUF file of the same model.
+        threads: of the CPU.
+        device, dtype: where torch runs the model, and in which type; "auto" as in the other commands.
+    """
+
+    model: str | None = None
+    llama: str = "default"
+    threads: int = 1
+    device: str = AUTO
+    dtype: str = AUTO
 
 
 @dataclass(frozen=True)
@@ -36,13 +55,7 @@ class Turn:
 
 
 class Contender(ABC):
-    """One way to keep a conversation.
-
-    Args:
-        model: folder, GGUF file or hub id; None is the embedded one.
-        llama: GGUF file of the same model.
-        threads: of the CPU.
-    """
+    """One way to keep a conversation."""
 
     name: ClassVar[str]
     #: Longest history that it is measured at.
@@ -61,9 +74,31 @@ class Contender(ABC):
     #: Token ids that the model has.
     vocabulary: int
 
-    def __init__(self, model: str | None, llama: str, threads: int):
-        self.threads, self.clock = threads, clock_of(threads)
-        torch.set_num_threads(threads)
+    #: Whether torch runs it where it is told; else its own build decides.
+    in_torch: ClassVar[bool] = True
+
+    #: Where torch runs it, and in which type.
+    device: torch.device = CPU
+    dtype: torch.dtype = torch.float32
+
+    def __init__(self, setting: Setting):
+        self.setting, self.threads = setting, setting.threads
+        self.clock = clock_of(self.threads)
+        torch.set_num_threads(self.threads)
+
+    def _runs(self, model: Any) -> None:
+        """This model of torch, where it lies."""
+        self.device, self.dtype = model.device, model.dtype
+        self.clock = clock_of(self.threads, self.device)
+        self.parameters, self.vocabulary = parameters_of(model), vocabulary_of(model)
+
+    @property
+    def device_name(self) -> str:
+        """Device and type, for people."""
+        kind = str(self.dtype).removeprefix("torch.")
+        if self.device.type == "cuda":
+            return f"{torch.cuda.get_device_name(self.device)}, {kind}"
+        return f"{self.device}, {kind}"
 
     @abstractmethod
     def take(self, ids: list[int]) -> None:

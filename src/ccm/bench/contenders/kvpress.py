@@ -27,6 +27,9 @@ class Pressed(Full):
 
         self.cache = DynamicCache()
         press = KeyRerotationPress(SnapKVPress(compression_ratio=max(0.0, 1 - ENTRIES / len(ids))))
-        place = torch.arange(len(ids))  # transformers no longer says it, and a press asks for it
+        text = torch.tensor([ids], device=self.device)
+        place = torch.arange(
+            len(ids), device=self.device
+        )  # transformers no longer says it, a press asks for it
         with press(self.model):
-            self.model(torch.tensor([ids]), cache_position=place, logits_to_keep=1, **{CACHE: self.cache})
+            self.model(text, cache_position=place, logits_to_keep=1, **{CACHE: self.cache})

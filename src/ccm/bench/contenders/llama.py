@@ -13,7 +13,7 @@ from ...models.loading import Loading
 from ...serving.engine import Engine
 from ...serving.llama.layout import Layout, transposed_in
 from ..sizes import ANSWER, HEAD, QUESTION
-from .base import Contender, Turn, file_bytes
+from .base import Contender, Setting, Turn, file_bytes
 from .memories import InMemory
 
 
@@ -22,18 +22,19 @@ class InLlama(InMemory):
 
     name = "ccm in llama.cpp"
     packages: ClassVar[tuple[str, ...]] = ("llama-cpp-python",)
+    in_torch = False
 
-    def _load(self, model: str | None) -> tuple[Any, Any]:
+    def _load(self) -> tuple[Any, Any]:
         from ...serving.llama import hollow
 
-        return hollow.load(Loading(model), spinner=False)
+        return hollow.load(Loading(self.setting.model), spinner=False)
 
-    def _method(self, method: Method, llama: str) -> Method:
+    def _method(self, method: Method) -> Method:
         from ...serving.llama.reader import in_llama
 
-        self.file = gguf_file(llama)
+        self.file = gguf_file(self.setting.llama)
         self.torch_method = method
-        return in_llama(method, llama, threads=self.threads)
+        return in_llama(method, self.setting.llama, threads=self.threads)
 
     def _engine(self, count: int) -> Engine:
         from ...serving.llama.engine import LlamaEngine
@@ -56,17 +57,18 @@ class Llama(Contender):
 
     name = "llama.cpp"
     packages: ClassVar[tuple[str, ...]] = ("llama-cpp-python",)
+    in_torch = False
 
-    def __init__(self, model: str | None, llama: str, threads: int):
+    def __init__(self, setting: Setting):
         from ...serving.llama.library import Context, Model
 
-        super().__init__(model, llama, threads)
-        self.file = gguf_file(llama)
+        super().__init__(setting)
+        self.file = gguf_file(setting.llama)
         self.model = Model(self.file)
         self.parameters = int(self.model.lib.llama_model_n_params(self.model.pointer))
         self.vocabulary = self.model.words
         self.context = Context(
-            self.model, positions=self.reach + 512, sequences=1, kind="f16", threads=threads
+            self.model, positions=self.reach + 512, sequences=1, kind="f16", threads=self.threads
         )
         self.length = 0
 

@@ -19,7 +19,7 @@ from ...models.placement import AUTO
 from ...serving.engine import Job, Kept, PaddedEngine, Sampling
 from ...serving.engine.base import Event
 from ..sizes import ANSWER, ENTRIES
-from .base import Contender, Turn, parameters_of, vocabulary_of
+from .base import Contender, Setting, Turn
 
 #: What one process loads is one model: where it lies moves a token by more than two memories differ.
 _loaded = cache(load_model)
@@ -47,19 +47,20 @@ class InMemory(Contender):
     folds = True
     memory: ClassVar[str] = "default"
 
-    def __init__(self, model: str | None, llama: str, threads: int):
-        super().__init__(model, llama, threads)
-        loaded, self.tokenizer = self._load(model)
-        self.method = self._method(open_method(self.memory, loaded, self.tokenizer), llama)
+    def __init__(self, setting: Setting):
+        super().__init__(setting)
+        loaded, self.tokenizer = self._load()
+        self.method = self._method(open_method(self.memory, loaded, self.tokenizer))
         self.held: Memory = self.method.empty()
-        self.parameters, self.vocabulary = parameters_of(loaded), vocabulary_of(loaded)
+        self._runs(loaded)
         # decoding proves its step on the first tokens: these say something, random keys and values do not
         self._written(self.held, self.tokenizer("Once upon a time, there was a")["input_ids"])
 
-    def _load(self, model: str | None) -> tuple[Any, Any]:
-        return _loaded(model, decode_in=AUTO)  # as the commands do
+    def _load(self) -> tuple[Any, Any]:
+        own = self.setting
+        return _loaded(own.model, own.dtype, own.device, decode_in=AUTO)  # as the commands do
 
-    def _method(self, method: Method, llama: str) -> Method:
+    def _method(self, method: Method) -> Method:
         return method
 
     def take(self, ids: list[int]) -> None:
@@ -77,7 +78,7 @@ class InMemory(Contender):
             steps=len(lengths) - len(newest),
             tokens=len(ids) - window,
         )
-        self.held = Memory((row,), self.method.fingerprint())
+        self.held = Memory((row,), self.method.fingerprint()).to(self.device, self.dtype)
 
     def _random(self, entries: int) -> KV:
         layers, heads, size = self.method.reader.kv_shape()

@@ -12,18 +12,18 @@ from ...core.twin import kv_shape
 from ...errors import ConfigError
 from ...models.load import load_model
 from ..sizes import ANSWER, ENTRIES
-from .base import Contender, Turn, parameters_of, vocabulary_of
+from .base import Contender, Setting, Turn
 
 
 class _Transformers(Contender):
-    def __init__(self, model: str | None, llama: str, threads: int):
-        super().__init__(model, llama, threads)
-        self.model, _ = load_model(model)
-        self.parameters, self.vocabulary = parameters_of(self.model), vocabulary_of(self.model)
+    def __init__(self, setting: Setting):
+        super().__init__(setting)
+        self.model, _ = load_model(setting.model, setting.dtype, setting.device)
+        self._runs(self.model)
 
     @property
     def weight_bytes(self) -> int:
-        return self.parameters * self.model.dtype.itemsize
+        return self.parameters * self.dtype.itemsize
 
     def prefill(self, ids: list[int]) -> float:
         began = self.clock()
@@ -32,7 +32,7 @@ class _Transformers(Contender):
 
     def _read(self, cache: DynamicCache, ids: list[list[int]]) -> torch.Tensor:
         """The likeliest next token of each row, (B, 1)."""
-        out = self.model(input_ids=torch.tensor(ids), logits_to_keep=1, **{CACHE: cache})
+        out = self.model(input_ids=torch.tensor(ids, device=self.device), logits_to_keep=1, **{CACHE: cache})
         return out.logits[:, -1].argmax(-1, keepdim=True)
 
     def _write(self, cache: DynamicCache, ids: list[list[int]]) -> list[float]:
@@ -50,15 +50,16 @@ class Full(_Transformers):
     name = "full cache"
     crowd = 16
 
-    def __init__(self, model: str | None, llama: str, threads: int):
-        super().__init__(model, llama, threads)
+    def __init__(self, setting: Setting):
+        super().__init__(setting)
         self.cache = DynamicCache()
 
     def take(self, ids: list[int]) -> None:
         self.cache = DynamicCache()
         layers, heads, size = kv_shape(self.model.config)
         for index in range(layers):
-            self.cache.update(*(torch.randn(1, heads, len(ids), size) for _ in range(2)), index)
+            states = (torch.randn(1, heads, len(ids), size) for _ in range(2))
+            self.cache.update(*(each.to(self.device, self.dtype) for each in states), index)
 
     def turn(self, ids: list[int], head: list[int]) -> Turn:
         length = self.cache.get_seq_length()
@@ -90,8 +91,8 @@ class Resend(_Transformers):
     #: Newest tokens that are sent; None: all.
     newest: ClassVar[int | None] = None
 
-    def __init__(self, model: str | None, llama: str, threads: int):
-        super().__init__(model, llama, threads)
+    def __init__(self, setting: Setting):
+        super().__init__(setting)
         self.ids: list[int] = []
 
     def take(self, ids: list[int]) -> None:

