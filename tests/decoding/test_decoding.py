@@ -214,7 +214,7 @@ def test_a_miss_is_tried_again_and_no_step_is_taken_before_it_is_proved(
     right = compressor.generate([PROMPTS[0]], memory, max_new_tokens=NEW, do_sample=False)
     installed(compressor)
     errors: list[float] = []
-    own = decoding._misses
+    own = decoding.misses
 
     def misses(found: Tensor, expected: Tensor) -> float:
         errors.append(own(found, expected))
@@ -222,7 +222,7 @@ def test_a_miss_is_tried_again_and_no_step_is_taken_before_it_is_proved(
 
     monkeypatch.setattr(decoding, "PASSES", 8)
     monkeypatch.setattr(decoding, "_tried", lambda model: 0.0)
-    monkeypatch.setattr(decoding, "_misses", misses)
+    monkeypatch.setattr(decoding, "misses", misses)
     with caplog.at_level(logging.INFO):
         for _ in range(2):
             found = compressor.generate([PROMPTS[0]], memory, max_new_tokens=NEW, do_sample=False)

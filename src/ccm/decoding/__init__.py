@@ -23,8 +23,9 @@ from ..core.families import choose_backend, get_family
 from ..core.reader import Reader
 from ..core.room import CACHE, Roomy
 from ..core.twin import VOCAB, build
-from ..models.placement import AUTO, OWN, can_pack
-from .shape import Unfit
+from ..models.placement import AUTO, GRAPH, OWN, can_pack
+from .graph import Graphed
+from .shape import Unfit, check, misses
 from .step import Step
 
 log = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ class Decoder:
     """The steps of one model, by its adapters, type and device; None where it takes the ordinary way."""
 
     def __init__(self) -> None:
-        self._steps: dict[Any, Step | None] = {}
+        self._steps: dict[Any, Step | Graphed | None] = {}
         self._trials: dict[Any, _Trial] = {}
 
     def __reduce__(self) -> Any:  # a copy of a model proves its own
@@ -107,7 +108,8 @@ class Decoder:
             trial = self._trials[key]
             if not trial.passed(model, call, kwargs):
                 return
-            self._steps[key] = trial.step
+            graph = getattr(model, "ccm_decode_in", OWN) == GRAPH
+            self._steps[key] = Graphed(trial.step, TOLERANCE[model.dtype]) if graph else trial.step
         except Unfit as reason:
             asked = getattr(model, "ccm_decode_in", OWN) not in (AUTO, OWN)
             level = logging.WARNING if asked else logging.INFO
@@ -153,7 +155,7 @@ def decodes_from(model: PreTrainedModel) -> str | None:
     """The copy of its weights that a model decodes from; None: the weights themselves."""
     wanted: str = getattr(model, "ccm_decode_in", OWN)
     if wanted != AUTO:
-        return None if wanted == OWN else wanted
+        return None if wanted in (OWN, GRAPH) else wanted
     small = can_pack(model.device) and model.num_parameters() <= SMALL
     return "float16" if small and model.dtype in (torch.float32, torch.bfloat16) else None
 
@@ -172,7 +174,7 @@ class _Trial:
     def __init__(self, model: PreTrainedModel):
         weights = decodes_from(model)
         self.step = Step(model, weights)
-        _check(_tried(model), TOLERANCE[torch.float32])
+        check(_tried(model), TOLERANCE[torch.float32])
         self._most = max(TOLERANCE[model.dtype], ROUNDED.get(weights or "", 0))
         self._passes = 0
 
@@ -185,9 +187,9 @@ class _Trial:
         _back(call.cache)
         found = self.step(*call).logits
         _back(call.cache)
-        error = _misses(found, right)
+        error = misses(found, right)
         if self._passes >= PASSES:
-            _check(error, self._most)
+            check(error, self._most)
         return error < self._most
 
 
@@ -212,21 +214,10 @@ def _tried(model: PreTrainedModel) -> float:
         token, cache = ids[:, column : column + 1], call[CACHE]
         found = step(token, call["position_ids"], call["attention_mask"], call[PLAN], cache).logits
         _back(cache)
-        worst = max(worst, _misses(found, small(input_ids=token, **call).logits))
+        worst = max(worst, misses(found, small(input_ids=token, **call).logits))
     return worst
 
 
 def _back(cache: Any) -> None:
     for layer in cache.layers:
         layer.back(1)
-
-
-def _misses(found: Tensor, right: Tensor) -> float:
-    return float((found.float() - right.float()).abs().max() / right.float().std())
-
-
-def _check(error: float, most: float) -> None:
-    if not error < most:
-        raise Unfit(
-            f"a step misses its logits by {error:.2g} standard deviations, at most {most:g} are rounding"
-        )

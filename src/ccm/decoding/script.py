@@ -76,17 +76,17 @@ class Script:
             return None
         return cls(layers, call)
 
-    def __call__(self, longer: Tensor, turn: Tensor, mask: Tensor | None, cache: Any) -> None:
+    def __call__(self, longer: Tensor, turn: Tensor, mask: Tensor | None, layers: Sequence[Any]) -> None:
         """Turn rows (B, d + 1), whose last number stays, into what the last layer gives.
 
         Args:
             turn: (B, D, D) the rotation.
             mask: (B, 1, 1, K + 1), or None.
-            cache: of K entries; it takes the tokens in.
+            layers: of a cache of K entries, which take the tokens in.
         """
-        for entries in cache.layers:
+        for entries in layers:
             entries.hold(*entries.reserve(1), entries.keys.shape[2] + 1)
-        keys, values = [e.keys for e in cache.layers], [e.values for e in cache.layers]
+        keys, values = [e.keys for e in layers], [e.values for e in layers]
         bags = _bags(self._width, values[0], mask)
         self._call(longer[:, :-1], longer, *self._held, keys, values, turn, mask, self._scale, bags)
 

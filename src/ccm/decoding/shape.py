@@ -21,6 +21,19 @@ class Unfit(Exception):
     """The model has another shape."""
 
 
+def misses(found: Tensor, right: Tensor) -> float:
+    """By how many standard deviations of the logits these are others."""
+    return float((found.float() - right.float()).abs().max() / right.float().std())
+
+
+def check(error: float, most: float) -> None:
+    """Raises Unfit where logits are missed by more than rounding."""
+    if not error < most:
+        raise Unfit(
+            f"a step misses its logits by {error:.2g} standard deviations, at most {most:g} are rounding"
+        )
+
+
 @dataclass
 class Norm:
     """An RMS norm: x / sqrt(mean x^2 + eps) * weight."""

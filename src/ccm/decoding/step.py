@@ -5,7 +5,7 @@ The model's own layers, as tensors, without modules, hooks and adapters, none of
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,6 +120,19 @@ class Step:
             return self._run(ids, position, valid, plan, cache)
 
     def _run(self, ids: Tensor, position: Tensor, valid: Tensor, plan: RecurrentPlan, cache: Any) -> Any:
+        return self.output(self.through(ids, *self.tables(position, valid, plan), cache.layers))
+
+    def tables(
+        self, position: Tensor, valid: Tensor, plan: RecurrentPlan
+    ) -> tuple[dict[str | None, Tensor], dict[int | None, Tensor | None]]:
+        """Rotations (B, D, D) by kind of layer, and masks (B, 1, 1, K + 1) by how far a layer sees."""
+        # a rotation as a matrix is what it makes of the unit vectors
+        units = self.units.expand(len(position), -1, -1)
+        turns = {kind: rotate(units, *tables) for kind, tables in self.rotary.tables(position).items()}
+        return turns, {near: self._mask(near, valid, plan) for near in self.near}
+
+    def through(self, ids: Tensor, turns: Any, masks: Any, layers: Sequence[Any]) -> Tensor:
+        """The logits (B, V): tokens (B, 1) go through layers whose keys and values take them in."""
         x = self.embed(ids[:, 0]).float()
         # with this number behind it the length of a row is sqrt(d (mean x^2 + eps))
         longer = torch.cat([x, x.new_full((len(x), 1), (x.shape[1] * self.eps) ** 0.5)], dim=1)
@@ -129,24 +142,22 @@ class Step:
             h = (x / vector_norm(longer, dim=-1, keepdim=True)).mul_(weight)
             return h if self.given == torch.float32 else h.to(self.given)
 
-        # a rotation as a matrix is what it makes of the unit vectors
-        units = self.units.expand(len(x), -1, -1)
-        turns = {kind: rotate(units, *tables) for kind, tables in self.rotary.tables(position).items()}
-        masks = {near: self._mask(near, valid, plan) for near in self.near}
         if self.script is not None:
-            self.script(longer, turns[self.layers[0].kind], masks[None], cache)
-            return self._output(normed(self.last))
-        for layer, entries in zip(self.layers, cache.layers, strict=True):
+            self.script(longer, turns[self.layers[0].kind], masks[None], layers)
+            return self.head(normed(self.last))
+        for layer, entries in zip(self.layers, layers, strict=True):
             shape = layer.shape
             a = self._attention(layer, normed(layer.before), turns[layer.kind], masks[shape.near], entries)
             x.add_(shape.after(a) if shape.after else a)
             gate, up = layer.gate_up(normed(layer.middle)).chunk(2, dim=-1)
             h = layer.down(layer.act(gate).mul_(up))
             x.add_(shape.end(h) if shape.end else h)
-        return self._output(normed(self.last))
+        return self.head(normed(self.last))
 
-    def _output(self, x: Tensor) -> Any:
-        return CausalLMOutputWithPast(logits=self.head(x).unsqueeze(1))
+    @staticmethod
+    def output(logits: Tensor) -> Any:
+        """What a model gives."""
+        return CausalLMOutputWithPast(logits=logits.unsqueeze(1))
 
     def _attention(self, layer: _Layer, x: Tensor, turn: Tensor, mask: Tensor | None, entries: Any) -> Tensor:
         batch, shared = len(x), entries.keys.shape[1]

@@ -113,8 +113,9 @@ def load_model(
         load_in: "4bit" or "8bit" for quantized weights of the layers; ``dtype`` is then what they are multiplied in.
         device_map: spreads the layers over several devices: "auto", or another value of transformers' argument.
         decode_in: "model" writes answers from the weights themselves, "float16" and "int8" from a copy of them, which
-            is read in less time (x86 processors; docs/decisions.md has what it costs). "auto" is float16 for a model
-            of up to a billion weights where it can be, else "model". Memories are made from the weights themselves.
+            is read in less time (x86 processors; docs/decisions.md has what it costs), "graph" from the weights by a
+            CUDA graph. "auto" is float16 for a model of up to a billion weights where it can be, else "model".
+            Memories are made from the weights themselves.
         spinner: show on stderr that it is loaded.
 
     Raises:

@@ -53,8 +53,8 @@ DecodeIn = Annotated[
     typer.Option(
         "--decode-in",
         metavar="TYPE",
-        help="Write answers from its weights (model) or from a copy in float16 or int8; auto takes float16 for small "
-        "models on an x86 processor.",
+        help="Write answers from its weights (model), from a copy in float16 or int8, or by a CUDA graph (graph); "
+        "auto takes float16 for small models on an x86 processor.",
     ),
 ]
 

@@ -22,7 +22,9 @@ DTYPES = (AUTO, "float32", "bfloat16", "float16")
 LOAD_IN = {"4bit": "bitsandbytes", "8bit": "torchao"}
 #: From which weights answers are written: the model's own, or a copy that is read in less time.
 OWN = "model"
-DECODE_IN = (AUTO, OWN, "float16", "int8")
+#: The model's own weights, by a CUDA graph.
+GRAPH = "graph"
+DECODE_IN = (AUTO, OWN, "float16", "int8", GRAPH)
 #: Ways to spread the layers, as accelerate names them.
 DEVICE_MAPS = (AUTO, "balanced", "balanced_low_0", "sequential")
 #: The embedded model.
@@ -89,7 +91,9 @@ def place(
     elif kind is not None and not _can(where, kind):
         name = str(kind).removeprefix("torch.")
         raise ConfigError(f"dtype {name}: device {where} cannot do it; give another, or auto")
-    if decode_in not in (AUTO, OWN) and not can_pack(where):
+    if decode_in == GRAPH and where.type != "cuda":
+        raise ConfigError(f"decode in {GRAPH}: it is for CUDA devices, this is {where}; leave it out")
+    if decode_in not in (AUTO, OWN, GRAPH) and not can_pack(where):
         raise ConfigError(
             f"decode in {decode_in}: torch has its products on x86 processors alone, this is {where}; leave it out"
         )
