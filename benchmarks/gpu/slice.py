@@ -174,11 +174,14 @@ class Slice:
 
     def turns(self, seconds: float) -> None:
         """Turns, decoding and many at once, of what torch runs, by ``ccm bench``; kept after every history."""
-        command = ["-m", "ccm", "bench", "--model", str(self.root / MODEL)]
-        command += ["--out", str(self.out / "turns.json")]
-        for name in ("ccm", "streaming-llm", "full cache", "resend"):
-            command += ["--only", name]
-        self._run(command, seconds)
+        ends = time.time() + seconds
+        for file, decode_in, names in (
+            ("turns_graph.json", "graph", ["ccm", "streaming-llm"]),
+            ("turns.json", "auto", ["ccm", "streaming-llm", "full cache", "resend"]),
+        ):
+            command = ["-m", "ccm", "bench", "--model", str(self.root / MODEL), "--decode-in", decode_in]
+            command += [part for name in names for part in ("--only", name)]
+            self._run([*command, "--out", str(self.out / file)], max(0.0, ends - time.time()))
 
     # ------------------------------------------------------------------ processes
 

@@ -127,6 +127,7 @@ def bench(
     quick: bool = False,
     device: str = AUTO,
     dtype: str = AUTO,
+    decode_in: str = AUTO,
     only: Sequence[str] = (),
     env: Mapping[str, str] | None = None,
     tell: Callable[[str], None] = lambda line: None,
@@ -140,6 +141,7 @@ def bench(
         threads: of the CPU, for every contender.
         quick: fewer and shorter.
         device, dtype: where torch runs the model, and in which type; llama.cpp and vLLM go by their build.
+        decode_in: from what the memories of this library write answers.
         only: names of contenders; none: all of :data:`NAMES` that can run here.
         env: Python interpreters of other environments, by contender.
         tell: hears what is being done.
@@ -156,7 +158,8 @@ def bench(
     if not pythons:
         raise BenchError("no contender is left to measure")
     began = os.getloadavg()[0]
-    settings = {"model": model, "llama": llama, "threads": threads, "device": device, "dtype": dtype}
+    settings = {"model": model, "llama": llama, "threads": threads}
+    settings |= {"device": device, "dtype": dtype, "decode_in": decode_in}
     with ExitStack() as stack:
         found: dict[str, Worker] = {}
         for names, python in _processes(pythons):

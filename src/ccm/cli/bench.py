@@ -12,7 +12,7 @@ import typer
 from ..bench.sizes import NAMES
 from ..errors import ConfigError, UnknownNameError
 from ..files.atomic import write_atomically
-from ..models.loading import Device, Dtype, ModelName
+from ..models.loading import DecodeIn, Device, Dtype, ModelName
 from ..models.placement import AUTO, check_names
 from .options import can_write
 
@@ -27,6 +27,7 @@ def bench(
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of each contender.")] = 1,
     device: Device = AUTO,
     dtype: Dtype = AUTO,
+    decode_in: DecodeIn = AUTO,
     only: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help=f"{', '.join(NAMES)}; may be given again.")
     ] = None,
@@ -53,7 +54,7 @@ def bench(
         if name not in NAMES:
             raise UnknownNameError("contender", name, list(NAMES))
     for file in (model, llama):
-        check_names(file, dtype, device)
+        check_names(file, dtype, device, decode_in=decode_in)
     from rich.console import Console
     from rich.markdown import Markdown
 
@@ -66,7 +67,7 @@ def bench(
             write_atomically(out, _text(result).encode())
 
     with stages("ccm bench", tells=True) as tell:
-        result = run(model, llama, threads, quick, device, dtype, only or (), pythons, tell, keep)
+        result = run(model, llama, threads, quick, device, dtype, decode_in, only or (), pythons, tell, keep)
     if as_json:
         typer.echo(_text(result), nl=False)
     else:

@@ -24,6 +24,7 @@ class Setting:
         llama: GGUF file of the same model.
         threads: of the CPU.
         device, dtype: where torch runs the model, and in which type; "auto" as in the other commands.
+        decode_in: from what the memories of this library write answers.
     """
 
     model: str | None = None
@@ -31,6 +32,7 @@ class Setting:
     threads: int = 1
     device: str = AUTO
     dtype: str = AUTO
+    decode_in: str = AUTO
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from ...decoding import COPIES, decodes_from
 from ...methods import Method, open_method
 from ...methods.base import segments_of
 from ...models.load import load_model
-from ...models.placement import AUTO
 from ...serving.engine import Job, Kept, PaddedEngine, Sampling
 from ...serving.engine.base import Event
 from ..sizes import ANSWER, ENTRIES
@@ -58,7 +57,7 @@ class InMemory(Contender):
 
     def _load(self) -> tuple[Any, Any]:
         own = self.setting
-        return _loaded(own.model, own.dtype, own.device, decode_in=AUTO)  # as the commands do
+        return _loaded(own.model, own.dtype, own.device, decode_in=own.decode_in)
 
     def _method(self, method: Method) -> Method:
         return method
