@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import pytest
 import torch
 from tiny import random_rows, tiny_compressor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ccm.core import onward
 from ccm.core.compressor import Compressor
@@ -141,3 +143,39 @@ def test_bad_input_is_refused() -> None:
         of.take_in(of.empty(), [Turn([[5] * 200, [6] * 60], [0, 0])])
     with pytest.raises(MismatchError):
         of.take_in(compressor_of("llama", "mean").empty(), [Turn([[5]], [0])])
+
+
+class Operations(TorchDispatchMode):
+    """Names of the operations that run, but for views, and the bytes that they write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.written = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and not func.is_view:
+            self.names.append(str(func))
+            self.written += out.nbytes
+        return out
+
+
+def passed(blocks: int) -> Operations:
+    """What runs when two segments push two out of the window, over a full memory of so many blocks."""
+    of = tiny_compressor(rule="bounded", rule_options={"blocks": blocks})
+    texts = random_rows([[4] * (blocks + 4)], seed=5)[0]
+    memory = of.empty()
+    for ids in texts:
+        memory = of.compress([ids], memory, sink=3, window=8)
+    assert memory.steps > blocks
+    with Operations() as found:
+        of.take_in(memory, [Turn(texts[:2], [8, 8])], sink=3)
+    return found
+
+
+def test_a_pass_takes_few_operations_and_a_larger_memory_no_more() -> None:
+    few, many = passed(4), passed(64)
+    assert len(few.names) == len(many.names) <= 484
+    # keys and values of the slots, 60 blocks of 3 in 3 layers of 2 heads of 8 floats: of each so many copies
+    assert (many.written - few.written) / (2 * 60 * 3 * 3 * 2 * 8 * 4) < 6.5

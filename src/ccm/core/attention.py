@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from .blocks import TOGETHER, Blocks, cut
 from .devices import moved
@@ -242,10 +243,15 @@ def in_two_frames(
         key: (B, Hkv, K, D) of the text.
         text, canonical: tables of the queries.
     """
+    size = key.shape[-1]
+    keys = torch.cat([pad(memory, (0, size)), pad(key, (size, 0))], dim=2)
+    return in_both_frames(query, text, canonical), keys
+
+
+def in_both_frames(query: Tensor, text: Tables, canonical: Tables) -> Tensor:
+    """Queries (B, H, Q, 2 D) for keys whose first half is that of slots and whose second half that of text."""
     turned = rotate(unrotate(query, *heads(text)), *heads(canonical)).to(query.dtype)
-    memory = torch.cat([memory, torch.zeros_like(memory)], dim=-1)
-    key = torch.cat([torch.zeros_like(key), key], dim=-1)
-    return torch.cat([turned, query], dim=-1), torch.cat([memory, key], dim=2)
+    return torch.cat([turned, query], dim=-1)
 
 
 def heads(tables: Tables) -> Tables:

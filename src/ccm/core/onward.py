@@ -25,7 +25,7 @@ from transformers import DynamicCache
 
 from . import attention
 from .adapter import Adapted
-from .attention import MaskedPlan, additive, heads, in_two_frames
+from .attention import MaskedPlan, additive, heads, in_both_frames
 from .folding import put
 from .memory import KV, Memory, Row, placed_layers
 from .room import CACHE
@@ -84,6 +84,8 @@ class Course:
         self.columns: list[Column] = []
         self.drifts = [0]
         self.sizes = [row.slots.length]
+        self._front = 0  # slots of the row that go, which are the first
+        self._new = 0  # new slots in front of those that stay, in the end
         self._state = [self._column(0, place) for place in range(row.slots.length)]
         self._run()
 
@@ -113,6 +115,8 @@ class Course:
         slots = self.sizes[-1]
         start, place = self.rule.kept(self.row.steps + folds + 1, slots, self.n)
         gone, stay = self._state[:start], self._state[start:]
+        self._front = max([self._front, *(column + 1 for column in gone if column < self.row.slots.length)])
+        self._new = place
         for column in gone:
             self.columns[column] = (self.columns[column][0], folds, self.columns[column][2])
         self.drifts.append(self.drifts[-1] + (start - place if stay else 0))
@@ -145,10 +149,9 @@ class Course:
         known = self.row.sink.length + self.raw
         return [(i if i < known else width + i - known,) for i, _ in self.places]
 
-    @property
-    def comp(self) -> list[tuple[int]]:
-        """Columns of the COMP tokens."""
-        return [(column,) for group in self.groups for column in range(group.start, group.stop)]
+    def comp(self, width: int) -> list[tuple[int]]:
+        """Where the COMP tokens are in the same."""
+        return [(width + column,) for group in self.groups for column in range(group.start, group.stop)]
 
     @property
     def one_frame(self) -> bool:
@@ -156,18 +159,19 @@ class Course:
         moves = {self.moved(seen) for seen in {token[3] for token in self.tokens}}
         return len(moves) == 1 or not (self.row.window.length or any(self.turn.windows))
 
-    def states(self, slots: Tensor, blocks: Tensor) -> Tensor:
-        """All columns of the slots (H, S, D), from those of the row (H, m, D) and the blocks (G, H, n, D)."""
-        parts = [slots]
+    def states(self, slots: Tensor, blocks: Tensor) -> list[Tensor]:
+        """Parts (H, ., D) of all columns of the slots, from those of the row (H, m, D) and blocks (G, H, n, D)."""
+        parts, slots = [slots], slots[:, : self._front]
         for step, block in enumerate(blocks, self.row.steps + 1):
             _, place = self.rule.kept(step, slots.shape[1], self.n)
             slots = self.rule.update(slots, block, step)
             parts += [slots[:, :place], slots[:, slots.shape[1] - self.n :]]
-        return torch.cat(parts, dim=1)
+        return parts
 
     def taken(self, new: KV, dtype: torch.dtype) -> Row:
         """The row after the pass, from the position-free keys and values (L, H, Q, D) of its tokens."""
-        row, groups = self.row, iter(self.groups)
+        slots, groups = self.row.slots, iter(self.groups)
+        row = replace(self.row, slots=slots.slice(0, self._front))  # those behind stay as they are
         for j, (ids, window) in enumerate(zip(self.turn.segments, self.turn.windows, strict=True)):
             text = new.slice(self.spans[j].start, self.spans[j].stop).to(dtype)
             if text.length < len(ids):
@@ -176,58 +180,87 @@ class Course:
             for _ in range(overflow(row.segments, window)):
                 at = next(groups)
                 row = put(row, new.slice(at.start, at.stop).to(torch.float32), self.rule, self.sink)
-        return row
+        if not self.groups:
+            return replace(row, slots=slots)
+        changed = (
+            torch.cat([new[:, :, : self._new], old[:, :, self._front :], new[:, :, self._new :]], dim=2)
+            for new, old in zip(row.slots, slots, strict=True)
+        )
+        return replace(row, slots=KV(*changed))
 
 
 @dataclass
 class OnwardPlan(MaskedPlan):
     """The pass. Columns of keys are [sink | states of the slots | known text | tokens of the pass].
 
+    Keys and values of every layer are put together in the same tensors, row by row: those of one row fit into a
+    processor's cache.
+
     Attributes:
         courses: of the B rows.
-        known: per layer keys (B, H, W, D) at their positions, and values; a row's sink, its raw text, padding.
-        source: (B, s) where the columns of the sink are among [known text | tokens].
+        known: of each row, layer by layer, keys (H, W, D) at their positions, and values; its sink and its raw text.
+        sink: columns of the sink (s).
+        source: (B, s + G n) where these and the COMP tokens are among [known text | tokens].
+        columns: of the sink and of the slots (s + S).
         position: (B, Q) at which the model rotates, and (B, W + Q) of the known text as well.
         one_frame: whether text and slots are at positions of one frame.
     """
 
     together: ClassVar[int] = 1  # neighbours see other states of the slots
     courses: Sequence[Course]
-    known: Sequence[tuple[Tensor, Tensor]]
+    known: Sequence[Sequence[tuple[Tensor, Tensor]]]
+    sink: int
     source: Tensor
-    comp: Tensor
+    columns: int
     position: Tensor
     raw_position: Tensor
     one_frame: bool
     layer_types: list[str | None]
     tables: dict[str, dict[str | None, Tables]] = field(repr=False)
+    _room: tuple[Tensor, Tensor] | None = None
 
     def extend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, sliding: int | None
     ) -> tuple[Tensor, Tensor, Tensor, Any]:
-        layer = int(module.layer_idx)
+        layer, size, width = int(module.layer_idx), key.shape[3], self.mask.shape[3]
         tables = {name: found[self.layer_types[layer]] for name, found in self.tables.items()}
-        keys, values = (torch.cat(pair, dim=2) for pair in zip(self.known[layer], (key, value), strict=True))
-        sink = unrotate(_gather(keys, self.source), *heads(tables["source"]))
-        blocks = unrotate(_gather(key, self.comp), *heads(tables["comp"])), _gather(value, self.comp).float()
-        slots = [self._slots(layer, part, found) for part, found in enumerate(blocks)]
-        memory = torch.cat([sink, slots[0]], dim=2)
-        memory = rotate(memory, *heads(tables["memory"])).to(key.dtype)
-        values = torch.cat([_gather(values, self.source), slots[1].to(value.dtype), values], dim=2)
-        mask = self.seen(sliding, self.position, self.raw_position)
-        if self.one_frame:
-            return query, torch.cat([memory, keys], dim=2), values, mask
-        query, keys = in_two_frames(query, memory, keys, tables["text"], tables["behind"])
-        return query, keys, values, mask
+        if self._room is None:
+            frames = 1 if self.one_frame else 2
+            # zeros: what is masked must be numbers, and a key has nothing in the other frame
+            shape = key.shape[0], key.shape[1], width
+            self._room = key.new_zeros(*shape, frames * size), value.new_zeros(*shape, value.shape[3])
+        keys, values = self._room
+        for whole, known, new in zip((keys[..., -size:], values), (0, 1), (key, value), strict=True):
+            for states, own in zip(whole, self.known, strict=True):
+                there = own[layer][known]
+                states[:, self.columns : self.columns + there.shape[1]] = there
+            whole[:, :, width - new.shape[2] :] = new
+        blocks = _gather(keys[:, :, self.columns :, -size:], self.source)
+        blocks = unrotate(blocks, *heads(tables["source"]))
+        contents = _gather(values[:, :, self.columns :], self.source).float()
+        turns = tables["memory"]
+        for r, course in enumerate(self.courses):
+            memory = torch.cat(self._memory(course, layer, 0, blocks[r]), dim=1)
+            end = memory.shape[1]
+            turn = turns._replace(cos=turns.cos[r, :end], sin=turns.sin[r, :end])
+            keys[r, :, :end, :size] = rotate(memory, *turn)
+            torch.cat(self._memory(course, layer, 1, contents[r]), dim=1, out=values[r, :, :end])
+        if not self.one_frame:
+            query = in_both_frames(query, tables["text"], tables["behind"])
+        return query, keys, values, self.seen(sliding, self.position, self.raw_position)
 
-    def _slots(self, layer: int, part: int, blocks: Tensor) -> Tensor:
-        """Keys or values of all states of all rows, side by side: (B, H, S, D), fp32, keys position-free."""
-        made = []
-        for course, own in zip(self.courses, blocks, strict=True):
-            each = own.unflatten(1, (own.shape[1] // course.n, course.n)).transpose(0, 1)
-            each = each[: len(course.groups)]
-            made.append(course.states(course.row.slots[part][layer], each))
-        return _side_by_side(made)
+    def _memory(self, course: Course, layer: int, part: int, made: Tensor) -> list[Tensor]:
+        """Parts (H, ., D), fp32, of keys or values of the sink and of all states of the slots of a row.
+
+        Args:
+            course: of the row.
+            layer: of the model.
+            part: 0 for keys, which are position-free, 1 for values.
+            made: (H, s + G n, D) of the sink and of the COMP tokens.
+        """
+        sink, blocks = made[:, : self.sink], made[:, self.sink :]
+        blocks = blocks.unflatten(1, (-1, course.n)).transpose(0, 1)[: len(course.groups)]
+        return [sink, *course.states(course.row.slots[part][layer], blocks)]
 
 
 class Onward(Adapted):
@@ -305,28 +338,30 @@ def _plan(
     one_frame = all(course.one_frame for course in courses)
     position = behind if one_frame else text
     known, whose, at = _known(courses, one_frame, rotary, dtype)
-    width = known[0][0].shape[2]
+    width = at.shape[1]
     sinks = [[column for _, column in course.places] for course in courses]
-    source = _grid([course.sources(width) for course in courses], (0,)).squeeze(-1).to(device)
-    comp = _grid([course.comp for course in courses], (0,)).squeeze(-1).to(device)
+    parts = [course.sources(width) for course in courses], [course.comp(width) for course in courses]
+    source = torch.cat([_grid(part, (0,)) for part in parts], dim=1).squeeze(-1).to(device)
     columns = torch.cat([_grid(sinks, NOBODY), _grid([course.columns for course in courses], NOBODY)], dim=1)
     columns = columns.to(device)
     raw_position = torch.cat([at, position], dim=1)
     tables = {
         "source": rotary.tables(raw_position.gather(1, source)),
-        "comp": rotary.tables(position.gather(1, comp)),
         "memory": rotary.tables(columns[..., 2]),
     }
     if not one_frame:
         tables |= {"text": rotary.tables(text), "behind": rotary.tables(behind)}
     return OnwardPlan(
         adapter=adapter,
-        gate=(index >= 0).flatten().nonzero().squeeze(1) if comp.shape[1] else None,
+        gate=(index >= 0).flatten().nonzero().squeeze(1)
+        if any(course.groups for course in courses)
+        else None,
         mask=additive(_visible(columns, whose, segment, index >= 0, seen), dtype),
         courses=courses,
         known=known,
+        sink=max(map(len, sinks)),
         source=source,
-        comp=comp,
+        columns=columns.shape[1],
         position=position,
         raw_position=raw_position,
         one_frame=one_frame,
@@ -337,7 +372,7 @@ def _plan(
 
 def _known(
     courses: Sequence[Course], one_frame: bool, rotary: Rotary, dtype: torch.dtype
-) -> tuple[list[tuple[Tensor, Tensor]], Tensor, Tensor]:
+) -> tuple[list[list[tuple[Tensor, Tensor]]], Tensor, Tensor]:
     """Of the known text keys and values, as of :class:`OnwardPlan`, its segments and its positions (B, W).
 
     Tokens of the sink, and padding, belong to segment -1.
@@ -349,19 +384,12 @@ def _known(
         moved = course.moved(0) if one_frame else 0
         at = torch.cat([torch.arange(old), torch.arange(course.raw) + moved])
         at = at.to(course.row.sink.keys.device)
-        placed.append(placed_layers(course.known, at, rotary, dtype))
+        placed.append(list(placed_layers(course.known, at, rotary, dtype)))
         lengths = torch.tensor(course.lengths, device=at.device)
         of = torch.arange(len(lengths), device=at.device).repeat_interleave(lengths)[: course.raw]
         whose.append(pad(of, (old, empty), value=-1))
         position.append(pad(at, (0, empty)))
-    layers = [tuple(map(_side_by_side, zip(*rows, strict=True))) for rows in zip(*placed, strict=True)]
-    return layers, torch.stack(whose), torch.stack(position)
-
-
-def _side_by_side(rows: Sequence[Tensor]) -> Tensor:
-    """(H, N, D) of each row as one tensor (B, H, W, D), padded at the right."""
-    width = max(states.shape[1] for states in rows)
-    return torch.stack([pad(states, (0, 0, 0, width - states.shape[1])) for states in rows])
+    return placed, torch.stack(whose), torch.stack(position)
 
 
 def _visible(columns: Tensor, whose: Tensor, segment: Tensor, comp: Tensor, seen: Tensor) -> Tensor:
