@@ -62,12 +62,14 @@ class Plan(ABC):
         gate: where the tokens with the adapter are (COMP tokens, in general), or None when the pass has none.
         stop_at: layer after whose keys and values the pass ends; -1 runs it to its end.
         asked: filled with what each layer asks, for who wants to know.
+        step: by which the layers run (``ccm.decoding.layers``); None: as the model has them.
     """
 
     adapter: str
     gate: Places | None
     stop_at: int = field(default=-1, kw_only=True)
     asked: dict[int, Asked] | None = field(default=None, kw_only=True)
+    step: Any = field(default=None, kw_only=True)
     _elsewhere: dict[torch.device, Any] = field(default_factory=dict, kw_only=True)
 
     @property

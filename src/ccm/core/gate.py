@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -20,6 +20,30 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from .attention import PLAN, Places, Plan
+
+
+class Lora(NamedTuple):
+    """An adapter of one projection.
+
+    Attributes:
+        down, up: A (r, d_in) and B (d_out, r).
+        scaling: alpha / r.
+    """
+
+    down: Tensor
+    up: Tensor
+    scaling: float
+
+    @classmethod
+    def of(cls, module: nn.Module, adapter: str) -> Lora | None:
+        """None where a projection has no adapter of this name."""
+        if not isinstance(module, LoraLayer) or adapter not in module.lora_A:
+            return None
+        return cls(module.lora_A[adapter].weight, module.lora_B[adapter].weight, module.scaling[adapter])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(alpha / r) B A x, in fp32."""
+        return linear(linear(x.to(self.down.dtype), self.down) * self.scaling, self.up)
 
 
 class _AddRows(torch.autograd.Function):
@@ -60,8 +84,8 @@ class LayerGate(threading.local):
 
     def behind(self, module: LoraLayer) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         """The hook behind one projection: out + 1[x is COMP] (alpha / r) B A x, in place."""
-        down, up = module.lora_A[self.adapter].weight, module.lora_B[self.adapter].weight
-        scaling = module.scaling[self.adapter]
+        own = Lora.of(module, self.adapter)
+        assert own is not None
 
         def add(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
             places = self.places
@@ -71,7 +95,7 @@ class LayerGate(threading.local):
             if flat := isinstance(places, Tensor):
                 places = places.to(out.device)
             x = args[0].flatten(0, 1).index_select(0, places) if flat else args[0][:, places]
-            delta = linear(linear(x.to(down.dtype), down) * scaling, up).to(out.dtype)
+            delta = own(x).to(out.dtype)
             if flat:
                 _AddRows.apply(out, delta, places)
             else:

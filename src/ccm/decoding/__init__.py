@@ -8,22 +8,25 @@ another shape, which is told by the numbers: the step must give the logits that 
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from functools import wraps
 from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..core.attention import PLAN, RecurrentPlan
+from ..core.attention import PLAN, Plan, RecurrentPlan
 from ..core.devices import is_spread
 from ..core.families import choose_backend, get_family
 from ..core.reader import Reader
 from ..core.room import CACHE, Roomy
 from ..core.twin import VOCAB, build
 from ..models.placement import AUTO, GRAPH, OWN, can_pack
+from . import layers
 from .graph import Graphed
 from .shape import Unfit, check, misses
 from .step import Step
@@ -80,6 +83,7 @@ class Decoder:
     def __init__(self) -> None:
         self._steps: dict[Any, Step | Graphed | None] = {}
         self._trials: dict[Any, _Trial] = {}
+        self._model: weakref.ref[PreTrainedModel] | None = None  # whose layers read copies
 
     def __reduce__(self) -> Any:  # a copy of a model proves its own
         return Decoder, ()
@@ -89,7 +93,7 @@ class Decoder:
         call = _call(kwargs)
         if call is None:
             return None
-        key = len(getattr(model, "peft_config", ())), model.dtype, model.device
+        key = _key(model)
         if key not in self._steps:
             self._try(key, model, call, kwargs)
         step = self._steps.get(key)
@@ -110,12 +114,37 @@ class Decoder:
                 return
             graph = getattr(model, "ccm_decode_in", OWN) == GRAPH
             self._steps[key] = Graphed(trial.step, TOLERANCE[model.dtype]) if graph else trial.step
+            if decodes_from(model) == "float16" and not self._model:
+                self._model = weakref.ref(model)
+                layers.install(_layers(model))
+                body = model.get_submodule(get_family(model).body)
+                body.register_forward_pre_hook(self._bring, with_kwargs=True)
         except Unfit as reason:
             asked = getattr(model, "ccm_decode_in", OWN) not in (AUTO, OWN)
             level = logging.WARNING if asked else logging.INFO
             log.log(level, "%s decodes by its own forward pass: %s", model.config.model_type, reason)
             self._steps[key] = None
         self._trials.pop(key, None)
+
+    def _bring(self, body: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Hook before a pass: its layers run by the step, if that is proved and nothing else is asked of them.
+
+        The products of other types than float32 are as quick as those of a copy.
+        """
+        plan: Plan | None = kwargs.get(PLAN)
+        model = None if self._model is None else self._model()
+        if plan is None or model is None:
+            return
+        plain = not args and not torch.is_grad_enabled() and _says_nothing(kwargs, _KNOWN | {"inputs_embeds"})
+        plan.step = self._steps.get(_key(model)) if plain and model.dtype == torch.float32 else None
+
+
+def _layers(model: PreTrainedModel) -> list[nn.Module]:
+    return [model.get_submodule(name.rsplit(".", 1)[0]) for name in get_family(model).attention]
+
+
+def _key(model: PreTrainedModel) -> Any:
+    return len(getattr(model, "peft_config", ())), model.dtype, model.device
 
 
 def _call(kwargs: Mapping[str, Any]) -> _Call | None:
@@ -130,18 +159,12 @@ def _call(kwargs: Mapping[str, Any]) -> _Call | None:
         return None
     if plan.gate is not None or plan.asked is not None or plan.stop_at != -1:
         return None
-    for name in kwargs.keys() - _KNOWN:
-        value = kwargs[name]
-        if (
-            value is not None
-            and value is not False
-            and not (isinstance(value, int) and value in _IDLE.get(name, ()))
-        ):
-            return None
-    layers = getattr(cache, "layers", [])
-    if not layers or any(type(layer) is not Roomy for layer in layers):
+    if not _says_nothing(kwargs):
         return None
-    if (held := layers[0].get_seq_length()) == 0:
+    entries = getattr(cache, "layers", [])
+    if not entries or any(type(layer) is not Roomy for layer in entries):
+        return None
+    if (held := entries[0].get_seq_length()) == 0:
         return None
     if valid is None:  # ``generate`` leaves it out where nothing is padding
         valid = ids.new_ones(len(ids), held + 1)
@@ -149,6 +172,15 @@ def _call(kwargs: Mapping[str, Any]) -> _Call | None:
     if not fits or valid.shape != (len(ids), held + 1):
         return None
     return _Call(ids, position, valid, plan, cache)
+
+
+def _says_nothing(kwargs: Mapping[str, Any], beside: AbstractSet[str] = _KNOWN) -> bool:
+    """Whether arguments of a pass change nothing, beside those that are known."""
+    others = ((name, kwargs[name]) for name in kwargs.keys() - beside)
+    return all(
+        value is None or value is False or (isinstance(value, int) and value in _IDLE.get(name, ()))
+        for name, value in others
+    )
 
 
 def decodes_from(model: PreTrainedModel) -> str | None:
@@ -198,8 +230,8 @@ def _tried(model: PreTrainedModel) -> float:
     """By how much the step of a tiny model misses its forward pass."""
     family = get_family(model)
     kinds = Step(model).kinds
-    layers = max(kinds.index(kind) + 1 for kind in kinds)
-    small = build(model, max(2, layers), choose_backend(model, family))
+    depth = max(kinds.index(kind) + 1 for kind in kinds)
+    small = build(model, max(2, depth), choose_backend(model, family))
     reader, step = Reader(small), Step(small)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, VOCAB, (2, 16), generator=generator)
@@ -215,9 +247,15 @@ def _tried(model: PreTrainedModel) -> float:
         found = step(token, call["position_ids"], call["attention_mask"], call[PLAN], cache).logits
         _back(cache)
         worst = max(worst, misses(found, small(input_ids=token, **call).logits))
-    return worst
+    layers.install(_layers(small))
+    live, call = live.ahead(mask.new_ones(2, 4))
+    call[PLAN].step = step
+    found = small(input_ids=ids[:, :4], **call).logits
+    _back(call[CACHE], 4)
+    call[PLAN].step = None
+    return max(worst, misses(found, small(input_ids=ids[:, :4], **call).logits))
 
 
-def _back(cache: Any) -> None:
+def _back(cache: Any, tokens: int = 1) -> None:
     for layer in cache.layers:
-        layer.back(1)
+        layer.back(tokens)

@@ -114,8 +114,8 @@ def load_model(
         device_map: spreads the layers over several devices: "auto", or another value of transformers' argument.
         decode_in: "model" writes answers from the weights themselves, "float16" and "int8" from a copy of them, which
             is read in less time (x86 processors; docs/decisions.md has what it costs), "graph" from the weights by a
-            CUDA graph. "auto" is float16 for a model of up to a billion weights where it can be, else "model".
-            Memories are made from the weights themselves.
+            CUDA graph. "auto" is float16 for a model of up to a billion weights where it can be, else "model". A
+            float32 model reads texts from its float16 copy as well. All others make memories from the weights.
         spinner: show on stderr that it is loaded.
 
     Raises:
