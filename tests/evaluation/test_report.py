@@ -285,10 +285,22 @@ def test_no_file_no_json_and_two_of_one_suite(tmp_path: Path) -> None:
         load([tmp_path])
 
 
+def test_what_the_leaderboard_stored_beside_them_is_no_suite(tmp_path: Path) -> None:
+    """``ccm eval``, ``ccm leaderboard`` and ``ccm report`` share a folder when nobody names one."""
+    board = json.loads((ROOT / "results" / "leaderboard.json").read_text())
+    file = stored(tmp_path, board, "leaderboard.json")
+    with pytest.raises(DataError, match="in this folder; run ccm eval"):
+        load([tmp_path])
+    with pytest.raises(DataError, match="is of ccm leaderboard"):
+        load([file])
+    stored(tmp_path, made_up())
+    assert [result.suite for result in load([tmp_path])] == ["quick"]
+
+
 def test_without_matplotlib_nothing_is_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["report", str(stored(tmp_path, made_up())), "--out", str(tmp_path / "docs")]) == 2
-    assert "pip install 'compressed-context-memory[eval]'" in capsys.readouterr().err
+    assert "pip install 'compressed-context-memory[plot]'" in capsys.readouterr().err
     assert not (tmp_path / "docs").exists()

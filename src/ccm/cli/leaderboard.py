@@ -47,14 +47,15 @@ def prepare(options: Options) -> Evaluation:
 def _prepared(options: Options) -> tuple[Evaluation, Board]:
     import torch
 
-    from ..evaluation.leaderboard import SUITE, board
+    from ..evaluation.leaderboard import board
     from ..evaluation.runner import Evaluation
+    from ..evaluation.summary import LEADERBOARD
 
     if options.threads:
         torch.set_num_threads(options.threads)
     model, tokenizer = options.loading.load()
     made = board(model, tokenizer, options.methods, options.tasks, options.entries, options.limit)
-    return Evaluation(model, tokenizer, SUITE, made.plans), made
+    return Evaluation(model, tokenizer, LEADERBOARD, made.plans), made
 
 
 def leaderboard(

@@ -28,7 +28,6 @@ from .metrics import frontier
 from .suites import Plan
 from .tasks import get_task
 
-SUITE = "leaderboard"
 #: Task, its options, and how many items are lived through unless another number is asked for.
 TASKS: dict[str, tuple[dict[str, Any], int]] = {
     "conversation": ({"steps": (4, 5, 6, 7, 8, 9)}, 5),
@@ -369,7 +368,7 @@ def _nats(none: Sequence[Mapping[str, Any]], own: Sequence[Mapping[str, Any]]) -
 
 def as_json(tables: Sequence[Table], about: Mapping[str, Any]) -> dict[str, Any]:
     """What ``leaderboard.json`` holds."""
-    return {"schema": 1, "suite": SUITE, "tables": [asdict(each) for each in tables], **about}
+    return {"schema": 1, "suite": summary.LEADERBOARD, "tables": [asdict(each) for each in tables], **about}
 
 
 def from_json(stored: Mapping[str, Any]) -> list[Table]:

@@ -31,6 +31,8 @@ _SHARED = ("perplexity", "score")
 #: After the name of a metric: what full context is better by than none, in nats per token for perplexities. Where its
 #: interval holds 0, a memory has nothing to keep.
 WORTH = " gain over none"
+#: The suite of what ``ccm leaderboard`` stores; its tables and its page are its own.
+LEADERBOARD = "leaderboard"
 
 
 def rows(records: Iterable[Record]) -> list[dict[str, Any]]:

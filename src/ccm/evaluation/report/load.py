@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...errors import ConfigError, DataError
-from ..summary import WORTH
+from ..summary import LEADERBOARD, WORTH
 
 SCHEMA = 1
 #: Resampling fewer items than this says nothing.
@@ -157,6 +157,8 @@ class Results:
 def load(paths: Sequence[Path]) -> list[Results]:
     """The results of files, and of folders with files of ``ccm eval`` in them or in their ``eval``, by suite.
 
+    Of a folder, what ``ccm leaderboard`` stored is left out: it has a page of its own.
+
     Raises:
         DataError: no such file, none in a folder, or a file that is not what it should be; names file and key.
         ConfigError: two files of one suite.
@@ -164,7 +166,8 @@ def load(paths: Sequence[Path]) -> list[Results]:
     files: list[Path] = []
     for path in paths:
         inside = path / "eval" if (path / "eval").is_dir() else path
-        found = sorted(inside.glob("*.json")) if path.is_dir() else [path]
+        found = [file for file in sorted(inside.glob("*.json")) if not _is_leaderboard(file)]
+        found = found if path.is_dir() else [path]
         if not found:
             raise DataError(
                 f"{inside}: no *.json in this folder; run ccm eval quick first, or name other files"
@@ -178,6 +181,14 @@ def load(paths: Sequence[Path]) -> list[Results]:
             raise ConfigError(f"{other} and {file} both hold suite {results.suite!r}; name one")
         by_suite[results.suite] = file, results
     return [by_suite[suite][1] for suite in sorted(by_suite)]
+
+
+def _is_leaderboard(file: Path) -> bool:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.get("suite") == LEADERBOARD
 
 
 def read(path: Path) -> Results:
@@ -194,6 +205,8 @@ def read(path: Path) -> Results:
         raise DataError(f"{path}: expected JSON as ccm eval writes it ({error})") from error
     if _value(content, "schema", "int", f"{path}") != SCHEMA:
         raise DataError(f"{path}: schema is {content['schema']}, expected {SCHEMA}")
+    if content.get("suite") == LEADERBOARD:
+        raise DataError(f"{path} is of ccm leaderboard, which has written its page; expected one of ccm eval")
     suite, rows = (_value(content, *key, f"{path}") for key in (("suite", "str"), ("rows", "list")))
     if not rows:
         raise DataError(f"{path}: rows is empty, expected at least one")
