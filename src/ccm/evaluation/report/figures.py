@@ -27,7 +27,7 @@ def draw(results: Results) -> bytes:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingPackageError(
-            "figures need matplotlib: pip install 'compressed-context-memory[eval]'"
+            "figures need matplotlib: pip install 'compressed-context-memory[plot]'"
         ) from error
     styles, lines, drawn = _styles(results), -(-len(results.tasks) // 2), {}
     with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):

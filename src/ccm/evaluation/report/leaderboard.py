@@ -114,7 +114,7 @@ def draw(tables: Sequence[Table]) -> bytes:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingPackageError(
-            "figures need matplotlib: pip install 'compressed-context-memory[eval]'"
+            "figures need matplotlib: pip install 'compressed-context-memory[plot]'"
         ) from error
     # in the order of their names, so that a family keeps its colour from run to run
     families = sorted({row.family for each in tables for row in each.rows if row.method not in ENDS})
