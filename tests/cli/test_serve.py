@@ -58,6 +58,14 @@ def test_what_is_refused_at_the_start(arguments, message, tmp_path, monkeypatch,
     assert message in capsys.readouterr().err
 
 
+def test_a_state_folder_that_cannot_be_made_is_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))  # root may write everywhere else
+    assert cli.main(["serve", "--port", "0"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "Not a directory" in line and "give --store" in line
+
+
 def test_every_option_arrives_in_its_field(monkeypatch):
     """One value of its own for every option: from the command line to the settings and the limits."""
     wanted = Options(

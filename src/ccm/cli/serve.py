@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import ConfigError, MissingPackageError
+from ..errors import ConfigError, MissingPackageError, StorageError
 from ..models.placement import AUTO
 from ..serving.options import Options, takes_options
 
@@ -99,11 +99,21 @@ def key(
 
 
 def default_store() -> str:
-    """A SQLite file in the user's state folder."""
+    """A SQLite file in the user's state folder.
+
+    Raises:
+        StorageError: there is no such folder, and none can be made.
+    """
     from ..serving.store.paths import url_of
 
     folder = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "ccm"
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise StorageError(
+            f"cannot make {folder}, where conversations are kept ({error.strerror or error}): give --store, or "
+            "another folder with XDG_STATE_HOME"
+        ) from error
     return url_of("sqlite", folder / "memories.db")
 
 
