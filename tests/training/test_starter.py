@@ -17,7 +17,7 @@ from tiny import saved_folder
 
 from ccm import cli
 from ccm.data.sources import option_names, source_class
-from ccm.errors import ConfigError
+from ccm.errors import ConfigError, UnsupportedModelError
 from ccm.training import TrainConfig, load_recipe, starter
 from ccm.training.estimate import BUDGET, GROWTH, Line, Measured, Sample, foresee, measure
 from ccm.training.starter import DATA, Fit, Machine, fit, write_recipe
@@ -103,6 +103,20 @@ def test_passes_that_are_small_for_want_of_memory_are_added_up() -> None:
 
 def test_no_pass_is_longer_than_a_short_context() -> None:
     assert fit(llama(max_position_embeddings=512), GPU).tokens <= 384
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (hf.BloomConfig(hidden_size=32, n_layer=2, n_head=2), "ALiBi"),
+        (hf.MambaConfig(hidden_size=32, num_hidden_layers=2), "no keys and values"),
+    ],
+    ids=["bloom", "mamba"],
+)
+def test_a_family_that_carries_no_memory_is_refused_with_the_reason(config: Any, reason: str) -> None:
+    """Their configs have no ``max_position_embeddings``."""
+    with pytest.raises(UnsupportedModelError, match=reason):
+        fit(config, CPU)
 
 
 def test_a_checkpoint_in_bfloat16_is_read_as_floats_where_that_is_faster() -> None:

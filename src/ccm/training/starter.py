@@ -156,14 +156,15 @@ def fit(config: Any, machine: Machine, bf16: bool | None = None, load_in: str | 
     half = machine.bfloat16 if bf16 is None else bf16
     stored, config.dtype = config.dtype, torch.bfloat16 if half else torch.float32
     dtype = None if half or stored in (None, torch.float32) else "float32"
+    context = Shape.of(config, load_in).context  # and, first of all, whether it can carry a memory
     wide = getattr(text, "intermediate_size", None)
     hidden, forward = HIDDEN[machine.there], FORWARD[machine.there]
     width = hidden * text.hidden_size + forward * (wide if isinstance(wide, int) else 4 * text.hidden_size)
     per_token = text.num_hidden_layers * width * config.dtype.itemsize
     logits = LOGITS[machine.there] * text.vocab_size * WORD
     most, room = MOST[machine.there], int(SHARE * machine.memory)
-    if text.max_position_embeddings < SHORT:
-        most = min(most, text.max_position_embeddings * 3 // 4)
+    if context < SHORT:
+        most = min(most, context * 3 // 4)
     for quantized in dict.fromkeys((load_in, load_in or "4bit")):
         fixed = Shape.of(config, quantized).weight_bytes + logits
         for checkpointing in (False, True):
