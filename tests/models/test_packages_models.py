@@ -241,3 +241,9 @@ def test_doctor(embedded):
 def test_doctor_creates_nothing(cache):
     doctor.checks()
     assert not os.path.exists(cache)
+
+
+def test_doctor_names_a_cache_that_cannot_be_written(cache, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    (found,) = (check for check in doctor.checks() if check.name == "cache disk")
+    assert not found.ok and "may not write" in found.found and "CCM_CACHE" in found.fix

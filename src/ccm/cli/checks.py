@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 from collections.abc import Iterator
@@ -125,8 +126,11 @@ def _files() -> Iterator[Check]:
     cache = packages.cache_dir()
     existing = next(folder for folder in (cache, *cache.absolute().parents) if folder.is_dir())
     free, ready = shutil.disk_usage(existing).free, models.default_model_ready()
+    may = os.access(existing, os.W_OK)
+    found = f"{_size(free)} free for {cache}" if may else f"you may not write to {existing}, for {cache}"
     fix = f"free {_size(_MIN_DISK)}, or choose another folder with CCM_CACHE"
-    yield _check("cache disk", ready or free >= _MIN_DISK, f"{_size(free)} free for {cache}", fix)
+    fix = fix if may else "choose another folder with CCM_CACHE"
+    yield _check("cache disk", ready or (may and free >= _MIN_DISK), found, fix)
     pip = packages.has_pip()
     later = "not yet: fetched on first use" if pip else "no, and pip is missing to fetch it"
     model = packages.locate(models.PACKAGE, models.VERSION, models.MEMBER) is not None
