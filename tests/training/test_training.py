@@ -627,6 +627,26 @@ def test_a_full_disk_keeps_the_last_checkpoint(
     resumed.run()
 
 
+def test_a_folder_that_is_being_trained_in_is_refused(
+    logs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two runs in one folder would write their checkpoints and their logs over each other."""
+    recipe, out = runs.write_recipe(tmp_path, logs, steps=10_000), tmp_path / "out"
+    with subprocess.Popen(
+        runs.command(recipe, out),
+        env=runs.environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as first:
+        while not (out / "log.jsonl").exists():
+            assert first.poll() is None
+            time.sleep(0.1)
+        assert cli.main(["train", str(recipe), "--out", str(out)]) == 2
+        assert "is being trained by another process" in capsys.readouterr().err
+        first.kill()
+    assert cli.main(["train", str(recipe), "--out", str(out), "steps=1"]) == 0
+
+
 def test_a_loss_that_is_no_number_stops_the_run(logs: Path, tmp_path: Path) -> None:
     run = trainer(tmp_path, logs)
     run.parameters[-1].data.fill_(float("nan"))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, StorageError
 from ..models.loading import Device, DeviceMap, LoadIn, Loading
 from ..models.placement import AUTO, DEFAULT_MODEL, check_names
 from .options import can_hold, can_write
@@ -110,22 +112,56 @@ def train(
     console = Console(stderr=as_json, quiet=os.environ.get("RANK", "0") != "0")
     loading = Loading(config.model, device, dtype, load_in, device_map)
     where = _device(loading, config)
+    folder = out or Path("runs") / Path(recipe).stem
     if estimate:
-        _estimate(loading, config, kind, where, out or Path("runs") / Path(recipe).stem, as_json)
+        _estimate(loading, config, kind, where, folder, as_json)
         return
     from ..models.load import load_model
     from ..training.trainer import Trainer
 
-    # plain weights of several processes are sharded or copied from the CPU
-    first = None if device_map or (_several() and not load_in) else where
-    model, tokenizer = load_model(config.model, kind, first, load_in=load_in, device_map=device_map)
-    trainer = Trainer(model, tokenizer, config, out or Path("runs") / Path(recipe).stem, extend, where)
+    with _alone(folder):
+        # plain weights of several processes are sharded or copied from the CPU
+        first = None if device_map or (_several() and not load_in) else where
+        model, tokenizer = load_model(config.model, kind, first, load_in=load_in, device_map=device_map)
+        trainer = Trainer(model, tokenizer, config, folder, extend, where)
+        try:
+            result = _run(trainer, console)
+            if trainer.processes.main:
+                _finish(trainer, result, console, as_json)
+        finally:
+            trainer.close()
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold a run's folder; of the processes of one run the first does.
+
+    Raises:
+        ConfigError: another run has it.
+        StorageError: nothing can be written there.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    from filelock import FileLock, Timeout
+
+    folder = folder.resolve()
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
     try:
-        result = _run(trainer, console)
-        if trainer.processes.main:
-            _finish(trainer, result, console, as_json)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ConfigError(
+            f"{folder} is being trained by another process: wait for its end, or give another --out"
+        ) from error
+    except OSError as error:
+        raise StorageError(
+            f"cannot write to {folder.parent}: {error.strerror or error}; give another --out"
+        ) from error
+    try:
+        yield
     finally:
-        trainer.close()
+        lock.release()
 
 
 def _init(model: str | None, out: Path | None, loading: Loading, as_json: bool) -> None:
