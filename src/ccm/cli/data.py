@@ -139,12 +139,14 @@ def pack(
     tell = Tenths(console)
     with Progress(*columns, console=console, disable=not moves(console)) as bar:
         task = bar.add_task("drawing rows", total=wanted)
-        seen: list[tuple[float, int]] = []
+        first: list[
+            tuple[float, int]
+        ] = []  # what is there when it is told for the first time took no time here
 
         def on_progress(done: int) -> None:
-            seen.append((time.monotonic(), done))
-            seconds, drawn = seen[-1][0] - seen[0][0], done - seen[0][1]
-            rate = f" · {drawn / seconds:,.0f} tokens/s" if seconds else ""
+            first[:] = first or [(time.monotonic(), done)]
+            seconds, drawn = time.monotonic() - first[0][0], done - first[0][1]
+            rate = f" · {drawn / seconds:,.0f} tokens/s" if drawn else ""
             bar.update(task, completed=done, description=f"{done:,} tokens{rate}")
             tell(done / wanted, f"{done:,} tokens{rate}")
 

@@ -66,7 +66,7 @@ def pack(
         config: the run; data, seed, tokens_per_batch (the longest row) and eval_rows count.
         out: the file; one that is finished already is left as it is.
         processes: how many draw beside this one; 0 draws here.
-        on_progress: is told the tokens that are there.
+        on_progress: is told the tokens that are there: once for all of an earlier run, then part by part.
 
     Raises:
         ConfigError: the file, or the parts beside it, are of other settings.
@@ -119,19 +119,21 @@ def _drawn(
         nonlocal done
         files.append(file)
         done += PackedFile.open(file).tokens
-        on_progress(min(done, tokens))
 
     names = (folder / f"{number:06}" for number in count())
     for file in names:
         if done >= tokens or not _kept(file, parts.made_of):
             break
         add(file)
+    if files:
+        on_progress(min(done, tokens))
     if done < tokens:
         with _items(parts, processes, len(files)) as items:
             while done < tokens:
                 file = folder / f"{len(files):06}"
                 write_atomically(file, next(items))
                 add(file)
+                on_progress(min(done, tokens))
     return files
 
 
