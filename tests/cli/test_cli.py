@@ -172,6 +172,21 @@ def saved(home: Path, tmp_path: Path) -> Path:
     return tmp_path / "chat.ccm"
 
 
+@pytest.mark.parametrize("columns", [None, "60"])
+def test_no_name_is_cut_in_a_file_or_on_a_narrow_terminal(
+    columns: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns:
+        monkeypatch.setenv("COLUMNS", columns)
+    assert cli.main(["methods"]) == 0 and cli.main(["data", "list"]) == 0
+    out = capsys.readouterr().out
+    assert "…" not in out
+    assert "adapter, words" in out and "gradient, words" in out and "r-cran-janeaustenr" in out
+    whole = "Everything; the blocks asked for are read" in out
+    assert whole == (columns is None) and (max(map(len, out.splitlines())) <= 60) == bool(columns)
+
+
 def test_memory_inspect(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["memory", "inspect", str(saved), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigError
+from .options import new_console
 
 if TYPE_CHECKING:
     from ..data.rows import ConversationRow
@@ -27,8 +28,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on s
 @app.command("list", epilog="Example: ccm data list --json")
 def list_command(as_json: AsJson = False) -> None:
     """List the sources with their licences; nothing is downloaded."""
-    from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from ..data.sources import list_sources, source_class
 
@@ -49,13 +50,13 @@ def list_command(as_json: AsJson = False) -> None:
     if as_json:
         print(json.dumps({"sources": found}))
         return
-    table = Table("source", "what it is", "licence", "origin", "download", "here", box=None, padding=(0, 1))
+    table = Table("source", "download", "what it is", box=None, padding=(0, 1, 0, 0))
     for row in found:
         size = f"{row['download_mb']:.0f} MB" if row["download_mb"] else ""
-        here = {True: "yes", False: "no", None: ""}[row["downloaded"]]
         what = f"{row['title']}: {row['size']}" if row["size"] else row["title"]
-        table.add_row(row["name"], what, row["licence"], row["origin"].replace(", ", "\n"), size, here)
-    Console().print(table)
+        about = Text(f"{what}\n").append(f"licence: {row['licence']}\nfrom: {row['origin']}\n", style="dim")
+        table.add_row(row["name"], f"{size}, here" if size and row["downloaded"] else size, about)
+    new_console().print(table)
 
 
 @app.command(epilog="Example: ccm data show jsonl --option path=chats.jsonl --split validation --limit 2")

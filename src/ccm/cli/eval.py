@@ -14,7 +14,7 @@ from ..models.known import check, check_all, split_methods
 from ..models.loading import Device, DeviceMap, Dtype, LoadIn, Loading, ModelName
 from ..models.memory_option import Adapter, memory_name
 from ..models.placement import AUTO
-from .options import can_hold
+from .options import can_hold, new_console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -210,8 +210,6 @@ def evaluate(
         suite, named, _names(tasks), limit, loading, added, first_stage, threads, strict, data, judged,
         _numbers(lengths),
     )  # fmt: skip
-    from rich.console import Console
-
     from ..evaluation.suites import parse_method
     from ..methods.default import checked
     from .progress import stages
@@ -221,7 +219,7 @@ def evaluate(
         checked(parse_method(text))  # a wrong name shows before anything is loaded
     loading.check()
     folder = out or FOLDER / chosen.name
-    console = Console(stderr=as_json)
+    console = new_console(as_json)
     for tally in (entry.task.tally for entry in plans):
         if tally:
             console.print(str(tally), highlight=False, soft_wrap=True, markup=False)

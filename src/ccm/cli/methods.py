@@ -10,7 +10,7 @@ import typer
 
 from ..errors import ConfigError, UnknownNameError
 from ..models.known import check
-from .options import AsJson
+from .options import AsJson, new_console
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -66,14 +66,13 @@ def _plain(entry: Entry) -> dict[str, Any]:
 
 
 def _list(entries: list[Entry], broken: dict[str, str]) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     from ..files.adapter_folder import shipped_adapters
     from ..methods.catalogue import ASKS, SLOTS
 
-    console = Console(highlight=False)
+    console = new_console()
     by_family: dict[Family, list[Entry]] = {}
     for entry in entries:
         by_family.setdefault(entry.family, []).append(entry)
@@ -82,7 +81,8 @@ def _list(entries: list[Entry], broken: dict[str, str]) -> None:
         console.print(Text(family.said.replace("`", "")))
         table = Table(box=None, padding=(0, 1, 0, 0), show_header=False, pad_edge=False)
         table.add_column(no_wrap=True, min_width=max(len(entry.name) for entry in entries))
-        table.add_column(min_width=min(36, max(len(entry.keeps) for entry in entries)))
+        keeps = max(len(entry.keeps) for entry in entries)
+        table.add_column(min_width=min(36, keeps, max(12, console.width - 44)))
         table.add_column(no_wrap=True, min_width=max(len(word) for word in SLOTS), style="dim")
         table.add_column(no_wrap=True, style="dim")
         for entry in group:
@@ -131,13 +131,12 @@ def _one(name: str, as_json: bool) -> None:
     if as_json:
         print(json.dumps({**_plain(entry), "memory": spec.text, "example": command, "bytes": held}))
         return
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     from ..models.placement import DEFAULT_MODEL
 
-    console = Console(highlight=False)
+    console = new_console()
     also = f" (also {', '.join(entry.names[1:])})" if entry.names[1:] else ""
     head = spec.name if spec.name in entry.names else f"{spec.name}, an adapter of {entry.name}"
     console.print(Text(f"{head}{also}", style="bold cyan"))

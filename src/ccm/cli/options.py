@@ -73,6 +73,9 @@ def can_hold(folder: Path | None) -> Path | None:
     return folder
 
 
+#: Columns where nobody looks at them.
+_WIDE = 200
+
 #: A saved memory or session, which is there.
 MemoryFile = Annotated[
     Path, typer.Argument(metavar="FILE", help="A memory or a saved session.", callback=memory_file)
@@ -83,7 +86,13 @@ AsJson = Annotated[
 
 
 def new_console(as_json: bool = False) -> Console:
-    """Where a command speaks: stdout, or stderr if stdout is for one JSON object."""
+    """Where a command speaks: stdout, or stderr if stdout is for one JSON object.
+
+    In a file or a pipe tables are as wide as they need to be, unless COLUMNS says how wide it is to be.
+    """
     from rich.console import Console
 
-    return Console(stderr=as_json)
+    console = Console(stderr=as_json, highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _WIDE
+    return console

@@ -11,6 +11,7 @@ from ..models.loading import Device, Dtype, LoadIn, Loading, ModelName
 from ..models.memory_option import Adapter, MemoryName, Sink, Slots, Window, memory_name
 from ..models.placement import AUTO
 from ..serving.options import check_store
+from .options import new_console
 
 if TYPE_CHECKING:
     from ..planning.plan import Figure, Plan
@@ -88,11 +89,10 @@ def plan(
 
 def show(made: Plan) -> None:
     """Print the figures of a plan, and where each comes from."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console()
+    console = new_console()
     console.print(Text(f"{made.model}; {made.memory}"), soft_wrap=True)
     for title, figures in made.sections.items():
         table = Table(title, "", "", box=None, padding=(0, 2, 0, 0))
