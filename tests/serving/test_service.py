@@ -13,7 +13,7 @@ from tiny import tiny_compressor
 from ccm import Session
 from ccm.chat.messages import Message
 from ccm.errors import ConfigError, StorageError
-from ccm.serving.engine import EngineError, OverloadedError
+from ccm.serving.engine import EngineError, OverloadedError, StoppingError
 from ccm.serving.service import BusyError, Sampling
 from ccm.serving.store import ConflictError, Limits, NotFoundError, QuotaError
 
@@ -281,6 +281,25 @@ def test_limits_and_failures_commit_nothing(make, monkeypatch):
             await say(service, "s", "b")
         monkeypatch.undo()
         assert (await say(service, "s", "b")).version == 2
+
+    asyncio.run(run())
+
+
+def test_turns_that_are_cut_hear_why_and_leave_nothing(service):
+    async def run():
+        long = Sampling(max_tokens=10_000, temperature=0)
+        turn = await service.answer("t", "s", user("a"), long, create=True)
+        aside = await service.answer("t", None, user("b"), long)
+        alone = await service.answer("t", "u", user("c"), long, create=True, disconnect="finish")
+        await alone.aclose()
+        service.running.cut()
+        for each in (turn, aside):
+            with pytest.raises(StoppingError, match="nothing of it is kept"):
+                await each.finish()
+        await service.running.drain()
+        assert (await service.view("t", "u")).version == 1  # its client had gone; it is cut short and kept
+        with pytest.raises(NotFoundError):
+            await service.view("t", "s")
 
     asyncio.run(run())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 EPILOG = "Example: ccm serve --port 8000 --api-keys keys.txt --store postgresql://localhost/ccm"
 KEY_EPILOG = "Example: ccm key alice --api-keys keys.txt"
+
+#: Seconds in which clients are told that their turns were cut, before uvicorn closes their connections.
+_GRACE = 5
 
 
 @takes_options
@@ -132,7 +136,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _run(app: FastAPI, service: Service, listener: socket.socket, drain: int) -> None:
-    """Until SIGTERM or Ctrl-C; then running turns end first."""
+    """Until SIGTERM or Ctrl-C; then running turns end first, or are cut after so many seconds."""
     import uvicorn
 
     class Server(uvicorn.Server):
@@ -146,8 +150,17 @@ def _run(app: FastAPI, service: Service, listener: socket.socket, drain: int) ->
             service.running.stop_taking()
             super().handle_exit(sig, frame)
 
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            ending = asyncio.get_running_loop().call_later(drain, service.running.cut)
+            await super().shutdown(sockets=sockets)
+            ending.cancel()
+
     config = uvicorn.Config(
-        app, log_config=None, access_log=False, timeout_graceful_shutdown=drain, server_header=False
+        app,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=drain + _GRACE,
+        server_header=False,
     )
     before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from weakref import WeakSet
 
 from .engine import StoppingError
 from .store import ConflictError
@@ -24,6 +25,7 @@ class Running:
     Attributes:
         turns: how many run.
         locked: conversations, by tenant and id, in which a turn runs.
+        begun: turns that somebody holds; some have ended.
         left: turns that go on without their clients.
         stopping: no new turns are taken.
     """
@@ -31,6 +33,7 @@ class Running:
     def __init__(self) -> None:
         self.turns = 0
         self.locked: set[tuple[str, str]] = set()
+        self.begun: WeakSet[Turn] = WeakSet()
         self.left: set[Turn] = set()
         self.stopping = False
 
@@ -74,6 +77,11 @@ class Running:
     def stop_taking(self) -> None:
         """Take no new turns."""
         self.stopping = True
+
+    def cut(self) -> None:
+        """End what still runs for a client, who hears why; nothing of it is kept."""
+        for turn in set(self.begun) - self.left:
+            turn.cut()
 
     async def drain(self) -> None:
         """Take no new turns, and wait for those that run. Those without a client end at once."""

@@ -175,7 +175,9 @@ class Service(Conversations):
             return self._outcome(result, rendering, len(prompt), 0)
 
         job = Job(state.memory, prompt=prompt, sampling=sampling)
-        return Turn(self.engine, job, outcome, self.running.count(), reader=self._reader(rendering))
+        turn = Turn(self.engine, job, outcome, self.running.count(), reader=self._reader(rendering))
+        self.running.begun.add(turn)
+        return turn
 
     async def _turn(
         self,
@@ -224,7 +226,9 @@ class Service(Conversations):
 
         reader = self._reader(rendering)
         place = state.session, state.version + (not state.aside)
-        return Turn(self.engine, job, commit, both, *place, reader, disconnect, self.running.left)
+        turn = Turn(self.engine, job, commit, both, *place, reader, disconnect, self.running.left)
+        self.running.begun.add(turn)
+        return turn
 
     def _placed(self, outcome: Outcome, state: State) -> Outcome:
         """The outcome with id, version and counters of its conversation."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from ..chat.answers import AnswerReader
 from ..chat.messages import ToolCall
 from ..errors import CCMError
-from .engine import Engine, Event, Job, Result
+from .engine import Engine, Event, Job, Result, StoppingError
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ class Turn:
         outcome: the finished turn, set at the end.
 
     Raises (while iterating):
-        EngineError, ConfigError: no answer; nothing was committed.
+        EngineError, ConfigError, StoppingError: no answer; nothing was committed.
         ConflictError, QuotaError, StorageError: the commit failed.
     """
 
@@ -172,6 +172,13 @@ class Turn:
             self.hurry()
         self._left.add(self)
         self._alone = asyncio.ensure_future(self._end_alone())
+
+    def cut(self) -> None:
+        """End now. Nothing of the turn is kept, unless it is being committed; whoever waits for it hears why."""
+        self._ticket.cancel()
+        self._events.put_nowait(
+            StoppingError("the server stopped during this turn, and nothing of it is kept: send it again", 10)
+        )
 
     def hurry(self) -> None:
         """End the answer soon. What is written by then is kept."""
