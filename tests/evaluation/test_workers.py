@@ -67,6 +67,18 @@ def test_two_processes_make_the_table_of_one(tmp_path: Path, one_thread: None) -
     assert not list((tmp_path / "shared").glob(".claim-*"))
 
 
+def test_one_that_is_not_needed_any_more_ends_in_silence(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It is still at its imports, which an interruption would break off with a traceback."""
+    with Workers(2, toys, 1, tmp_path) as helpers:
+        for process in helpers.processes:
+            os.kill(process.pid or 0, signal.SIGINT)  # Ctrl-C on the terminal reaches all of its processes
+        time.sleep(0.5)
+    assert capfd.readouterr() == ("", "")
+    assert all(process.exitcode == -signal.SIGKILL for process in helpers.processes)
+
+
 def test_an_item_is_claimed_by_one(tmp_path: Path) -> None:
     first, second = Records(tmp_path, EMPTY), Records(tmp_path, EMPTY)
     with first.claim(KEY) as ours:

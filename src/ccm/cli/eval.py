@@ -296,7 +296,8 @@ def _run(
     before = evaluation.take_over(folder, shipped)
     console.print(before_in_words(before, folder), highlight=False, soft_wrap=True, markup=False)
 
-    count = processes or how_many(evaluation.model, evaluation.left(folder))
+    left = evaluation.left(folder)
+    count = (processes or how_many(evaluation.model, left)) if left else 1
     if count > 1:
         options = replace(options, threads=options.threads or max(1, torch.get_num_threads() // count))
         torch.set_num_threads(options.threads)

@@ -201,7 +201,8 @@ def _run(
     from ..evaluation.workers import Workers, how_many
     from .measured import Bar
 
-    count = processes or how_many(evaluation.model, evaluation.left(folder))
+    left = evaluation.left(folder)
+    count = (processes or how_many(evaluation.model, left)) if left else 1
     if count > 1:
         options = replace(options, threads=options.threads or max(1, torch.get_num_threads() // count))
         torch.set_num_threads(options.threads)

@@ -13,6 +13,7 @@ import signal
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.process import BaseProcess
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
@@ -58,21 +59,30 @@ class Workers:
 
     def __init__(self, count: int, prepare: Callable[[Any], Evaluation], options: Any, folder: Path):
         context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
+        self._begun: list[Event] = [context.Event() for _ in range(count)]
         self.processes: list[BaseProcess] = [
-            context.Process(target=_work, args=(prepare, options, folder), daemon=True) for _ in range(count)
+            context.Process(target=_work, args=(prepare, options, folder, begun), daemon=True)
+            for begun in self._begun
         ]
 
     def __enter__(self) -> Workers:
-        for process in self.processes:
-            process.start()
+        # they inherit it: Ctrl-C on the terminal would break off their imports with a traceback
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            for process in self.processes:
+                process.start()
+        finally:
+            signal.signal(signal.SIGINT, before)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """All work is done, or this process was stopped: the others save their items in hand and end."""
-        for process in self.processes:
-            if process.pid is not None and process.is_alive():
+        for process, begun in zip(self.processes, self._begun, strict=True):
+            if not begun.is_set():
+                process.kill()
+            elif process.pid is not None and process.is_alive():
                 with suppress(ProcessLookupError):
                     os.kill(process.pid, signal.SIGINT)
         for process in self.processes:
@@ -80,9 +90,10 @@ class Workers:
             process.kill()
 
 
-def _work(prepare: Callable[[Any], Evaluation], options: Any, folder: Path) -> None:
+def _work(prepare: Callable[[Any], Evaluation], options: Any, folder: Path, begun: Event) -> None:
     """A process's life: silent, since what is wrong here is wrong in the process that started it too."""
     signal.signal(signal.SIGINT, _once)
+    begun.set()
     with open(os.devnull, "w") as nothing:
         os.dup2(nothing.fileno(), 1)
         os.dup2(nothing.fileno(), 2)
