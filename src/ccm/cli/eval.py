@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -240,7 +241,7 @@ def evaluate(
     for line in (
         f"results: {folder}.json",
         *([] if show else ["next: the same command with --show 1 prints what was asked and answered"]),
-        f"next: ccm report {folder}.json makes a page of it, with a picture",
+        f"next: ccm report {shlex.quote(f'{folder}.json')} makes a page of it, with a picture",
     ):
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -183,7 +184,7 @@ def _init(model: str | None, out: Path | None, loading: Loading, as_json: bool) 
         named = model or f"the embedded {DEFAULT_MODEL}, as no model is named"
         room = f"{machine.name} with {machine.memory / 1e9:.0f} GB free"
         print(f"for {named}, on {room}: {fit.tokens:,} tokens a pass")
-        print(f"{path} is written; next: ccm train {path}{fit.options} --estimate")
+        print(f"{path} is written; next: ccm train {quote(str(path))}{fit.options} --estimate")
 
 
 def _check_files(config: TrainConfig) -> None:
@@ -277,12 +278,12 @@ def _finish(trainer: Trainer, result: dict[str, Any], console: Console, as_json:
 
 def _next(config: TrainConfig, adapter: Path) -> list[str]:
     """What a user does with a trained adapter."""
-    model = f" --model {config.model}" if config.model else ""
+    model, memory = f" --model {quote(config.model)}" if config.model else "", quote(str(adapter))
     if config.stage != "memory":
         return [f"next: train the memory on it, with base_adapter: {adapter} in its recipe"]
     return [
-        f"next: ccm eval chats.jsonl{model} --memory {adapter} measures it on conversations of your own",
-        f"next: ccm chat{model} --memory {adapter}",
+        f"next: ccm eval chats.jsonl{model} --memory {memory} measures it on conversations of your own",
+        f"next: ccm chat{model} --memory {memory}",
     ]
 
 
