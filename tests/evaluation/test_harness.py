@@ -107,6 +107,14 @@ def numbers(answers: list[Any]) -> torch.Tensor:
 # ---------------------------------------------------------------------- equal to the harness's own class
 
 
+def test_without_the_harness_the_command_is_one_line_and_code_2() -> None:
+    script = "import runpy, sys; sys.modules['lm_eval'] = None; runpy.run_module({!r}, run_name='__main__')"
+    command = [sys.executable, "-c", script.format("ccm.evaluation.harness")]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: the harness needs lm-eval"), done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_full_context_equals_the_plain_model(tasks: dict[str, dict[str, Any]]) -> None:
     ours = run(memory(), *tasks.values())
     plain = run(HFLM(pretrained=model(), tokenizer=TOKENIZER, backend="causal"), *tasks.values())

@@ -44,9 +44,11 @@ try:
     )
     from lm_eval.models.utils_hf import stop_sequences_criteria
 except ImportError as error:
-    raise MissingPackageError(
-        f"the harness needs lm-eval ({error}): pip install 'compressed-context-memory[eval]'"
-    ) from error
+    needed = f"the harness needs lm-eval ({error}): pip install 'compressed-context-memory[eval]'"
+    if __name__ == "__main__":
+        print(f"error: {needed}", file=sys.stderr)
+        sys.exit(2)
+    raise MissingPackageError(needed) from error
 
 log = logging.getLogger(__name__)
 
