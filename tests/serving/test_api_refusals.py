@@ -92,6 +92,13 @@ def test_session_headers_that_are_no_ids(http, name):
     assert answer.status_code == 400 and answer.json()["error"]["param"] == "x-session-id"
 
 
+def test_a_name_in_a_header_is_ascii_and_the_refusal_says_so(http):
+    """HTTP gives a header's bytes no encoding, so the name that is right in a path is none in a header."""
+    body = {"model": MODEL, "messages": user("a")}
+    answer = http.post("/v1/chat/completions", json=body, headers={"X-Session-Id": "Zoë".encode()})
+    assert answer.status_code == 400 and "in a header ASCII alone" in answer.json()["error"]["message"]
+
+
 def test_two_writers_on_one_conversation(server, client):
     stream = ask(client, "go on", "locked", stream=True, max_tokens=200)
     next(iter(stream))

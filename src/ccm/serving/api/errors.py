@@ -146,7 +146,8 @@ def _refusal(error: RequestValidationError) -> ApiError:
         text = f"{name} is not supported: {_INSTEAD.get(str(place[-1]), 'leave the field out')}"
         return ApiError(400, text, name, "unsupported_parameter")
     if kind == "string_pattern_mismatch":  # all our patterns are of ids
-        return ApiError(400, f"{name}: {ID_RULE}", name, "invalid_value")
+        rule = f"{ID_RULE}, and in a header ASCII alone" if source == "header" else ID_RULE
+        return ApiError(400, f"{name}: {rule}", name, "invalid_value")
     if kind == "too_short" and isinstance(first["input"], list):
         text = f"{name}: got an empty list, expected at least one: send what is to be read"
         return ApiError(400, text, name, "invalid_value")
