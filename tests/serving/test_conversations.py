@@ -56,7 +56,9 @@ def test_rebuild_with_another_adapter(make, tokenizer):
             with pytest.raises(MismatchError, match="rebuild"):
                 await call
         assert (await changed.view("t", "s")).version == 1  # it can still be looked at
+        cuts = [turn.cut for turn in await changed.timeline("t", "s")]
         view = await changed.rebuild("t", "s")
+        assert cuts[-1] and cuts == [turn.cut for turn in await changed.timeline("t", "s")]
         assert view.version == 2 and view.fingerprint == other.fingerprint()
         fresh = await changed.create(
             "t", "fresh", messages=[*user("my cat is Miso"), Message("assistant", answer.text)]

@@ -261,8 +261,9 @@ class Conversations:
         with self.running.alone(tenant, session):
             state = await self.records.load(tenant, session, anew=True)
             entries = await asyncio.to_thread(self.store.transcript, tenant, session)
-            messages = _texts(transcript.current(entries))
-            await self._take_in(tenant, replace(state, entries=(transcript.RESET,)), messages)
+            told = transcript.current(entries)
+            reset = replace(state, entries=(transcript.RESET,))
+            await self._take_in(tenant, reset, _texts(told), transcript.cuts(told))
         return await self.view(tenant, session)
 
     async def compact(
@@ -283,13 +284,19 @@ class Conversations:
         view = await self.view(tenant, state.session)
         return view, view.stats["tokens_seen"] - self.records.seen(state.memory)
 
-    async def _take_in(self, tenant: str, state: State, messages: Sequence[Message]) -> None:
+    async def _take_in(
+        self,
+        tenant: str,
+        state: State,
+        messages: Sequence[Message],
+        cuts: Sequence[transcript.Cut | None] = (),
+    ) -> None:
         """Fold messages and commit."""
         rendering = await asyncio.to_thread(render, self.records, state, messages)
 
         async def commit(result: Result) -> Outcome:
             dialogue, lengths = rendering.dialogue, rendering.lengths
-            await self.records.commit(tenant, state, result.memory, dialogue, messages, lengths)
+            await self.records.commit(tenant, state, result.memory, dialogue, messages, lengths, cuts)
             return Outcome("", "stop", 0, 0, 0)
 
         alone = self.records.dialogues.alone

@@ -160,7 +160,7 @@ class Records:
         dialogue: Dialogue,
         messages: Sequence[Message],
         lengths: Sequence[int],
-        cut: transcript.Cut | None = None,
+        cuts: Sequence[transcript.Cut | None] = (),
     ) -> State:
         """Make a turn durable.
 
@@ -170,14 +170,14 @@ class Records:
             memory, dialogue: what it ended with.
             messages: what was taken in.
             lengths: tokens of each message.
-            cut: where the last message breaks off, an answer; None if it came to its end.
+            cuts: where the last messages break off, answers; None for each that came to its end.
 
         Returns:
             the conversation after the turn.
         """
         say_losses(state.memory, memory, self.method)
         texts = self.settings.texts
-        cuts = [*(None for _ in messages[1:]), cut][: len(messages)]
+        cuts = [*(None for _ in messages[len(cuts) :]), *cuts]
         notes = (
             transcript.note(message, tokens, texts, state.told, end)
             for message, tokens, end in zip(messages, lengths, cuts, strict=True)

@@ -207,8 +207,8 @@ class Service(Conversations):
             taken = self.records.seen(result.memory) - known - sum(rendering.lengths)
             said, lengths = [*messages, answer], [*rendering.lengths, taken]
             broken = result.finish_reason in ("length", "stopped")
-            cut = Cut(result.finish_reason, result.tokens) if broken else None
-            after = await self.records.commit(tenant, state, result.memory, dialogue, said, lengths, cut)
+            cuts = [Cut(result.finish_reason, result.tokens)] if broken else []
+            after = await self.records.commit(tenant, state, result.memory, dialogue, said, lengths, cuts)
             return self._placed(outcome, after)
 
         job = Job(

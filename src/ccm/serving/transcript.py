@@ -109,6 +109,10 @@ def _calls(entry: dict[str, Any]) -> tuple[ToolCall, ...]:
     return tuple(ToolCall(*call) for call in entry.get("tool_calls", ()))
 
 
+def _cut(entry: dict[str, Any]) -> Cut | None:
+    return Cut(*entry[CUT]) if CUT in entry else None
+
+
 def texts(entries: Sequence[dict[str, Any]], sent: Sequence[Message] = ()) -> list[Message] | None:
     """The messages of entries, without empty answers. A text that is not stored is looked for among those sent.
 
@@ -118,6 +122,11 @@ def texts(entries: Sequence[dict[str, Any]], sent: Sequence[Message] = ()) -> li
     given = {digest_of(message): message for message in sent}
     found = [said(entry) or given.get(entry["sha256"]) for entry in entries if entry["sha256"] != _NOTHING]
     return None if None in found else [message for message in found if message is not None]
+
+
+def cuts(entries: Sequence[dict[str, Any]]) -> list[Cut | None]:
+    """Where each of the messages of :func:`texts` breaks off; None if it came to its end."""
+    return [_cut(entry) for entry in entries if entry["sha256"] != _NOTHING]
 
 
 def rewind(keep: int) -> dict[str, Any]:
@@ -155,8 +164,7 @@ def timeline(entries: Sequence[dict[str, Any]], folded: int) -> list[Entry]:
     for entry in current(entries):
         seen += entry["tokens"]
         said = entry["role"], entry.get("content"), entry["tokens"], seen <= folded
-        cut = Cut(*entry[CUT]) if CUT in entry else None
-        turns.append(Entry(*said, _calls(entry), entry.get("tool_call_id"), cut))
+        turns.append(Entry(*said, _calls(entry), entry.get("tool_call_id"), _cut(entry)))
     return turns
 
 
