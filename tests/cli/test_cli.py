@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from runs import environment
 from tiny import scramble, tiny_model, tiny_tokenizer
 
 import ccm
@@ -170,6 +171,24 @@ def saved(home: Path, tmp_path: Path) -> Path:
     session.append("My cat is called Miso.")
     session.save(tmp_path / "chat.ccm")
     return tmp_path / "chat.ccm"
+
+
+def test_letters_that_cannot_be_shown_or_read_are_replaced(home: Path) -> None:
+    """A terminal in Latin-1 has no check mark, and a pipe may bring Latin-1 where UTF-8 is expected."""
+
+    def run(encoding: str, *arguments: str, given: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+        command = [sys.executable, "-m", "ccm", *arguments]
+        return subprocess.run(
+            command, input=given, env={**environment(), "PYTHONIOENCODING": encoding}, capture_output=True
+        )
+
+    shown = run("latin-1:strict", "doctor")
+    assert b"Traceback" not in shown.stderr and b"? " in shown.stdout and b"shipped adapters" in shown.stdout
+    talked = run(
+        "utf-8:strict", "chat", "--model", str(home / "model"), "--adapter", str(home / "ccm-concat"),
+        "--max-tokens", "2", given=b"caf\xe9\n/history\n",
+    )  # fmt: skip
+    assert talked.returncode == 0 and "caf\N{REPLACEMENT CHARACTER}".encode() in talked.stdout, talked.stderr
 
 
 @pytest.mark.parametrize("columns", [None, "60"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 import warnings
@@ -46,6 +47,9 @@ app.add_typer(data.app, name="data")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit code: 0, 1 (a check failed), 2 (bad input) or 130 (Ctrl-C)."""
     arguments = sys.argv[1:] if argv is None else list(argv)
+    for stream in (sys.stdin, sys.stdout):  # a letter that cannot be read or shown is no reason to end
+        if isinstance(stream, io.TextIOWrapper) and stream.errors != "replace":
+            stream.reconfigure(errors="replace")
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     for name in (
         "bitsandbytes",
