@@ -287,6 +287,26 @@ class EngineContract:
         with pytest.raises(EngineError):
             engine.submit(turn(tokenizer, compressor.empty(), "a"), Heard())
 
+    def test_close_ends_answers_that_are_written_side_by_side(self, compressor, tokenizer, make):
+        engine, writing = make(rows=2), threading.Event()
+        heard = [Heard(), Heard()]
+
+        def second(event: object) -> None:  # the engine waits here until it is told to stop
+            if isinstance(event, str):
+                writing.set()
+                while not engine._closed:
+                    time.sleep(0.001)
+            heard[1](event)
+
+        long = Sampling(max_tokens=150, temperature=0)
+        for listener in (heard[0], second):
+            engine.submit(turn(tokenizer, compressor.empty(), "a", long), listener)
+        assert writing.wait(60)
+        engine.close()
+        for listener in heard:
+            with pytest.raises(EngineError, match="stopped"):
+                listener.result()
+
     def test_what_cannot_run_is_refused(self, compressor, tokenizer, engine, make):
         with pytest.raises(ConfigError, match=f"context is {CONTEXT}"):
             engine.submit(Job(compressor.empty(), prompt=(5,) * 300), Heard())

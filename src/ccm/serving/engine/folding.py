@@ -187,24 +187,23 @@ class FoldingEngine(Engine, Generic[R]):
         torch.set_num_threads(self._threads)  # the setting is one of each thread,
         torch.get_num_threads()  # which has it once it has asked, whatever others set later
         self._begun.set()
-        try:
-            self._rounds()
-        finally:
-            with self._lock:
-                self._closed = True
-            while not self._inbox.empty():
-                if isinstance(item := self._inbox.get(), Running):
-                    self._waiting.append(item)
-            for running in [*self._active, *self._waiting]:
-                self._leave(
-                    running, EngineError("the engine stopped during this turn; nothing of it is kept")
-                )
+        with torch.inference_mode():  # to the end: who leaves a batch of several writes into its tensors
+            try:
+                while self._admit():
+                    self._beat = time.monotonic()
+                    self._round()
+            finally:
+                self._end_all()
 
-    def _rounds(self) -> None:
-        with torch.inference_mode():
-            while self._admit():
-                self._beat = time.monotonic()
-                self._round()
+    def _end_all(self) -> None:
+        """Tell every job that is here that the engine has stopped."""
+        with self._lock:
+            self._closed = True
+        while not self._inbox.empty():
+            if isinstance(item := self._inbox.get(), Running):
+                self._waiting.append(item)
+        for running in [*self._active, *self._waiting]:
+            self._leave(running, EngineError("the engine stopped during this turn; nothing of it is kept"))
 
     def _round(self) -> None:
         for running in [r for r in (*self._active, *self._waiting) if r.ticket.cancelled]:
