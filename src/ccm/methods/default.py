@@ -115,6 +115,8 @@ def open_method(memory: str | Spec | None, model: PreTrainedModel, tokenizer: An
     """
     asked = checked(memory)
     spec = named(asked, model)
+    bound = with_window(_holding(spec.method())).bind(model, tokenizer)
+    check_fits(bound)
     if asked.name == DEFAULT and spec.name != ADAPTER:
         log.warning(
             "no adapter was trained for %s: its memory is %s, which needs no training; to train one, which may "
@@ -123,8 +125,6 @@ def open_method(memory: str | Spec | None, model: PreTrainedModel, tokenizer: An
             spec.text,
             model.name_or_path or "MODEL",
         )
-    bound = with_window(_holding(spec.method())).bind(model, tokenizer)
-    check_fits(bound)
     install(model)
     return bound
 
