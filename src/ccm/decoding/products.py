@@ -15,6 +15,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from ..core.pages import ask_for_large
 from .shape import Unfit
 
 #: (B, d_in) -> (B, d_out)
@@ -59,6 +60,7 @@ def product(modules: Sequence[nn.Module], weights: str | None) -> Product:
         return each[0] if len(each) == 1 else lambda x: torch.cat([own(x) for own in each], dim=-1)
     if any(type(base) is not nn.Linear or type(base.weight) is not nn.Parameter for base in bases):
         raise Unfit(f"{type(bases[0]).__name__} is no plain linear layer")
+    ask_for_large()
     weight = torch.cat([base.weight for base in bases]).float()
     bias = None
     if any(base.bias is not None for base in bases):

@@ -18,6 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..core.attention import RecurrentPlan, additive
 from ..core.families import get_family
+from ..core.pages import give_back
 from ..core.rotary import Rotary, rotate
 from ..core.twin import head_size, text_config
 from .products import Product, product
@@ -70,6 +71,8 @@ class Step:
         self.units = torch.eye(self.size, dtype=self.given, device=model.device)
         self.embed = model.get_input_embeddings()
         self.layers: list[_Layer] = []
+        if self.packed:
+            give_back()  # or copies lie there, in small pages
         try:
             last = Norm.of(model.get_submodule(family.body).norm)
             if last is None:
