@@ -27,7 +27,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "extending" / "low_norm.py"
 ABSENT = () if find_spec("kvpress") else ("kvpress",)
 #: One name for each method.
 NAMES = sorted({METHODS[name].name for name in list_methods()} - set(ABSENT))
-_SMALL = {"sink": 2, "window": 6, "tokens": 8, "slots": 2, "block": 4, "every": 2, "max_tokens": 4}
+_SMALL = dict(sink=2, window=6, tokens=8, slots=2, fitted=8, block=4, every=2, max_tokens=4)
 #: Of the memory that another one packs.
 _PACKED = {"slots": 2}
 #: Methods whose sizes are what they are.

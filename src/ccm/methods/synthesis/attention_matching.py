@@ -15,7 +15,7 @@ from torch import Tensor
 from ...core.memory import KV, Row
 from ...core.reader import Reader
 from ..base import Method, register
-from .matching import match
+from .matching import Asked, match
 
 #: What the model asks whatever was said: read once. Its last tokens, and what a query of theirs counts beside one of
 #: the text.
@@ -55,9 +55,13 @@ class AttentionMatching(Method):
         held = KV.cat((row.slots, leaving.to(torch.float32)))
         if held.length <= self.slots:
             return held
-        own = [] if queries is None else [(queries, 1.0)]
-        general = _questions(self.reader, self.tokenizer), GENERAL
-        return match(self.reader, row, held, self.slots, [*own, general])
+        return match(self.reader, row, held, self.slots, asked(self.reader, self.tokenizer, queries))
+
+
+def asked(reader: Reader, tokenizer: Any, queries: Tensor | None) -> list[Asked]:
+    """What slots are fitted to: queries (L, Hq, w, D) of the newest text, and the model's own."""
+    own = [] if queries is None else [(queries, 1.0)]
+    return [*own, (_questions(reader, tokenizer), GENERAL)]
 
 
 def _questions(reader: Reader, tokenizer: Any) -> Tensor:
