@@ -42,7 +42,8 @@ from ccm.errors import DataError
 from ccm.evaluation.share import recovered_share
 from ccm.files.atomic import write_atomically
 from ccm.files.fingerprint import base_name, model_fingerprint
-from ccm.methods import get_method
+from ccm.methods import Method, get_method
+from ccm.methods.bits.codes import HALF, get_code
 from ccm.training.engines import Engine, make_engine
 from ccm.training.packed import ArrayRow
 from ccm.training.targets import NONE, Row, only_last
@@ -66,6 +67,8 @@ BUDGETS: dict[str, dict[str, Any]] = {
     "slots 4, window 64": {"slots": 4, "sink": SINK, "window": 64},
 }
 RULES = ("concat", "mean", "bounded")
+#: Of memories in fewer bits.
+CODE = "int4"
 
 
 # ---------------------------------------------------------------------- nats
@@ -176,24 +179,55 @@ def remembered(
 
     Its option makes it as large as the first budget; with None it has its own size.
     """
-    reader = Reader(engine.compressor.model)
-    scores: list[Score] = []
+    method = get_method(name, **options).bind(Reader(engine.compressor.model), tokenizer)
+    beside = method.sink + method.window
+    scores = []
     for row in rows:
         entries = entries_before(row, **BUDGETS["slots 4"])
-        score, memory = (0.0, 0), None
-        for t, (ids, roles) in enumerate(zip(row.segments, row.roles, strict=True)):
-            method = get_method(name, **options).bind(reader, tokenizer)
-            if option is not None:
-                beside = method.sink + method.window
-                limit = entries[min(t + 1, len(entries) - 1) if growing else -1]
-                method = method.resized(**{option: limit - beside})
-            memory = method.empty() if memory is None else memory
-            if any(roles):
-                logits = reader.logits([ids], method.recall(memory, [ids]))[0]
-                score = added(score, scored(logits, torch.tensor(ids, device=logits.device), roles))
-            memory = method.fold(memory, [ids])
-        scores.append(score)
+        limits = [*entries[1:], entries[-1]] if growing else [entries[-1]] * len(entries)
+        scores.append(
+            lived(row, [method.resized(**{option: limit - beside}) if option else method for limit in limits])
+        )
     return scores
+
+
+@torch.no_grad()
+def packed(engine: Engine, rows: Sequence[Row], tokenizer: Any) -> list[Score]:
+    """Attention Matching in ``int4``, in the bytes of the first budget between the segments."""
+    method = get_method("packed", code=CODE).bind(Reader(engine.compressor.model), tokenizer)
+    limits = [entries_before(row, **BUDGETS["slots 4"])[-1] for row in rows]
+    return [lived(row, [method.resized(**method.sized(n))]) for row, n in zip(rows, limits, strict=True)]
+
+
+@torch.no_grad()
+def matched(engine: Engine, rows: Sequence[Row], tokenizer: Any, code: str | None = None) -> list[Score]:
+    """A slot a segment and fitted entries: at the end of a row both together have the bytes of the first budget."""
+    channels = engine.compressor.kv_shape()[2]
+    scores = []
+    for row in rows:
+        room = entries_before(row, **BUDGETS["slots 4"])[-1] - SINK
+        if code:
+            room = room * channels * HALF // get_code(code).width(channels)
+        sizes = {"slots": 1, "sink": SINK, "window": 0, "fitted": room - len(row.segments) + 1}
+        name = "slots-and-matching"
+        method = (
+            get_method("packed", of=name, code=code, options=sizes) if code else get_method(name, **sizes)
+        )
+        scores.append(lived(row, [method.bind(engine.compressor, tokenizer)]))
+    return scores
+
+
+def lived(row: Row, methods: Sequence[Method]) -> Score:
+    """A row segment by segment, each under its own size of a method; the last one goes on to the end."""
+    score, memory = (0.0, 0), methods[0].empty()
+    for t, (ids, roles) in enumerate(zip(row.segments, row.roles, strict=True)):
+        method = methods[min(t, len(methods) - 1)]
+        if any(roles):
+            logits = method.reader.logits([ids], method.recall(memory, [ids]))[0]
+            score = added(score, scored(logits, torch.tensor(ids, device=logits.device), roles))
+        if t + 1 < len(row.segments):
+            memory = method.fold(memory, [ids])
+    return score
 
 
 def scored(logits: torch.Tensor, ids: torch.Tensor, roles: Sequence[int]) -> Score:
@@ -259,6 +293,7 @@ def baselines(tokenizer: Any = None) -> dict[str, Measure]:
         "attention-matching": kept("attention-matching", "slots"),
         "attention-matching, growing": kept("attention-matching", "slots", growing=True),
         "attention-matching, its own size": kept("attention-matching", None),
+        "attention-matching, int4": Measure(lambda engine, rows: packed(engine, rows, tokenizer)),
         **{name: kept(name, "tokens", window=NEWEST) for name in EVICTION},
         "streaming-llm": kept("streaming-llm", "window", window=0),
         "last, full": Measure(full, last),
@@ -277,14 +312,21 @@ RIVALS = {
     "slots 2": ("window as slots 2",),
     "slots 1": ("window as slots 1",),
     "slots 4, window 64": ("window as slots 4, window 64",),
+    "slots-and-matching": ("attention-matching", "slots 4"),
+    "slots-and-matching, int4": ("attention-matching, int4",),
 }
 
 
-def budgets(rules: Sequence[str] = (), sizes: Sequence[str] = tuple(BUDGETS)) -> dict[str, Measure]:
-    """What is measured of an adapter: its own rule at all sizes, and other rules at the first of them."""
+def budgets(
+    rules: Sequence[str] = (), sizes: Sequence[str] = tuple(BUDGETS), tokenizer: Any = None
+) -> dict[str, Measure]:
+    """What is measured of an adapter: its own rule at all sizes, other rules at the first, and fitted entries."""
 
     def at(rule: str | None, chosen: dict[str, Any]) -> Callable[[Engine, Sequence[Row]], list[Score]]:
         return lambda engine, rows: nats(engine, rows, rule, **chosen)
+
+    def beside(code: str | None = None) -> Measure:
+        return Measure(lambda engine, rows: matched(engine, rows, tokenizer, code))
 
     first = at(None, BUDGETS[sizes[0]])
     return {
@@ -292,6 +334,8 @@ def budgets(rules: Sequence[str] = (), sizes: Sequence[str] = tuple(BUDGETS)) ->
         "last, own": Measure(first, last),
         "last, foreign": Measure(first, foreign),
         **{f"{sizes[0]}, {rule}": Measure(at(rule, BUDGETS[sizes[0]])) for rule in rules},
+        "slots-and-matching": beside(),
+        "slots-and-matching, int4": beside(CODE),
     }
 
 
@@ -411,7 +455,7 @@ def table(rows: Rows, stores: Sequence[Figures], figures: Sequence[str]) -> str:
         with suppress(DataError):
             found[figure] = compare(rows, stores, figure, RIVALS.get(figure, ()))
     parts = [(found, [(figure, "share") for figure in found])]
-    own = {figure: result for figure, result in found.items() if figure in BUDGETS}
+    own = {figure: result for figure, result in found.items() if figure in RIVALS}
     ahead = [(figure, f"ahead of {rival}") for figure in own for rival in RIVALS[figure]]
     parts.append((own, [*ahead, *((figure, "told") for figure in list(own)[:1])]))
     lines = []
@@ -490,7 +534,7 @@ def main() -> None:
             file = f"held_out_{Path(given.model).name if given.model else 'baselines'}.json"
             store = Figures.open(RESULTS / file, model_fingerprint(model))
         else:
-            compressor, wanted = Compressor.from_pretrained(model, name), budgets(RULES)
+            compressor, wanted = Compressor.from_pretrained(model, name), budgets(RULES, tokenizer=tokenizer)
             store = Figures.open(RESULTS / f"held_out_{Path(name).name}.json", compressor.fingerprint())
         for figure in given.figures or wanted:
             for source, part in rows.items():

@@ -192,6 +192,21 @@ def test_a_memory_of_its_own_size(held_out):
     torch.testing.assert_close(total(own), total(same))  # 4 sink tokens and 4 slots of each of 4 segments
 
 
+def test_fitted_entries_beside_slots_have_the_same_bytes(held_out, monkeypatch):
+    """In four bits there are more fitted ones in them."""
+    compressor, rows, lived = tiny_compressor(), rows_of(), []
+    monkeypatch.setattr(held_out, "lived", lambda row, methods: lived.append(methods[-1]) or (0.0, 0))
+    held_out.matched(Padded(compressor), rows[:1], None)
+    held_out.matched(Padded(compressor), rows[:1], None, "int4")
+    held_out.packed(Padded(compressor), rows[:1], None)
+    plain, coded, alone = lived
+    channels = compressor.kv_shape()[2]
+    width = coded.width(channels)
+    assert plain.size(LENGTHS[0][:4]) == (4, 16, 0)
+    assert coded.inner.fitted == 16 * channels * 2 // width - 4
+    assert alone.inner.slots == 19 * channels * 2 // width
+
+
 # ---------------------------------------------------------------------- shares and files
 
 

@@ -130,6 +130,26 @@ def test_memories_without_training_are_compared_row_by_row() -> None:
     assert beside[2:] == ["| books | 0.83 (0.75 to 1.00) |  |  |  |  |  |  | +0.42 (+0.38 to +0.50) |  | 2 |"]
 
 
+def test_fitted_entries_are_compared_row_by_row() -> None:
+    base = {
+        "none": [10.0, 10.0],
+        "full": [6.0, 2.0],
+        "attention-matching": [8.0, 7.0],
+        "attention-matching, int4": [6.0],
+    }
+    own = {"slots-and-matching": [7.0, 7.0], "slots-and-matching, int4": [5.0]}
+    alone = {"source": "alone", "nats": base}
+    found = {"sources": {"k": {"source": "books", "nats": base}, "l": alone}}
+    adapter = {"sources": {"k": {"source": "books", "nats": own}}}
+    (_, table) = benchmarks.sections({"held_out_baselines": found, "held_out_mine": adapter})
+    said, beside = table.split("\n\n")[-2:]
+    assert "a slot of mine" in said
+    cells = (
+        "0.50 | 0.75 | +0.25 (+0.25 to +0.25) | 1.00 | +0.50 (+0.50 to +0.50) | 1.25 | +0.25 (+0.25 to +0.25)"
+    )
+    assert beside.splitlines()[2:] == [f"| books | {cells} | 1 |", f"| **mean** | {cells} |  |"]
+
+
 # ---------------------------------------------------------------------- tables
 
 
