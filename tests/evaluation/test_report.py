@@ -93,7 +93,7 @@ def test_the_committed_pages_are_what_the_stored_results_give() -> None:
     folder = ROOT / "results"
     for name, text in write(load([folder]), benchmarks.load([folder])).items():
         assert (ROOT / "docs" / name).read_text() == text, f"{name} is old: run ccm report"
-        assert text.count("\n") <= 160, f"{name} is longer than people read"
+        assert text.count("\n") <= 180, f"{name} is longer than people read"
     pages = {path.stem for path in (ROOT / "docs/results").iterdir()}
     assert pages == {path.stem for path in (folder / "eval").glob("*.json")}, "a page without results"
 
