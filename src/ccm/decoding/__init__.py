@@ -133,7 +133,7 @@ class Decoder:
         """
         plan: Plan | None = kwargs.get(PLAN)
         model = None if self._model is None else self._model()
-        if plan is None or model is None:
+        if plan is None or model is None or model.__dict__.get(_MARK) is not self:
             return
         plain = not args and not torch.is_grad_enabled() and _says_nothing(kwargs, _KNOWN | {"inputs_embeds"})
         plan.step = self._steps.get(_key(model)) if plain and model.dtype == torch.float32 else None
