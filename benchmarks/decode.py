@@ -3,8 +3,9 @@
 The embedded model in float32, and behind the longer memory in bfloat16, each by its own forward pass, by the step of
 ``ccm.decoding`` and by that step from copies of the weights; ``generate`` and the server's engine. Ways are run in
 turns, so that every load of the machine meets all of them. The share is of a limit: bytes of weights and of keys and
-values that a token must read, over the bandwidth that is measured in the same turns. With one thread times are its
-own processor time.
+values that a token must read, over the bandwidth that is measured in the same turns, once in pages of 2 MB, which is
+all that the machine can do, and once in those of 4 KB, in which tensors lie by themselves. With one thread times are
+its own processor time.
 
 Quality, in float32, is told by what was held out (benchmarks/held_out_rows.py): nats per token, how far they move,
 and how often the likeliest token is another one.
@@ -91,7 +92,7 @@ def scores(reader: Reader, memory: Any, ids: Sequence[int]) -> torch.Tensor:
 def speeds(method: Method, memory: Any, prompt: Sequence[int], ways: Ways, threads: int, repeats: int) -> Any:
     reader, clock = method.reader, clock_of(threads)
     times: dict[str, dict[str, list[float]]] = {n: {"generate": [], "engine": []} for n in ways.known}
-    widths = []
+    widths: dict[str, list[float]] = {"": [], "_small_pages": []}
     for turn in range(repeats + 1):
         for name, own in times.items():
             ways.take(name)
@@ -103,7 +104,8 @@ def speeds(method: Method, memory: Any, prompt: Sequence[int], ways: Ways, threa
             taken["engine"] = engine(reader, memory, prompt, clock)
             for loop, seconds in taken.items() if turn else ():
                 own[loop].append(seconds)
-        widths.append(bandwidth(threads))
+        for pages, seen in widths.items():
+            seen.append(bandwidth(threads, large=not pages))
     ways.check()
     weights = sum(p.numel() for n, p in ways.model.named_parameters() if "lora_" not in n)
     entries = (memory.length + len(prompt) + NEW // 2) * method.reader.kv_bytes_per_token()
@@ -113,13 +115,15 @@ def speeds(method: Method, memory: Any, prompt: Sequence[int], ways: Ways, threa
         result[name] = {"bytes": size}
         for loop, seconds in own.items():
             ratios = [a / b for a, b in zip(times["ordinary"][loop], seconds, strict=True)]
-            shares = [size / s / w for s, w in zip(seconds, widths[1:], strict=True)]
             result[name][loop] = {
                 "tokens_per_second": round(1 / statistics.median(seconds), 1),
                 "times_ordinary": round(statistics.median(ratios), 2),
-                "share_of_bandwidth": round(statistics.median(shares), 2),
             }
-    return {"bandwidth": round(statistics.median(widths) / 1e9, 1), **result}
+            for pages, seen in widths.items():
+                shares = [size / s / w for s, w in zip(seconds, seen[1:], strict=True)]
+                result[name][loop][f"share_of_bandwidth{pages}"] = round(statistics.median(shares), 2)
+    most = {f"bandwidth{pages}": round(statistics.median(seen) / 1e9, 1) for pages, seen in widths.items()}
+    return {**most, **result}
 
 
 def quality(method: Method, rows: Any, ways: Ways, prompts: Sequence[Sequence[int]], memory: Any) -> Any:
