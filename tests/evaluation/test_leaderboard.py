@@ -315,7 +315,7 @@ def test_a_method_from_elsewhere_has_a_row(
     rows = json.loads(out)["tables"][0]["rows"]
     names = {row["method"].partition(":")[0] for row in rows}
     assert low_norm in names and {"snapkv", "attention-matching", "retrieve-text", "none"} <= names
-    of_an_adapter = {"slots-and-words", *shipped_adapters()}
+    of_an_adapter = {"slots-and-words", "slots-and-matching", *shipped_adapters()}
     assert names == set(default_methods()[0]) - of_an_adapter, (
         "an adapter of another model is left out, and nothing else"
     )

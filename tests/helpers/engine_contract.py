@@ -78,7 +78,7 @@ def close(a, b, method=None):
     if isinstance(method, Packed):
         a, b, within = method.expanded(a), method.expanded(b), 1e-3
     return a.length == b.length and all(
-        float((x - y).norm()) <= within * float(y.norm())
+        x.shape == y.shape and float((x - y).norm()) <= within * float(y.norm())
         for part in ("sink", "slots", "window")
         for x, y in zip(getattr(a.rows[0], part), getattr(b.rows[0], part), strict=True)
     )
