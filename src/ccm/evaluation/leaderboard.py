@@ -176,7 +176,7 @@ def _fitted(method: Method, entries: int, lengths: Sequence[Sequence[int]]) -> M
 def _fewer(method: Method) -> Iterator[Method]:
     """The method with its own number of slots and with fewer, an adapter without a window."""
     fixed = {"window": 0} if isinstance(method, Trained) and method.window else {}
-    for name in ("slots", "tokens"):
+    for name in ("slots", "tokens", "fitted"):
         for count in range(getattr(method, name, 0) or 0, 0, -1):
             yield method.resized(**fixed, **{name: count})
 
