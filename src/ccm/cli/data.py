@@ -140,9 +140,7 @@ def pack(
     tell = Tenths(console)
     with Progress(*columns, console=console, disable=not moves(console)) as bar:
         task = bar.add_task("drawing rows", total=wanted)
-        first: list[
-            tuple[float, int]
-        ] = []  # what is there when it is told for the first time took no time here
+        first: list[tuple[float, int]] = []  # what is there when it is told for the first time took no time
 
         def on_progress(done: int) -> None:
             first[:] = first or [(time.monotonic(), done)]
