@@ -28,8 +28,8 @@ it, once."""
 
 #: What each contender is.
 _WHAT = {
-    "ccm": "the default memory on transformers. Answers are read from a float16 copy of the weights, as `ccm chat` "
-    "and `ccm serve` do.",
+    "ccm": "the default memory on transformers. Texts and answers read a float16 copy of the weights, as in `ccm "
+    "chat` and `ccm serve`.",
     "ccm in llama.cpp": "the same memory, read, folded and answered in llama.cpp ([how](llama.md)).",
     "llama.cpp": "the same file with its keys and values kept.",
     "vllm": "vLLM in bfloat16, compiled, whose prefix cache has the history; every turn sends all of it with another "
