@@ -19,15 +19,15 @@ from ...core.folding import put
 from ...core.memory import KV, Memory, Row
 from ...core.window import overflow
 from ..base import Method, Segment, register
-from ..compressed import Compressed
 from ..parts import Part, behind
 from ..synthesis.attention_matching import asked
 from ..synthesis.matching import match
+from .base import Hybrid
 
 
 @register("slots-and-matching")
 @dataclass(frozen=True, kw_only=True)
-class SlotsAndMatching(Compressed):
+class SlotsAndMatching(Hybrid):
     """Few slots, and fitted entries.
 
     CCM's slots (Kim et al., ICLR 2024, arXiv 2312.03414) grow with the text, and beside them stand entries of
@@ -97,14 +97,6 @@ class SlotsAndMatching(Compressed):
     def limit(self) -> int | None:
         most = super().limit
         return None if most is None else most + self.fitted
-
-    @property
-    def title(self) -> str:
-        return self.name
-
-    @property
-    def text(self) -> str:
-        return str(Method.text.__get__(self))
 
 
 def _split(row: Row) -> tuple[KV, KV]:

@@ -19,11 +19,11 @@ from ...core.memory import KV, Memory, Row
 from ...core.onward import Turn
 from ...core.reader import Ids
 from ...core.window import overflow
-from ..base import Method, Segment, register, texts
-from ..compressed import Compressed
+from ..base import Segment, register, texts
 from ..inside import attended
 from ..parts import Part, behind
 from ..recall.retrieve_text import bm25
+from .base import Hybrid
 
 #: Newest tokens whose words are looked for, those of them whose attention counts, and the longest piece of old text.
 ASKED, ATTENDING, PIECE = 24, 8, 16
@@ -31,7 +31,7 @@ ASKED, ATTENDING, PIECE = 24, 8, 16
 
 @register("slots-and-words")
 @dataclass(frozen=True, kw_only=True)
-class SlotsAndWords(Compressed):
+class SlotsAndWords(Hybrid):
     """Few slots, and old words asked for.
 
     CCM's slots (Kim et al., ICLR 2024, arXiv 2312.03414) are the index, and all old text stays as token ids. A row's
@@ -160,14 +160,6 @@ class SlotsAndWords(Compressed):
     def limit(self) -> int | None:
         rule, slots = self.reader.rule, super().limit
         return None if slots is None else slots + rule.size((rule.blocks or 0) + 1, self.words)
-
-    @property
-    def title(self) -> str:
-        return self.name
-
-    @property
-    def text(self) -> str:
-        return str(Method.text.__get__(self))
 
 
 def _learned(memory: Memory) -> Memory:
