@@ -358,6 +358,32 @@ def test_chat_saves_loads_and_forgets(talk, tmp_path: Path, monkeypatch: pytest.
     assert "main, 3 turns" in shown
 
 
+def test_chat_replaces_no_turns_that_it_does_not_know(
+    talk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused = "a.ccm holds turns that this session does not know"
+    assert talk("Hello.", "/save a.ccm", "More.", "/undo", "/save a.ccm").count("saved to") == 2
+    (tmp_path / "old.ccm").write_bytes((tmp_path / "a.ccm").read_bytes())
+    shown = talk("/save a.ccm", "/load a.ccm", "More.", "/save ./a.ccm", "/reset", "/save a.ccm")
+    assert shown.count(refused) == 2 and shown.count("saved to") == 1, "other talks, before and after"
+    before = (tmp_path / "a.ccm").read_bytes()
+    save = Session.save
+
+    def meanwhile(session: Session, path: Path) -> None:  # another process, between two savings of this one
+        save(session, path)
+        (tmp_path / "a.ccm").write_bytes((tmp_path / "old.ccm").read_bytes())
+
+    monkeypatch.setattr(Session, "save", meanwhile)
+    shown = talk("More.", "/save b.ccm", "/save a.ccm", options=("--load", "a.ccm"))
+    assert shown.count(refused) == 1 and (tmp_path / "a.ccm").read_bytes() != before
+    monkeypatch.setattr(Session, "save", save)
+    shown = talk("/fork f", "/save a.ccm", "/switch f", "More.", "/save a.ccm", options=("--load", "a.ccm"))
+    assert shown.count("saved to a.ccm") == 2, "the same turns, and more"
+    shown = talk("/fork f", "More.", "/save a.ccm", "/switch f", "/save a.ccm", options=("--load", "a.ccm"))
+    assert shown.count(refused) == 1, "a copy that was told less"
+
+
 def test_chat_on_a_model_without_an_adapter(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog
 ) -> None:
@@ -372,6 +398,7 @@ def test_chat_on_a_model_without_an_adapter(
     code, shown, said = chat()
     assert code == 0 and "full context" in shown and "error" not in shown
     assert said.count("ccm train --init") == 1 and "needs no training" in said
+    file.unlink()
     code, shown, said = chat("--memory", "snapkv:tokens=9,window=8,sink=2")
     assert code == 0 and "9 slots + 8 window" in shown and not said
     code, shown, _ = chat("--load", str(file))  # the file says which method, and its sizes

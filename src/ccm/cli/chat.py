@@ -123,6 +123,7 @@ def _open(
 ) -> Opened:
     """The model and the session, as they were asked for; ``moved`` brings the method elsewhere."""
     loading.check()
+    from ..files.kind import digest_of
     from ..methods.default import checked, for_talking, open_method, saved_memory
     from ..session import Session
     from .repl import Opened
@@ -143,4 +144,7 @@ def _open(
             session.append(system, role="system")
         return session
 
-    return Opened(method, begin, Session.load(load, method, tokenizer) if load else begin())
+    if load is None:
+        return Opened(method, begin, begin(), {})
+    files = {load.resolve(): digest_of(load)}
+    return Opened(method, begin, Session.load(load, method, tokenizer), files)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -15,6 +16,7 @@ from rich.status import Status
 from rich.table import Table
 
 from ..errors import CCMError, ConfigError, UnknownNameError
+from ..files.kind import digest_of
 from . import screen
 from .flow import Flow
 from .prompt import Editor, Lines
@@ -61,11 +63,13 @@ class Opened:
         method: bound to the model.
         begin: makes a fresh session.
         session: that the conversation begins with.
+        files: as of :class:`Talk`.
     """
 
     method: Method
     begin: Callable[[], Session]
     session: Session
+    files: dict[Path, str]
 
 
 @dataclass
@@ -76,11 +80,13 @@ class Talk:
         session: as it is now.
         said: its messages, whole; None where nobody knows them, in one from a file.
         before: sessions from before the newest exchanges.
+        files: digests of the files that it was read from or written to, as it knows them.
     """
 
     session: Session
     said: list[Message] | None = field(default_factory=list)
     before: list[tuple[Session, list[Message] | None]] = field(default_factory=list)
+    files: dict[Path, str] = field(default_factory=dict)
     comparison: Comparison | None = None
 
 
@@ -184,7 +190,8 @@ class Repl:
             with self._spinner("loading the model"):
                 self.opening.exception()
         opened = self.opening.result()
-        self.talks["main"] = Talk(opened.session, [] if not opened.session.turns else None)
+        said: list[Message] | None = None if opened.session.turns else []
+        self.talks["main"] = Talk(opened.session, said, files=opened.files)
         if opened.session.dialogue.opening and opened.session.turns == 1:  # --system
             self.talks["main"].said = list(opened.session.dialogue.opening)
         elif opened.session.turns:
@@ -407,15 +414,23 @@ class Repl:
         self._say(self._meter())
 
     def _save(self, file: str) -> None:
-        self.session.save(_wanted(file, "/save FILE"))
+        path = Path(_wanted(file, "/save FILE"))
+        if digest_of(path) not in ("", self.talk.files.get(path.resolve())):
+            raise ConfigError(
+                f"{file} holds turns that this session does not know, so it is left as it is: give another name, "
+                f"delete it, or go on from it with /load {file}"
+            )
+        self.session.save(path)
+        self.talk.files[path.resolve()] = digest_of(path)
         self._say(f"saved to {file}")
 
     def _load(self, file: str) -> None:
         from ..session import Session
 
-        old = self.session
-        loaded = Session.load(_wanted(file, "/load FILE"), old.method, old.tokenizer)
-        self.talks[self.current] = Talk(loaded, None)
+        old, path = self.session, Path(_wanted(file, "/load FILE"))
+        digest = digest_of(path)
+        loaded = Session.load(path, old.method, old.tokenizer)
+        self.talks[self.current] = Talk(loaded, None, files={path.resolve(): digest})
         self._last_turns()
         self._say(f"loaded {file}, {self.session.turns} turns")
 
@@ -424,7 +439,7 @@ class Repl:
         if name in self.talks:
             raise ConfigError(f"there is a session {name!r} already: give another name, or /switch {name}")
         said = None if self.talk.said is None else list(self.talk.said)
-        self.talks[name] = Talk(self.session.fork(), said, list(self.talk.before))
+        self.talks[name] = Talk(self.session.fork(), said, list(self.talk.before), dict(self.talk.files))
         self._say(f"copied to {name}; /switch {name} goes there")
 
     def _switch(self, name: str) -> None:

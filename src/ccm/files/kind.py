@@ -15,10 +15,22 @@ def format_of(path: Path) -> str:
     Raises:
         OSError: it cannot be read.
     """
+    return _named(path, "format")
+
+
+def digest_of(path: Path) -> str:
+    """The digest of a memory file, by which two savings differ; empty if no memory file can be read there."""
+    try:
+        return _named(path, "digest")
+    except OSError:
+        return ""
+
+
+def _named(path: Path, name: str) -> str:
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         head = file.read(size) if size <= LONGEST_HEADER else b""
     try:
-        return str(json.loads(head)["__metadata__"]["format"])
+        return str(json.loads(head)["__metadata__"][name])
     except (ValueError, KeyError, TypeError, RecursionError):
         return ""
