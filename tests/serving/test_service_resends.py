@@ -130,6 +130,40 @@ def test_a_message_in_the_middle_is_edited(make, keep, texts):
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("texts", [True, False])
+@pytest.mark.parametrize("keep", [1, 9])
+def test_what_is_read_again_keeps_its_marks(make, keep, texts):
+    """Which answers were cut off, and what the client was never shown."""
+
+    async def run():
+        service = make(Limits(keep=keep), texts=texts)
+        chat = Chat(service)
+
+        async def cuts():
+            return [turn.cut and turn.cut.tokens for turn in await service.timeline("t", "s")]
+
+        for count in (3, 1, 2):
+            messages = [*chat.shown, *user(WORDS[count])]
+            sampling = Sampling(max_tokens=count, temperature=0)
+            turn = await service.answer("t", "s", messages, sampling, create=True, resent=True)
+            chat.shown = [*messages, Message("assistant", (await turn.finish()).text)]
+        assert await cuts() == [None, 3, None, 1, None, 2]
+        outcome = await chat.send([*chat.shown[:4], *user("other")])  # the newest exchange is taken back
+        assert (await cuts())[:-1] == [None, 3, None, 1, None] and outcome.taken.rebuilt == 4 * (keep == 1)
+        edited = [*user("edited"), *chat.shown[1:4], *user("more")]
+        await chat.send(edited)  # what follows the edited message comes from the request
+        assert (await cuts())[:-1] == [None, 3, None, 1, None]
+        if texts:
+            await service.append("t", "s", user("by the way"))
+            told = chat.shown
+            await chat.say("and now")
+            for _ in range(2):  # the client, who was never shown it, goes back to behind it
+                assert numbers(await chat.send([*told, *user("or now")]))[:3] == (len(told), 1, 2)
+                assert (await chat.held())[-3:-1] == ["by the way", "or now"]
+
+    asyncio.run(run())
+
+
 def test_a_version_of_another_branch_is_no_place_to_go_back_to(make):
     async def run():
         chat = Chat(make(Limits(keep=20)))

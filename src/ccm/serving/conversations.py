@@ -262,8 +262,8 @@ class Conversations:
             state = await self.records.load(tenant, session, anew=True)
             entries = await asyncio.to_thread(self.store.transcript, tenant, session)
             told = transcript.current(entries)
-            reset = replace(state, entries=(transcript.RESET,))
-            await self._take_in(tenant, reset, _texts(told), transcript.cuts(told))
+            reset = replace(state, entries=(transcript.RESET,), back=tuple(told))
+            await self._take_in(tenant, reset, _texts(told))
         return await self.view(tenant, session)
 
     async def compact(
@@ -284,19 +284,13 @@ class Conversations:
         view = await self.view(tenant, state.session)
         return view, view.stats["tokens_seen"] - self.records.seen(state.memory)
 
-    async def _take_in(
-        self,
-        tenant: str,
-        state: State,
-        messages: Sequence[Message],
-        cuts: Sequence[transcript.Cut | None] = (),
-    ) -> None:
+    async def _take_in(self, tenant: str, state: State, messages: Sequence[Message]) -> None:
         """Fold messages and commit."""
         rendering = await asyncio.to_thread(render, self.records, state, messages)
 
         async def commit(result: Result) -> Outcome:
             dialogue, lengths = rendering.dialogue, rendering.lengths
-            await self.records.commit(tenant, state, result.memory, dialogue, messages, lengths, cuts)
+            await self.records.commit(tenant, state, result.memory, dialogue, messages, lengths)
             return Outcome("", "stop", 0, 0, 0)
 
         alone = self.records.dialogues.alone

@@ -42,6 +42,7 @@ class State:
         aside: the request is no part of the conversation. Nothing is committed.
         drop: versions that the commit removes.
         told: what is taken in is not answered.
+        back: entries that were taken back; what is taken in again keeps their marks.
         pins: what is pinned, as far as texts are kept.
     """
 
@@ -55,6 +56,7 @@ class State:
     aside: bool = False
     drop: tuple[int, ...] = ()
     told: bool = False
+    back: tuple[dict[str, Any], ...] = ()
     pins: tuple[str, ...] = ()
 
 
@@ -160,7 +162,7 @@ class Records:
         dialogue: Dialogue,
         messages: Sequence[Message],
         lengths: Sequence[int],
-        cuts: Sequence[transcript.Cut | None] = (),
+        answer: dict[str, Any] | None = None,
     ) -> State:
         """Make a turn durable.
 
@@ -170,17 +172,20 @@ class Records:
             memory, dialogue: what it ended with.
             messages: what was taken in.
             lengths: tokens of each message.
-            cuts: where the last messages break off, answers; None for each that came to its end.
+            answer: marks of the last message, if that is a new answer.
 
         Returns:
             the conversation after the turn.
         """
         say_losses(state.memory, memory, self.method)
         texts = self.settings.texts
-        cuts = [*(None for _ in messages[len(cuts) :]), *cuts]
+        told = {transcript.TOLD: True} if state.told else {}
+        marks = [told | mark for mark in transcript.marks(messages, state.back)]
+        if answer is not None:
+            marks[-1] = answer
         notes = (
-            transcript.note(message, tokens, texts, state.told, end)
-            for message, tokens, end in zip(messages, lengths, cuts, strict=True)
+            transcript.note(message, tokens, texts, mark)
+            for message, tokens, mark in zip(messages, lengths, marks, strict=True)
         )
         turns, entries = state.turns + len(messages), (*state.entries, *notes)
         state = replace(state, memory=memory, dialogue=dialogue, turns=turns, entries=entries)

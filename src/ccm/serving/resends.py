@@ -144,7 +144,8 @@ async def rewound(
     drop = {v for v in kept if v < state.version} - {v for _, v in found}
     memory = base.memory.pinned_as(state.memory)  # pins are not taken back
     state = replace(state, memory=memory, dialogue=base.dialogue, turns=base.turns, drop=tuple(drop))
-    return replace(state, entries=(transcript.rewind(first),)), again
+    lost = tuple(entries[i] for i in places[first:])
+    return replace(state, entries=(transcript.rewind(first),), back=lost), again
 
 
 async def _sayable(

@@ -207,8 +207,8 @@ class Service(Conversations):
             taken = self.records.seen(result.memory) - known - sum(rendering.lengths)
             said, lengths = [*messages, answer], [*rendering.lengths, taken]
             broken = result.finish_reason in ("length", "stopped")
-            cuts = [Cut(result.finish_reason, result.tokens)] if broken else []
-            after = await self.records.commit(tenant, state, result.memory, dialogue, said, lengths, cuts)
+            marks = Cut(result.finish_reason, result.tokens).mark() if broken else {}
+            after = await self.records.commit(tenant, state, result.memory, dialogue, said, lengths, marks)
             return self._placed(outcome, after)
 
         job = Job(

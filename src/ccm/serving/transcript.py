@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,8 @@ TOLD = "told"
 SYSTEM = ("system", "developer")
 #: Field of an answer that did not come to its end: what ended it, and how many tokens it has.
 CUT = "cut"
+#: Fields that say of an entry how it came about, and not what was said.
+_MARKS = (TOLD, CUT)
 _THOUGHTS = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)
 _NAMES = (
     "monday tuesday wednesday thursday friday saturday sunday mon tue tues wed thu thur thurs fri sat sun "
@@ -49,6 +52,10 @@ class Cut:
     by: str
     tokens: int
 
+    def mark(self) -> dict[str, Any]:
+        """As an entry bears it."""
+        return {CUT: [self.by, self.tokens]}
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -74,14 +81,10 @@ class Entry:
 
 
 def note(
-    message: Message, tokens: int, texts: bool, told: bool = False, cut: Cut | None = None
+    message: Message, tokens: int, texts: bool, marks: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """A message as an entry of a transcript; without texts its digests alone."""
-    entry: dict[str, Any] = {"role": message.role, "sha256": digest_of(message), "tokens": tokens}
-    if told:
-        entry[TOLD] = True
-    if cut:
-        entry[CUT] = [cut.by, cut.tokens]
+    """A message as an entry of a transcript, with its marks; without texts its digests alone."""
+    entry = {"role": message.role, "sha256": digest_of(message), "tokens": tokens, **(marks or {})}
     if not texts:
         lines = {"lines": [line_digest(line) for line in _lines(message.content)]}
         return {**entry, **lines} if message.role in SYSTEM else entry
@@ -124,9 +127,12 @@ def texts(entries: Sequence[dict[str, Any]], sent: Sequence[Message] = ()) -> li
     return None if None in found else [message for message in found if message is not None]
 
 
-def cuts(entries: Sequence[dict[str, Any]]) -> list[Cut | None]:
-    """Where each of the messages of :func:`texts` breaks off; None if it came to its end."""
-    return [_cut(entry) for entry in entries if entry["sha256"] != _NOTHING]
+def marks(messages: Sequence[Message], entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What each of the messages bore when it was one of these entries. Of equal ones the oldest comes first."""
+    before = defaultdict[str, deque[dict[str, Any]]](deque)
+    for entry in entries:
+        before[key_of(entry)].append({name: entry[name] for name in _MARKS if name in entry})
+    return [found.popleft() if (found := before[digest_of(message)]) else {} for message in messages]
 
 
 def rewind(keep: int) -> dict[str, Any]:
