@@ -301,6 +301,29 @@ def test_system_text_that_the_template_knows_only_at_the_beginning(make, monkeyp
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("keep", [1, 9])
+def test_instructions_where_a_turn_goes_back(make, keep):
+    """They stand behind what is read again, and are not read again themselves."""
+
+    async def run():
+        service = make(Limits(keep=keep))
+        for text in ("a cat", "a dog"):
+            await say(service, "s", text, instructions="Be kind.")
+        held = [turn.content for turn in await service.timeline("t", "s")]
+        assert held[:2] == ["Be kind.", "a cat"] and len(held) == 5
+        for words, new, system in (
+            ("Be kind.", [], "known"),
+            ("Be kind.\nBe brief.", ["Be brief."], "taken in"),
+        ):
+            outcome = await say(service, "s", "a bird", keep=3, instructions=words)
+            assert (outcome.taken.appended, outcome.taken.system) == (1 + len(new), system)
+            assert outcome.taken.rebuilt == 3 * (keep == 1)
+            now = [turn.content for turn in await service.timeline("t", "s")]
+            assert now[:-1] == [*held[:3], *new, "a bird"]
+
+    asyncio.run(run())
+
+
 def test_what_was_taken_in_by_another_way_stays(service):
     async def run():
         chat = Chat(service)

@@ -93,12 +93,19 @@ async def back(
 
 
 async def instructions(
-    records: Records, tenant: str, state: State, text: str
+    records: Records, tenant: str, state: State, again: Sequence[Message], text: str
 ) -> tuple[Sequence[Message], str | None]:
-    """The part of the instructions that is new, and the word of :attr:`Taken.system` for them."""
-    entries = [*await records.entries(tenant, state), *state.entries]
-    new, word = history.news(transcript.current(entries), Message("system", text))
-    return await _sayable(records, state.dialogue, [] if new is None else [new], word, len(entries))
+    """The part of the instructions that is new behind the messages that are read again, and the word of
+    :attr:`Taken.system` for them.
+    """
+    entries = transcript.current([*await records.entries(tenant, state), *state.entries])
+    known = [*entries, *(transcript.note(message, 0, True) for message in again)]
+    new, word = history.news(known, Message("system", text))
+    dialogue = state.dialogue
+    for message in again:
+        step = await asyncio.to_thread(records.dialogues.add, dialogue, message, back=False)
+        dialogue = step.dialogue
+    return await _sayable(records, dialogue, [] if new is None else [new], word, len(known))
 
 
 async def rewound(

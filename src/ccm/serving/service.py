@@ -153,9 +153,11 @@ class Service(Conversations):
                 resend = resend or self.settings.resend
                 state, messages, taken = await resends.compare(self.records, tenant, state, messages, resend)
             if instructions is not None:
-                text, word = await resends.instructions(self.records, tenant, state, instructions)
-                messages = [*text, *messages]
-                taken = replace(taken, matched=1 - len(text), appended=len(messages), system=word)
+                again = messages[: taken.rebuilt if state.back else 0]
+                text, word = await resends.instructions(self.records, tenant, state, again, instructions)
+                appended = taken.appended + len(text)
+                messages = [*again, *text, *messages[len(again) :]]
+                taken = replace(taken, matched=taken.matched + 1 - len(text), appended=appended, system=word)
             disconnect = "drop" if aside else disconnect or self.settings.disconnect
             turn = await self._turn(tenant, state, messages, sampling, unlock, tools, disconnect)
             turn.taken = taken
