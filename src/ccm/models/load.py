@@ -44,6 +44,7 @@ from transformers.utils import logging as transformers_logging
 from ccm import hub
 from ccm.errors import CCMError, ConfigError, MissingPackageError, StorageError, UnsupportedModelError
 from ccm.models import packages
+from ccm.models.header import read_once
 from ccm.models.hollow import hollow
 from ccm.models.placement import AUTO, DEFAULT_MODEL, OWN, Placement, is_default, is_gguf, place
 
@@ -129,7 +130,8 @@ def load_model(
         return _default(where)
     with _quiet(), _load_errors(str(name)), Console(stderr=True, quiet=not spinner).status(f"Loading {name}"):
         if is_gguf(name):
-            model, tokenizer = _read_gguf(Path(str(name)), where)
+            with read_once():
+                model, tokenizer = _read_gguf(Path(str(name)), where)
         else:
             config = _config(str(name))
             options = _options(config, str(name), where)

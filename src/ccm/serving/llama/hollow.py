@@ -17,6 +17,7 @@ from ...core.memory import KV
 from ...core.reader import Reader
 from ...errors import ConfigError, UnsupportedModelError
 from ...files.fingerprint import remember
+from ...models.header import read_once
 from ...models.hollow import is_hollow, own_parameters
 from ...models.load import gguf_file, load_hollow
 from ...models.placement import is_default
@@ -41,10 +42,11 @@ def load(loading: Loading, spinner: bool = True) -> tuple[PreTrainedModel, PreTr
     """
     if loading.load_in is None and loading.device_map is None:
         try:
-            model, tokenizer, files = load_hollow(
-                loading.model, loading.dtype, loading.device, spinner=spinner
-            )
-            weights = weights_of(files, model)
+            with read_once():
+                model, tokenizer, files = load_hollow(
+                    loading.model, loading.dtype, loading.device, spinner=spinner
+                )
+                weights = weights_of(files, model)
             remember(model, (sample for _, sample in weights.samples()))
             model.ccm_files, model.ccm_weights = files, weights
             return model, tokenizer
@@ -71,7 +73,7 @@ def read(reader: Reader, path: str, ids: Sequence[int]) -> KV:
     model = reader.model
     if is_hollow(model):
         try:
-            # opened once: the header of a GGUF file takes seconds to read
+            # opened once: the header of a GGUF file takes a second to read
             files = model.__dict__.pop("ccm_weights", None) or weights_of(model.ccm_files, model)
             name = model.config._name_or_path
             # those of the embedded model were made from its GGUF file
