@@ -24,8 +24,8 @@ from ccm.serving.llama import hollow
 from ccm.serving.llama.reader import in_llama
 from ccm.serving.weights import Gguf, weights_of
 
-#: Families of GGUF files, and what their tiny models have; transformers takes all heads of qwen3 for 128 wide.
-FILES = {"llama": SHAPE, "qwen2": SHAPE, "qwen3": {**SHAPE, "head_dim": 128}}
+#: Families of GGUF files, and what their tiny models have.
+FILES = {"llama": SHAPE, "qwen2": SHAPE, "qwen3": {**SHAPE, "head_dim": 64}}
 
 
 @pytest.fixture

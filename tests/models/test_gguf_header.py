@@ -8,12 +8,14 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import torch
 from gguf_files import write_gguf
 from tiny import tiny_model, tiny_tokenizer
 
 import ccm
 from ccm.core.reader import Reader
 from ccm.models.header import read_once
+from ccm.models.load import load_config
 from ccm.models.loading import Loading
 from ccm.serving.llama import hollow
 
@@ -70,3 +72,18 @@ def test_gguf_is_as_before_behind_a_shared_reading(tmp_path: Path) -> None:
         assert shared.fields[name].contents() == field.contents()
     for one, other in zip(shared.tensors, plain.tensors, strict=True):
         assert one.name == other.name and np.array_equal(one.data, other.data)
+
+
+@pytest.mark.parametrize(("family", "width"), [("qwen3", 16), ("qwen3", 128), ("qwen3", None), ("llama", 16)])
+def test_heads_are_as_wide_as_the_file_says(tmp_path: Path, family: str, width: int | None) -> None:
+    """transformers takes all heads of qwen3 for 128 wide."""
+    path, model = written(tmp_path / "m.gguf", family, **({} if width is None else {"head_dim": width}))
+    loaded, _ = ccm.load_model(path)
+    empty, _ = hollow.load(Loading(path, dtype="auto", device="cpu"))
+    assert (
+        load_config(path).head_dim == loaded.config.head_dim == empty.config.head_dim == model.config.head_dim
+    )
+    ids = torch.tensor([[3, 1, 2]])
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+        assert torch.equal(empty(ids).logits, model(ids).logits)

@@ -1,4 +1,4 @@
-"""Headers of GGUF files. One with a large vocabulary takes seconds to read, and transformers reads it again and again."""
+"""Headers of GGUF files. That of a large vocabulary takes seconds to read, and transformers reads it three times."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _READER = gguf.GGUFReader
 _ALONE = threading.RLock()
 
 
-class Header(_READER):  # type: ignore[misc]
+class Header(gguf.GGUFReader):  # type: ignore[misc]
     """The reader of gguf on a plain array: its small slices of a memory map take four times as long."""
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -42,3 +42,11 @@ def read_once() -> Iterator[None]:
             yield
         finally:
             gguf.GGUFReader = _READER
+
+
+def head_width(path: str | os.PathLike[str]) -> int | None:
+    """Channels of a head's keys, as the file says; None if it does not, or if they differ between layers."""
+    fields = gguf.GGUFReader(path).fields
+    attention = f"{fields['general.architecture'].contents()}.attention"
+    width = fields.get(f"{attention}.key_length")
+    return None if width is None or f"{attention}.key_length_swa" in fields else int(width.contents())

@@ -44,7 +44,7 @@ from transformers.utils import logging as transformers_logging
 from ccm import hub
 from ccm.errors import CCMError, ConfigError, MissingPackageError, StorageError, UnsupportedModelError
 from ccm.models import packages
-from ccm.models.header import read_once
+from ccm.models.header import head_width, read_once
 from ccm.models.hollow import hollow
 from ccm.models.placement import AUTO, DEFAULT_MODEL, OWN, Placement, is_default, is_gguf, place
 
@@ -292,7 +292,12 @@ def _options(config: PretrainedConfig, name: str, where: Placement) -> dict[str,
 
 def _config(name: str) -> PretrainedConfig:
     if is_gguf(name):
-        return AutoConfig.from_pretrained(Path(name).parent, gguf_file=Path(name).name, **_from(name))
+        with read_once():
+            config = AutoConfig.from_pretrained(Path(name).parent, gguf_file=Path(name).name, **_from(name))
+            width = head_width(name)
+        if width is not None and hasattr(config, "head_dim"):
+            config.head_dim = width  # transformers leaves it out of some families, and takes their default
+        return config
     return AutoConfig.from_pretrained(name, **_from(name))
 
 
@@ -380,7 +385,9 @@ def _read_gguf(file: Path, where: Placement) -> tuple[PreTrainedModel, PreTraine
         placed["quantization_config"] = transformers.GgufConfig(dequantize=True)
     tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
     with redirect_stderr(io.StringIO()):  # a progress bar that no setting of transformers turns off
-        model = AutoModelForCausalLM.from_pretrained(file.parent, **options, **placed)
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent, config=_config(str(file)), **options, **placed
+        )
     # The weights are plain floats now: without this the model could not be saved.
     if hasattr(model, "hf_quantizer"):
         del model.hf_quantizer
