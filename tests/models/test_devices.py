@@ -14,6 +14,7 @@ import torch
 from accelerate import dispatch_model
 from gguf_files import write_gguf
 from pretend import Pretend, pretended_devices
+from safetensors.torch import load_file, save_file
 from tiny import pad, random_rows, saved_folder, scramble, tiny_compressor, tiny_model, tiny_tokenizer
 
 import ccm
@@ -212,6 +213,28 @@ def test_a_plan_reads_a_gguf_file(tmp_path):
     write_gguf(tmp_path / "tiny.gguf", model, tokenizer)
     made = plan(Load(1, 4, 8), model=str(tmp_path / "tiny.gguf"), measured=False)
     assert made["weight_bytes"] == 4 * sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("wrong", "weights", "said"),
+    [
+        ({"intermediate_size": 40}, {}, "mlp.down_proj.weight is (32, 48), not (32, 40), and 8 more"),
+        ({"num_hidden_layers": 4}, {}, "model.layers.3.input_layernorm.weight is missing, and 8 more"),
+        ({}, {"model.norm.weight": None}, "(model.norm.weight is missing)"),
+        ({}, {"model.norm.weight": torch.ones(3)}, "(model.norm.weight is (3,), not (32,))"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(tmp_path, dtype, wrong, weights, said):
+    """transformers fills gaps with random weights, and says so in a log that the command line does not show."""
+    folder = saved_folder(tmp_path / "model", dtype)
+    config, file = tmp_path / "model" / "config.json", tmp_path / "model" / "model.safetensors"
+    config.write_text(json.dumps(json.loads(config.read_text()) | wrong))
+    kept = {name: weight for name, weight in (load_file(file) | weights).items() if weight is not None}
+    save_file(kept, file, {"format": "pt"})
+    with pytest.raises(ConfigError, match="do not fit its config") as error:
+        ccm.load_model(folder)
+    assert said in str(error.value) and "report" not in str(error.value)
 
 
 def test_what_is_quantized_already_is_not_quantized_again(tmp_path, monkeypatch):

@@ -135,7 +135,7 @@ def load_model(
         else:
             config = _config(str(name))
             options = _options(config, str(name), where)
-            model = _auto_class(config).from_pretrained(name, config=config, **options, **_from(str(name)))
+            model = _with_weights(_auto_class(config), name, config=config, **options, **_from(str(name)))
             tokenizer = load_tokenizer(str(name))
     return _frozen(model, where), tokenizer
 
@@ -253,9 +253,27 @@ def _default(where: Placement, progress: bool = True) -> tuple[PreTrainedModel, 
     with _quiet(), _load_errors(DEFAULT_MODEL):
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         options = _options(config, DEFAULT_MODEL, where)
-        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options)
+        model = _with_weights(AutoModelForCausalLM, folder, local_files_only=True, **options)
     model.config._name_or_path = model.name_or_path = DEFAULT_MODEL
     return _frozen(model, where), load_tokenizer(DEFAULT_MODEL)
+
+
+def _with_weights(kind: Any, name: Any, **options: Any) -> PreTrainedModel:
+    """What ``from_pretrained`` makes, if all weights are there; it fills gaps with random ones, and logs that alone.
+
+    Raises:
+        RuntimeError: a weight is missing, or of another shape than the config says.
+    """
+    model, found = kind.from_pretrained(
+        name, output_loading_info=True, ignore_mismatched_sizes=True, **options
+    )
+    wrong = [f"{key} is {tuple(got)}, not {tuple(shape)}" for key, got, shape in found["mismatched_keys"]]
+    wrong += [f"{key} is missing" for key in found["missing_keys"]]
+    if wrong:
+        others = f", and {len(wrong) - 1} more" if wrong[1:] else ""
+        raise RuntimeError(min(wrong) + others)
+    loaded: PreTrainedModel = model
+    return loaded
 
 
 def _frozen(model: PreTrainedModel, where: Placement) -> PreTrainedModel:
@@ -385,8 +403,8 @@ def _read_gguf(file: Path, where: Placement) -> tuple[PreTrainedModel, PreTraine
         placed["quantization_config"] = transformers.GgufConfig(dequantize=True)
     tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
     with redirect_stderr(io.StringIO()):  # a progress bar that no setting of transformers turns off
-        model = AutoModelForCausalLM.from_pretrained(
-            file.parent, config=_config(str(file)), **options, **placed
+        model = _with_weights(
+            AutoModelForCausalLM, file.parent, config=_config(str(file)), **options, **placed
         )
     # The weights are plain floats now: without this the model could not be saved.
     if hasattr(model, "hf_quantizer"):
@@ -429,8 +447,9 @@ def _load_errors(name: str) -> Iterator[None]:
             "map, or keep it on the CPU"
         ) from error
     except (SafetensorError, RuntimeError) as error:
+        reason = _first_line(error).partition(" For details")[0]  # they are in a log that nobody sees
         raise ConfigError(
-            f"the weights of {name!r} are damaged or do not fit its config ({_first_line(error)}): "
+            f"the weights of {name!r} are damaged or do not fit its config ({reason}): "
             "download or save the model again"
         ) from error
 
