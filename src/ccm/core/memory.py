@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import MemoryFileError, MismatchError
 from ..files import memory_file
-from ..files.atomic import write_atomically
+from ..files.atomic import PRIVATE, write_atomically
 from ..files.fingerprint import made_by
 from .rotary import Rotary, rotate
 
@@ -251,7 +251,7 @@ class Memory:
             MemoryFileError: the memory holds NaN.
         """
         memory_file.check_replaceable(Path(path))
-        write_atomically(Path(path), self.dumps(extra))
+        write_atomically(Path(path), self.dumps(extra), PRIVATE)
 
     def dumps(self, extra: Mapping[str, str] | None = None) -> bytes:
         """What :meth:`save` writes."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ConfigError, StorageError
-from ..files.atomic import write_atomically
+from ..files.atomic import PRIVATE, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ class Keys:
         try:
             text = path.read_text(encoding="utf-8") if path.exists() else ""
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, f"{text}{tenant}:{_sha256(key)}\n".encode())  # readable by its owner alone
+            write_atomically(path, f"{text}{tenant}:{_sha256(key)}\n".encode(), PRIVATE)
         except OSError as error:
             raise StorageError(f"API keys {path} cannot be written: {error}") from error
         return key

@@ -15,7 +15,7 @@ from typing import Any
 from filelock import FileLock
 
 from ...errors import ConfigError, MemoryFileError, StorageError
-from ...files.atomic import write_atomically
+from ...files.atomic import PRIVATE, write_atomically
 from .base import (
     Info,
     Limits,
@@ -131,7 +131,7 @@ class DirectoryStore(Store):
                 yield folder
 
     def _write(self, path: Path, data: bytes) -> None:
-        write_atomically(path, data)
+        write_atomically(path, data, PRIVATE)
         _sync_folder(path.parent)  # the new name, too
 
     def _read(self, folder: Path, session: str, now: float) -> Manifest:
@@ -289,9 +289,9 @@ class DirectoryStore(Store):
     ) -> None:
         """Write what is new, then the manifest, which makes it count, then remove what no longer does."""
         if record:
-            write_atomically(folder / f"{record.version}.safetensors", record.payload)
+            write_atomically(folder / f"{record.version}.safetensors", record.payload, PRIVATE)
         if lines:
-            fd = os.open(folder / _TRANSCRIPT, os.O_RDWR | os.O_CREAT, 0o600)
+            fd = os.open(folder / _TRANSCRIPT, os.O_RDWR | os.O_CREAT, PRIVATE)
             with os.fdopen(fd, "r+b") as file:
                 file.truncate(before.transcript)
                 file.seek(before.transcript)
