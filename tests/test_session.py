@@ -12,6 +12,7 @@ from safetensors.torch import save
 from tiny import scramble, tiny_model, tiny_tokenizer
 
 import ccm
+from ccm.chat.dialogue import Dialogues
 from ccm.chat.turns import render, turns_of
 from ccm.core.compressor import Compressor, CompressorConfig
 from ccm.errors import ConfigError, MemoryFileError, MismatchError, StorageError
@@ -172,7 +173,9 @@ def test_a_save_replaces_a_memory_file_and_nothing_else(merge: Compressor, tmp_p
         assert (tmp_path / name).read_bytes() == content
 
 
-def test_errors_leave_the_session_as_it_was(merge: Compressor, tmp_path: Path) -> None:
+def test_errors_leave_the_session_as_it_was(
+    merge: Compressor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     session = Session(merge, TOKENIZER)
     session.append("something")
     memory, turns = session.memory, session.turns
@@ -188,6 +191,12 @@ def test_errors_leave_the_session_as_it_was(merge: Compressor, tmp_path: Path) -
     with pytest.raises(KeyboardInterrupt):
         session.generate("hello", streamer=lambda text: (_ for _ in ()).throw(KeyboardInterrupt))
     assert session.memory is memory and session.turns == turns
+    monkeypatch.setattr(Dialogues, "stands", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    before = dict(vars(session))
+    with pytest.raises(KeyboardInterrupt):
+        session.append("hello")  # at its very end, when it is folded already
+    assert vars(session) == before
+    monkeypatch.undo()
     session.append("it goes on")
     memory.save(tmp_path / "bare.ccm")
     with pytest.raises(MemoryFileError, match="no session"):

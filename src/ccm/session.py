@@ -11,7 +11,8 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -123,8 +124,9 @@ class Session:
             ConfigError: empty text, or a role that the chat template refuses. The session is unchanged.
         """
         message = text if isinstance(text, Message) else Message(role, text)
-        self._take(self._step(message), message, on_read=on_read)
-        self.turns += 1
+        with self._as_a_whole():
+            self._take(self._step(message), message, on_read=on_read)
+            self.turns += 1
 
     def pin(self, text: str) -> None:
         """Keep a text in front of everything, word for word and for as long as the memory lives.
@@ -177,16 +179,22 @@ class Session:
             ConfigError: empty text, a place where the chat template has no answer, or a memory that leaves no room
                 for one in the model's context. The session is unchanged.
         """
-        before = dict(vars(self))
-        try:
+        with self._as_a_whole():
             head = self._asked(text, role, on_read)
             self.last, known = self._written(head, streamer, generate_kwargs)
             self._take(self._step(self.last.message()), self.last.message(), known=known)
             self.turns += 1
-        except BaseException:  # also Ctrl-C while streaming: the turn happens as a whole or not at all
+            return self.last.content
+
+    @contextmanager
+    def _as_a_whole(self) -> Iterator[None]:
+        """A turn happens as a whole or not at all, also with Ctrl-C at any moment."""
+        before = dict(vars(self))
+        try:
+            yield
+        except BaseException:
             vars(self).update(before)
             raise
-        return self.last.content
 
     def _asked(
         self, text: str | Message | None, role: str, on_read: Callable[[int, int], None] | None = None
