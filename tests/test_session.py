@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from pathlib import Path
 
@@ -143,6 +144,8 @@ def test_forks_do_not_hear_each_other(merge: Compressor) -> None:
     assert session.memory is untouched and fork.turns == session.turns + 1
     session.append("only for the fork")
     assert equal(session, fork)
+    copied = copy.deepcopy(session)  # with the same model
+    assert copied.method is session.method and equal(copied, session)
 
 
 def test_save_load_continue_equals_never_having_saved(merge: Compressor, tmp_path: Path) -> None:

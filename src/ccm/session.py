@@ -302,6 +302,10 @@ class Session:
         """An independent copy: what one is told, the other does not know."""
         return copy.copy(self)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Session:
+        """A fork: web frameworks copy what each visitor begins with, and the model is one for all."""
+        return self.fork()
+
     def reset(self) -> None:
         """Forget everything, also what is pinned."""
         self.memory, self.turns, self.last, self.said, self.pins = self.method.empty(), 0, None, (), ()
