@@ -83,7 +83,7 @@ def compressor() -> Compressor:
 
 def said(compressor: Compressor, seed: int = 0, **options: Any) -> str:
     torch.manual_seed(seed)
-    return Session(compressor, TOKENIZER).generate("Hello there.", max_new_tokens=12, **options)
+    return Session(compressor, TOKENIZER).generate("Hello there.", **{"max_new_tokens": 12, **options})
 
 
 def test_a_session_answers_as_the_model_does(compressor: Compressor) -> None:
@@ -95,6 +95,11 @@ def test_a_session_answers_as_the_model_does(compressor: Compressor) -> None:
     assert said(compressor, num_beams=2) == said(compressor, 1, num_beams=2), "beams are followed, not drawn"
     whole = transformers.GenerationConfig(do_sample=False, pad_token_id=0)
     assert said(compressor, generation_config=whole) == greedy, "a whole config says all of it"
+    for settings in ({"max_new_tokens": 4}, {"max_new_tokens": 4, "num_beams": 2}):
+        whole = transformers.GenerationConfig(do_sample=False, pad_token_id=0, **settings)
+        alone = Session(compressor, TOKENIZER).generate("Hello there.", generation_config=whole)
+        assert alone == said(compressor, do_sample=False, **settings), "also what is looked at before it"
+    assert said(compressor, do_sample=False, stop_strings=greedy[0]) == greedy[0], "the tokenizer is at hand"
 
 
 def test_an_engine_answers_as_the_model_does(compressor: Compressor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -22,6 +23,8 @@ log = logging.getLogger(__name__)
 
 #: Positions left free behind an answer that fills the context: for what the template ends it with.
 BEHIND = 16
+#: Settings that are read here, and so are looked for in a ``generation_config``, too.
+_COUNTS = ("max_new_tokens", "num_beams", "num_return_sequences")
 
 
 def written(
@@ -57,6 +60,7 @@ def written(
         "max_new_tokens": 256,
         "eos_token_id": sorted(ends) or None,
         "pad_token_id": tokenizer.pad_token_id,
+        "tokenizer": tokenizer,  # for stop_strings
         **_drawn(reader.model, generate_kwargs),
     }
     recalled = method.recall(memory)
@@ -65,7 +69,9 @@ def written(
         options["stopping_criteria"] = [*options.get("stopping_criteria", ()), stream.stops]
     options["return_dict_in_generate"] = False
     beams = options.get("num_beams") or 1  # a streamer cannot follow several
-    if beams > 1 or (options.get("num_return_sequences") or 1) > 1:
+    several = beams > 1 or (options.get("num_return_sequences") or 1) > 1
+    options = _in_one(options)
+    if several:
         out = reader.generate([list(head)], recalled, streamer=None if beams > 1 else stream, **options)
         if beams > 1:
             for token in out[0, len(head) :].tolist():
@@ -79,12 +85,21 @@ def written(
 
 def _drawn(model: PreTrainedModel, given: Mapping[str, Any]) -> dict[str, Any]:
     """What was given, and how tokens are drawn. A whole ``generation_config`` says all of it; beams are not drawn."""
-    if given.get("generation_config") is not None:
-        return dict(given)
+    if (config := given.get("generation_config")) is not None:
+        counts = {name: getattr(config, name, None) for name in _COUNTS}
+        return {**{name: count for name, count in counts.items() if count is not None}, **given}
     beams = (given.get("num_beams") or 1) > 1
     drawn = drawing(own_drawing(model), {"do_sample": False if beams else None, **given})
     rest = {name: value for name, value in given.items() if name not in NAMES}
     return {**rest, **drawn.generate_kwargs()}
+
+
+def _in_one(options: dict[str, Any]) -> dict[str, Any]:
+    """The same options, those of a ``generation_config`` inside it: transformers takes it or them, not both."""
+    if (config := options.pop("generation_config", None)) is None:
+        return options
+    config = copy.deepcopy(config)
+    return {**config.update(**options), "generation_config": config}
 
 
 def _fitting(method: Method, held: int, head: int, wanted: int) -> int:
