@@ -209,6 +209,25 @@ def test_adapters_of_earlier_releases_are_read(name, rule, recent, made):
     assert [known.partition("-")[2] for known in compressor.fingerprints()].count(made) == 1
 
 
+def test_an_adapter_fits_a_model_with_added_tokens(tmp_path, caplog):
+    """A tuned copy often has a few; what the adapter does to a text does not depend on them."""
+    tiny_compressor(sink=2).save_pretrained(tmp_path / "adapter")
+    grown = tiny_model()
+    grown.resize_token_embeddings(grown.config.vocab_size + 3)
+    rows = random_rows([[6, 4, 5]], seed=3)[0]
+    one, other = (
+        history(Compressor.from_pretrained(model, tmp_path / "adapter"), rows)
+        for model in (tiny_model(), grown)
+    )
+    assert caplog.text.count("was trained on other weights") == 1
+    assert torch.equal(one.rows[0].slots.keys, other.rows[0].slots.keys)
+    for other in (tiny_model(num_key_value_heads=4), tiny_model("mistral")):
+        with pytest.raises(
+            MismatchError, match="hidden size 32, and other layers, heads, tokens or another fam"
+        ):
+            Compressor.from_pretrained(other, tmp_path / "adapter")
+
+
 # ------------------------------------------------------------------ who made a memory
 
 

@@ -25,7 +25,7 @@ from ..core.config import CompressorConfig
 from ..errors import ConfigError, MismatchError, StorageError, UnknownNameError
 from . import base_stage
 from .atomic import write_atomically
-from .fingerprint import base_name, model_fingerprint, shape_fingerprint
+from .fingerprint import base_name, model_fingerprint, shape_fingerprint, vocabulary_of
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,8 @@ def save(
 ) -> None:
     """See :meth:`ccm.Compressor.save_pretrained`; ``tuned`` says whether there is a first stage."""
     lora = {name: weight.to(dtype) for name, weight in base_stage.weights(model, adapter).items()}
-    base = {"name": base_name(model), "fingerprint": model_fingerprint(model)}
+    base: dict[str, Any] = {"name": base_name(model), "fingerprint": model_fingerprint(model)}
+    base["vocabulary"] = vocabulary_of(model)  # an adapter fits whatever tokens are added
     stages = {"base_adapter": True} if tuned else {}
     settings = json.dumps({"base_model": base, **stages, **asdict(config)}, indent=2) + "\n"
     peft_config = model.peft_config[adapter]
@@ -124,11 +125,13 @@ def read(
         if config.slots > len(comp):
             raise ConfigError(f"adapter {name} has {len(comp)} slots per segment, got slots={config.slots}")
         trained_width = comp.shape[1]
-    if trained_width != width or fingerprint.split(".")[0] != shape_fingerprint(model):
+    shape = shape_fingerprint(model, base.get("vocabulary"))
+    if trained_width != width or fingerprint.split(".")[0] != shape:
+        what = "" if trained_width != width else ", and other layers, heads, tokens or another family"
         raise MismatchError(
             f"adapter {name} is for {trained_on} (hidden size {trained_width}), "
-            f"got {base_name(model)} (hidden size {width}); load that model, train an adapter for this one, or "
-            "take a memory that needs no training"
+            f"got {base_name(model)} (hidden size {width}{what}); load that model, train an adapter for this one, "
+            "or take a memory that needs no training"
         )
     if fingerprint != model_fingerprint(model):
         log.warning("adapter %s was trained on other weights of %s; quality may differ", name, trained_on)
@@ -155,8 +158,8 @@ def read_config(name: str | os.PathLike[str]) -> CompressorConfig:
         raise ConfigError(f"adapter {name}: {folder} is incomplete or damaged ({error})") from error
 
 
-def _settings(folder: Path) -> tuple[CompressorConfig, dict[str, str], bool, str | None]:
-    """Settings, name and fingerprint of the base model, whether there is a first stage, and whose weights it has."""
+def _settings(folder: Path) -> tuple[CompressorConfig, dict[str, Any], bool, str | None]:
+    """Settings, what is known of the base model, whether there is a first stage, and whose weights it has."""
     settings = json.loads((folder / "ccm_config.json").read_text())
     base, two_stages = settings.pop("base_model"), settings.pop("base_adapter", False)
     weights = settings.pop("weights", None)

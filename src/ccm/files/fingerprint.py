@@ -29,11 +29,18 @@ def base_name(model: PreTrainedModel) -> str:
     return Path(model.config._name_or_path).name or type(model).__name__
 
 
-def shape_fingerprint(model: PreTrainedModel) -> str:
-    """A short hash of the model's shape."""
+def vocabulary_of(model: PreTrainedModel) -> int | None:
+    """Tokens of the model, as its config says."""
+    size: int | None = getattr(text_config(model.config), "vocab_size", None)
+    return size
+
+
+def shape_fingerprint(model: PreTrainedModel, vocabulary: int | None = None) -> str:
+    """A short hash of the model's shape; with another ``vocabulary``, of what it is without tokens added since."""
     config = text_config(model.config)
     names = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads")
-    shape = [getattr(config, name, None) for name in (*names, "vocab_size")]
+    shape = [getattr(config, name, None) for name in names]
+    shape.append(vocabulary_of(model) if vocabulary is None else vocabulary)
     return hashlib.sha256(json.dumps(shape).encode()).hexdigest()[:8]
 
 
