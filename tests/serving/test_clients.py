@@ -171,6 +171,21 @@ def test_messages_that_a_chat_may_bring(client, scripted, sent, expected):
     assert scripted.messages == [Message("user", "hi"), expected]
 
 
+@pytest.mark.parametrize("role", ["system", "developer"])
+@pytest.mark.parametrize("empty", ["", " \n", [], [{"type": "text", "text": ""}], None])
+def test_a_system_text_that_was_left_empty_is_none(client, scripted, role, empty):
+    chat(client, [{"role": role, "content": empty}, *user("hi")])
+    assert scripted.messages == [Message("user", "hi")]
+    with pytest.raises(openai.BadRequestError, match="has no text"):
+        chat(client, [*user("hi"), {"role": "user", "content": empty}])  # who says nothing is told so
+    if empty is not None:
+        respond(client, [{"role": role, "content": empty}, *user("hi")])
+        assert scripted.messages == [Message("user", "hi")]
+    if isinstance(empty, str):
+        respond(client, "hi", instructions=empty)
+        assert scripted.asked["instructions"] is None
+
+
 def test_an_answer_of_openai_comes_back_as_it_is(client, scripted):
     """Clients that keep messages as objects send every field of them."""
     scripted.says(

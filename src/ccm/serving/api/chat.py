@@ -16,6 +16,7 @@ from starlette.responses import Response
 from ...chat.messages import Thought
 from ..turn import Outcome, Taken, Turn
 from .common import OnDisconnect, ServiceDep, Tenant, check_model
+from .parts import says_nothing
 from .schemas import ChatBody, HeaderId
 from .stream import EventStream, event, unless_gone
 
@@ -62,7 +63,7 @@ async def complete(
     turn = await service.answer(
         tenant,
         x_session_id or None,
-        [message.message() for message in body.messages],
+        [message.message() for message in body.messages if not says_nothing(message)],
         body.sampled(),
         create=True,
         resent=True,

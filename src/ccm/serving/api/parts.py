@@ -110,6 +110,11 @@ def text_of(content: Content | None) -> str:
     return content or ""
 
 
+def says_nothing(message: Any) -> bool:
+    """Whether this is system text that its user left empty; clients send it all the same."""
+    return getattr(message, "role", "") in ("system", "developer") and not text_of(message.content).strip()
+
+
 def role_of(role: str) -> str:
     """The role as templates know it: a developer's message is a system message."""
     return "system" if role == "developer" else role
@@ -475,6 +480,8 @@ def messages_of(items: str | Sequence[Said | CompactionItem]) -> list[Message]:
     for item in items:
         if isinstance(item, CompactionItem):
             messages.clear()
+            continue
+        if says_nothing(item):
             continue
         message = item.message()
         if messages and _goes_on(messages[-1], message):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import AfterValidator, Field, StringConstraints
 
 from ..engine import Sampling
 from ..engine.base import LONGEST_ANSWER, LONGEST_STOP
@@ -182,6 +182,10 @@ class TextOptions(Body):
     verbosity: Unused = Field(None, description="Accepted and not used.")
 
 
+#: System text; one of blanks is none.
+Instructions = Annotated[Text | None, AfterValidator(lambda text: text if text and text.strip() else None)]
+
+
 class ContextManagement(Body):
     """Every conversation is compacted here as it grows."""
 
@@ -193,7 +197,7 @@ class ResponseBody(SamplingBody):
     """Of POST /v1/responses."""
 
     input: Text | Items
-    instructions: Text | None = None
+    instructions: Instructions = None
     tools: FlatTools | None = None
     tool_choice: FlatToolChoice | None = None
     conversation: SessionId | ConversationRef | None = None
@@ -221,7 +225,7 @@ class CompactBody(Body):
 
     model: str
     input: Text | Items | None = None
-    instructions: Text | None = None
+    instructions: Instructions = None
     previous_response_id: str | None = Field(None, max_length=400)
     prompt_cache_key: Unused = Field(None, description="Accepted and not used, as what follows.")
     prompt_cache_retention: Unused = None
