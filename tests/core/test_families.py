@@ -259,5 +259,7 @@ def test_a_small_model_keeps_what_makes_the_family_different():
 
 
 def test_what_is_no_model_of_transformers_is_refused():
-    with pytest.raises(UnsupportedModelError, match="Linear is not a model of transformers"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"Linear is not a model of transformers: give the one that"
+    ):
         families.get_family(torch.nn.Linear(2, 2))

@@ -309,7 +309,10 @@ def get_family(model: PreTrainedModel) -> Family:
         UnsupportedModelError: it cannot carry a memory; says why, with what was measured.
     """
     if not isinstance(model, PreTrainedModel):
-        raise UnsupportedModelError(f"{type(model).__name__} is not a model of transformers")
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is not a model of transformers: give the one that it wraps (of PEFT: "
+            "model.merge_and_unload())"
+        )
     kind = model.config.model_type
     if model.config.is_encoder_decoder:
         raise _refusal(kind, "an encoder-decoder works in Session, ccm chat, train and eval alone")
