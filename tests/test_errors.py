@@ -122,6 +122,19 @@ def test_bad_input(compressor, call, message):
     assert torch.equal(compressor.logits([[5, 6, 7]]), expected)  # still usable
 
 
+def test_a_model_in_training_that_keeps_no_cache_reads_no_memory():
+    """Its layers would leave the memory out, some with logits that look like an answer."""
+    compressor = tiny_compressor()
+    memory = compressor.compress([[5, 6, 7]])
+    compressor.model.gradient_checkpointing_enable()
+    compressor.model.train()
+    for call in (compressor.logits, compressor.compress, compressor.generate):
+        with pytest.raises(ConfigError, match=r"call model.eval\(\) first"):
+            call([[5, 6]], memory)
+    compressor.model.eval()
+    compressor.logits([[5, 6]], memory)
+
+
 def test_memory_and_text_together_may_be_too_long(compressor):
     memory = history(compressor, random_rows([[5] * 20])[0])  # 40 slots
     compressor.logits([[1] * 24], memory)

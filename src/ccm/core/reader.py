@@ -182,5 +182,14 @@ class Reader(Carrier):
         return result
 
     def live(self, memory: Memory) -> Live:
-        """A cache that holds the memory, for a pass over it."""
+        """A cache that holds the memory, for a pass over it.
+
+        Raises:
+            ConfigError: the model is trained with gradient checkpointing, where its layers leave the cache out.
+        """
+        if self.model.training and self.model.is_gradient_checkpointing:
+            raise ConfigError(
+                "the model is in training mode with gradient checkpointing, which reads no cache and so no memory: "
+                "call model.eval() first"
+            )
         return Live.over(memory, self.rotary, self.model.dtype, self.devices)
