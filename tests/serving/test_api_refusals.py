@@ -153,16 +153,17 @@ def test_a_client_that_goes_before_the_stream_begins_frees_the_conversation(serv
     assert not server.service.running.turns and ("local", "early") not in server.service.running.locked
 
 
-def test_an_error_in_mid_stream_is_told(server, client, monkeypatch):
+def test_an_error_in_mid_stream_is_told(server, client, monkeypatch, caplog):
     def broken(*args):
-        raise StorageError("the disk is full")
+        raise StorageError("/secret/place: the disk is full")
 
     monkeypatch.setattr(server.service.store, "commit", broken)
-    with pytest.raises(openai.APIError, match="disk is full"):
+    with pytest.raises(openai.APIError, match="the store failed; the server's log says why"):
         list(ask(client, "x", "unlucky", stream=True))
-    with pytest.raises(openai.InternalServerError) as caught:
+    with pytest.raises(openai.InternalServerError, match="the store failed") as caught:
         ask(client, "x", "unlucky-2")
     assert caught.value.status_code == 503 and "Retry-After" in caught.value.response.headers
+    assert "secret" not in caught.value.response.text and caplog.text.count("/secret/place: the disk") == 2
 
 
 def test_overload_and_limits(tmp_path):

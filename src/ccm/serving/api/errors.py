@@ -78,7 +78,7 @@ def body_of(message: str, kind: str, code: str | None, param: str | None = None)
 
 
 def describe(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
-    """Status, body and headers for an error; what nobody expected says nothing of its inside."""
+    """Status, body and headers for an error; what the server is to blame for says nothing of its inside."""
     if isinstance(error, ApiError):
         kind = "server_error" if error.status >= 500 else "invalid_request_error"
         headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
@@ -87,7 +87,11 @@ def describe(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
         if isinstance(error, known):
             wait = getattr(error, "retry_after", 5 if status == 503 else None)
             headers = {} if wait is None else {"Retry-After": str(wait)}
-            return status, body_of(str(error), kind, code), headers
+            message = str(error)
+            if known is StorageError:  # names places of the machine, and its operator has to see it
+                log.error("the store failed: %s", message)
+                message = "the store failed; the server's log says why: read the newest version and try again"
+            return status, body_of(message, kind, code), headers
     log.error("unexpected error", exc_info=error)
     return 500, body_of("the server failed on this request; its log says why", "server_error", None), {}
 
