@@ -191,6 +191,26 @@ def test_a_full_disk_keeps_the_last_version(kind, size, tmp_path, request):
         store.check_health()
 
 
+NO_ROOM = """
+import resource
+store = open_store(sys.argv[1])
+store.check_health()
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # there is room for names, and none for bytes
+from ccm.errors import StorageError
+try:
+    store.check_health()
+    print("well")
+except StorageError:
+    print("not well")
+"""
+
+
+@pytest.mark.parametrize("kind", EMBEDDED)
+def test_a_store_on_a_full_disk_is_not_well(kind, tmp_path, request):
+    output, _ = run_code(NO_ROOM, empty_place(kind, tmp_path, request)).communicate()
+    assert output == "not well\n"
+
+
 def test_a_session_half_made_or_half_deleted_is_not_there(tmp_path, request, clock):
     url = empty_place("dir", tmp_path, request)
     with open_store(url, Limits(), clock) as store:

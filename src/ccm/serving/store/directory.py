@@ -106,7 +106,7 @@ class DirectoryStore(Store):
 
     def check_health(self) -> None:
         with self._errors():
-            self._write(self.root / ".health", b"")
+            self._write(self.root / ".health", bytes(4096))  # a full disk still takes empty files
 
     # ------------------------------------------------------------------ files
 
