@@ -211,6 +211,20 @@ def test_a_store_on_a_full_disk_is_not_well(kind, tmp_path, request):
     assert output == "not well\n"
 
 
+def test_a_file_that_is_deleted_under_way_is_missed(tmp_path):
+    """Commits still succeed, and end with the process."""
+    with open_store(f"sqlite://{tmp_path}/memories.db") as store:
+        store.create("alice", "a")
+        (tmp_path / "memories.db").rename(tmp_path / "elsewhere.db")
+        with pytest.raises(StorageError, match="was deleted or replaced under way"):
+            store.check_health()
+        (tmp_path / "memories.db").touch()
+        with pytest.raises(StorageError, match="was deleted or replaced under way"):
+            store.check_health()
+        (tmp_path / "elsewhere.db").replace(tmp_path / "memories.db")
+        store.check_health()
+
+
 def test_a_session_half_made_or_half_deleted_is_not_there(tmp_path, request, clock):
     url = empty_place("dir", tmp_path, request)
     with open_store(url, Limits(), clock) as store:

@@ -29,6 +29,8 @@ class SqliteStore(SqlStore):
         UnicodeDecodeError,
     )  # the second: a message about a damaged file that is damaged itself
 
+    _file: os.stat_result  # as it was opened
+
     @classmethod
     def open(cls, url: str, limits: Limits | None, clock: Callable[[], float]) -> Store:
         path = path_of(url)
@@ -40,9 +42,23 @@ class SqliteStore(SqlStore):
         except OSError as error:
             raise StorageError(f"cannot open {path} for writing: {error.strerror or error}") from error
         try:
-            return cls(str(path), limits, clock)
+            store = cls(str(path), limits, clock)
+            store._file = os.stat(path)
+            return store
         finally:
             lock.release()
+
+    def check_health(self) -> None:
+        super().check_health()
+        try:
+            there = os.path.samestat(os.stat(self.where), self._file)
+        except OSError:
+            there = False
+        if not there:  # connections that are open write on into a file without a name
+            raise StorageError(
+                f"store {self.where} was deleted or replaced under way: what is written now is lost when the server "
+                "ends; export what is needed, then start it again"
+            )
 
     def _connect(self) -> Any:
         connection = sqlite3.connect(self.where, timeout=30, isolation_level=None, check_same_thread=False)
