@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -52,6 +53,18 @@ def keys(folder: Path) -> list[tuple[str, str, str]]:
     path = folder / "records.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     return [(record["task"], record["method"], record["item"]) for record in map(json.loads, lines)]
+
+
+def test_they_start_from_any_thread(tmp_path: Path) -> None:
+    """A notebook's server or a web handler, where Python allows no signal handlers."""
+
+    def measure() -> int:
+        with Workers(1, toys_on_one_thread, 1, tmp_path):
+            wait_for(lambda: len(keys(tmp_path)) == 4)
+        return len(keys(tmp_path))
+
+    with ThreadPoolExecutor(1) as threads:
+        assert threads.submit(measure).result() == 4
 
 
 def test_two_processes_make_the_table_of_one(tmp_path: Path, one_thread: None) -> None:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -66,13 +67,11 @@ class Workers:
         ]
 
     def __enter__(self) -> Workers:
-        # they inherit it: Ctrl-C on the terminal would break off their imports with a traceback
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        try:
+        with (
+            _deaf()
+        ):  # they inherit it: Ctrl-C on the terminal would break off their imports with a traceback
             for process in self.processes:
                 process.start()
-        finally:
-            signal.signal(signal.SIGINT, before)
         return self
 
     def __exit__(
@@ -88,6 +87,19 @@ class Workers:
         for process in self.processes:
             process.join(_TO_SAVE)
             process.kill()
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Without SIGINT. Python allows it in the main thread alone; elsewhere nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _work(prepare: Callable[[Any], Evaluation], options: Any, folder: Path, begun: Event) -> None:
