@@ -166,6 +166,26 @@ def test_both_models_read_alike(family, tokenizer, tmp_path):
         in_llama(other, path)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("part", ["layers.1.post_attention_layernorm.weight", "norm.weight"])
+def test_norms_tell_copies_apart(dtype, part, tokenizer, tmp_path):
+    """Those of later layers as well, of which nothing shows in the keys and values that are compared."""
+    shape = {"vocab_size": len(tokenizer), "max_position_embeddings": CONTEXT, **SHAPE}
+    folder, whole = tmp_path / "model", tiny_model(**shape)
+    for name, weight in whole.named_parameters():
+        if weight.ndim == 1:
+            weight.data = torch.rand(weight.shape, generator=torch.Generator().manual_seed(len(name))) + 0.5
+    write_gguf(tmp_path / "same.gguf", whole, tokenizer)
+    tokenizer.save_pretrained(folder)
+    whole.to(dtype).save_pretrained(folder)
+    whole.float().model.get_parameter(part).data.mul_(1.1)
+    write_gguf(tmp_path / "other.gguf", whole, tokenizer)
+    model, _ = hollow.load(Loading(str(folder)))
+    hollow.read(Reader(model), str(tmp_path / "same.gguf"), [1, 2, 3])
+    with pytest.raises(ConfigError, match=f"weights of model.{part.split('.post')[0]} differ"):
+        hollow.read(Reader(model), str(tmp_path / "other.gguf"), [1, 2, 3])
+
+
 def quantized(path, to) -> str:
     """The same file with its matrices in 4 bits."""
     reader, kind = gguf_package.GGUFReader(path), gguf_package.GGMLQuantizationType.Q4_0

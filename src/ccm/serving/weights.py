@@ -51,6 +51,10 @@ class Weights(ABC):
             if len(shape) == 2:
                 yield name, self.rows(name, range(*sampled_rows(shape[0]).indices(shape[0])))[:, :COLUMNS]
 
+    def vectors(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and value of every vector, norms above all, in the order of the model."""
+        return ((name, self.tensor(name)) for name, shape in self.shapes.items() if len(shape) == 1)
+
     def missing(self, name: str) -> UnsupportedModelError:
         """The error for a parameter that is not there as the model has it."""
         return UnsupportedModelError(

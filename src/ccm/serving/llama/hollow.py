@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 #: Keys, values and weights of another model differ from the expected ones by more than all of their size, those of
 #: the same model in 2 bits by less than this share of it.
 SAME = 0.5
+#: Norms and biases are not quantized: in bfloat16 and float16 they differ by less than this share.
+ROUNDED = 0.02
 
 
 def load(loading: Loading, spinner: bool = True) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -92,17 +94,21 @@ def read(reader: Reader, path: str, ids: Sequence[int]) -> KV:
 
 def _check_alike(path: str, ours: Weights, theirs: Weights) -> None:
     """Raises ConfigError unless the weights are the same in every layer but for their rounding."""
-    layers: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    for (name, own), (_, other) in zip(ours.samples(), theirs.samples(), strict=True):
-        layer = re.match(r".*?\.\d+(?=\.)", name)
-        layers.setdefault(layer[0] if layer else name, []).append((own.float(), other.float()))
-    for where, pairs in layers.items():
+    layers: dict[tuple[str, float], list[tuple[Tensor, Tensor]]] = {}
+    for most, own_parts, other_parts in (
+        (SAME, ours.samples(), theirs.samples()),
+        (ROUNDED, ours.vectors(), theirs.vectors()),
+    ):
+        for (name, own), (_, other) in zip(own_parts, other_parts, strict=True):
+            layer = re.match(r".*?\.\d+(?=\.)", name)
+            layers.setdefault((layer[0] if layer else name, most), []).append((own.float(), other.float()))
+    for (where, most), pairs in layers.items():
         expected, got = (torch.cat([part.flatten() for part in side]) for side in zip(*pairs, strict=True))
         size, error = float(expected.norm()), float((got - expected).norm())
-        if not error <= SAME * size:
+        if not error <= most * size:
             raise ConfigError(
                 f"--llama {path}: it is not the model that the memory is for (weights of {where} differ by "
-                f"{error / size:.0%}): give the GGUF file of that model"
+                f"{error:.2g}, and are of size {size:.2g}): give the GGUF file of that model"
             )
 
 
