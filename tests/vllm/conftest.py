@@ -33,14 +33,18 @@ def compressor():
     return compressor_of(model=SHAPE)
 
 
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory, tokenizer) -> Path:
-    """The model that :func:`compressor` has."""
-    folder = tmp_path_factory.mktemp("model")
-    shape = {"vocab_size": len(tokenizer), "max_position_embeddings": CONTEXT, **SHAPE}
+def saved(folder: Path, tokenizer, context: int = CONTEXT) -> Path:
+    """The tiny model of these tests, in this folder."""
+    shape = {"vocab_size": len(tokenizer), "max_position_embeddings": context, **SHAPE}
     tiny_model(**shape).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory, tokenizer) -> Path:
+    """The model that :func:`compressor` has."""
+    return saved(tmp_path_factory.mktemp("model"), tokenizer)
 
 
 @pytest.fixture(scope="session")
