@@ -31,7 +31,7 @@ from torch import Tensor
 
 import ccm
 from ccm.core.compressor import Compressor, CompressorConfig
-from ccm.core.rules import get_rule
+from ccm.core.rule import get_rule
 from ccm.data import load_chitchat
 from ccm.data.rows import ConversationRow, held_out_rows
 from ccm.errors import CCMError, ConfigError, UnknownNameError

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ccm.core.rules import Concat
+from ccm.core.rule import Concat
 from ccm.core.segments import lay_out
 from ccm.core.visibility import parallel_mask
 

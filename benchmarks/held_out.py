@@ -36,7 +36,7 @@ import ccm
 from ccm.core import attention
 from ccm.core.compressor import Compressor
 from ccm.core.reader import Reader
-from ccm.core.rules import get_rule
+from ccm.core.rule import get_rule
 from ccm.core.segments import lay_out
 from ccm.errors import DataError
 from ccm.evaluation.share import recovered_share

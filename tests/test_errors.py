@@ -11,7 +11,7 @@ from tiny import history, random_rows, tiny_compressor, tiny_model
 
 from ccm.core.compressor import Compressor, CompressorConfig
 from ccm.core.memory import Memory
-from ccm.core.rules import get_rule
+from ccm.core.rule import get_rule
 from ccm.errors import CCMError, ConfigError, MismatchError, UnknownNameError, UnsupportedModelError
 
 

@@ -20,7 +20,7 @@ import torch
 from check import filled
 from torch.nn.attention.flex_attention import flex_attention
 
-from ccm.core.rules import get_rule
+from ccm.core.rule import get_rule
 from ccm.training.intervals import pack
 from ccm.training.kernels import CONFIGURATIONS, interval_attention, plan_of
 from ccm.training.lean import _block_mask

@@ -20,7 +20,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ccm.core.compressor import Compressor, CompressorConfig
-from ccm.core.rules import get_rule
+from ccm.core.rule import get_rule
 from ccm.training import objectives
 from ccm.training.engines import Lean, Padded
 from ccm.training.packed import ArrayRow

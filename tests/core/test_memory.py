@@ -23,7 +23,7 @@ from ccm.core.live import Live
 from ccm.core.memory import KV, Memory
 from ccm.core.reader import Reader
 from ccm.core.rotary import rotate, unrotate
-from ccm.core.rules import RULES, get_rule
+from ccm.core.rule import RULES, get_rule
 from ccm.errors import ConfigError, MemoryFileError, MismatchError, StorageError
 from ccm.files import memory_file
 from ccm.methods.accounting import describe

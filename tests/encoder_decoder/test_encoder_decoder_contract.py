@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ccm.core.compressor import Compressor, CompressorConfig
 from ccm.core.memory import Memory
-from ccm.core.rules import Concat
+from ccm.core.rule import Concat
 from ccm.encoder_decoder import carrier, passes
 from ccm.errors import ConfigError, MismatchError, UnsupportedModelError
 from ccm.methods import get_method

@@ -18,7 +18,7 @@ from safetensors import torch as safetensors
 from stores import EMBEDDED, damage, empty_place
 
 from ccm.core.memory import KV, Memory, Row
-from ccm.core.rules import RULES
+from ccm.core.rule import RULES
 from ccm.errors import MemoryFileError, UnknownNameError
 from ccm.files import memory_file
 from ccm.serving.store import Snapshot, open_store

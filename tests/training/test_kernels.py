@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("no accelerator, and no TRITON_INTERPRET=1", allow_module_level=True)
 
-from ccm.core.rules import get_rule
+from ccm.core.rule import get_rule
 from ccm.training.intervals import pack
 from ccm.training.kernels import Tiles, fits, interval_attention, plan_of
 from ccm.training.lean import visible

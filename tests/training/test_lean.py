@@ -13,7 +13,7 @@ from tiny import VOCAB, tiny_compressor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ccm.core.compressor import Compressor
-from ccm.core.rules import Rule, get_rule
+from ccm.core.rule import Rule, get_rule
 from ccm.training.engines import Engine, Lean, Padded, make_engine
 from ccm.training.intervals import BLOCK, pack
 from ccm.training.lean import LeanPass, Unfit

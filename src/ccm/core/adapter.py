@@ -23,7 +23,7 @@ from .config import CompressorConfig
 from .families import resolve_targets
 from .memory import Memory
 from .reader import Reader
-from .rules import get_rule, names_of
+from .rule import get_rule, names_of
 
 _Self = TypeVar("_Self", bound="Adapted")
 

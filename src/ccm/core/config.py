@@ -48,6 +48,6 @@ class CompressorConfig:
                 raise ConfigError(
                     f"CompressorConfig.{name}: got {value!r}, expected a whole number >= {least}"
                 )
-        from .rules import get_rule  # needs torch, which takes seconds: a wrong key shows before
+        from .rule import get_rule  # needs torch, which takes seconds: a wrong key shows before
 
         get_rule(self.rule, **self.rule_options)

@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..core.attention import Plan
 from ..core.live import Live
-from ..core.rules import Rule
+from ..core.rule import Rule
 from ..core.segments import Layout
 from ..core.visibility import parallel_mask
 

@@ -209,7 +209,7 @@ class Compressed(Trained):
     Attributes:
         sink: first raw tokens that stay.
         window: newest raw tokens that stay.
-        rule: how blocks enter the memory: a name of ``core.rules``.
+        rule: how blocks enter the memory: a name of ``core.rule``.
         rule_options: of that rule, such as the number of blocks of "bounded".
     """
 

@@ -112,7 +112,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         # these need torch, which takes seconds; a wrong key of a recipe shows before
-        from ..core.rules import get_rule
+        from ..core.rule import get_rule
         from ..methods.baselines import BASELINES
 
         choices = {

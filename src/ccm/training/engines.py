@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..core.compressor import Compressor
 from ..core.devices import is_spread
-from ..core.rules import Rule
+from ..core.rule import Rule
 from ..core.segments import Layout
 from .intervals import BLOCK, Packed, moved, pack, up
 from .lean import TOLERANCE, LeanPass, Unfit

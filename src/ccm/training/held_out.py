@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..core.rules import get_rule
+from ..core.rule import get_rule
 from ..evaluation.share import recovered_share
 from .config import TrainConfig
 from .engines import Engine

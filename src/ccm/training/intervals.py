@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.rules import Rule
+from ..core.rule import Rule
 from .packed import ArrayRow
 
 #: Columns come in multiples of it, as blocks of a mask do.

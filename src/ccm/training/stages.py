@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from ..core.compressor import Compressor
 from ..core.devices import is_spread
 from ..core.families import get_family, resolve_targets
-from ..core.rules import get_rule
+from ..core.rule import get_rule
 from ..core.twin import text_config
 from ..encoder_decoder.carrier import EncoderDecoder
 from ..errors import ConfigError

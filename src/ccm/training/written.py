@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..core.compressor import Compressor
-from ..core.rules import Rule
+from ..core.rule import Rule
 from ..core.segments import Layout
 from ..encoder_decoder.carrier import EncoderDecoder
 from ..errors import ConfigError
