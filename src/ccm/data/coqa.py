@@ -6,7 +6,6 @@ import json
 from dataclasses import dataclass
 from functools import lru_cache
 
-from ..errors import DataError
 from .carriers import BIGBENCH, COQA
 from .conversation import unit
 from .squad import Question
@@ -34,8 +33,7 @@ def load_coqa() -> list[Story]:
     Raises:
         DataError, MissingPackageError, StorageError: the package cannot be fetched, or is not as expected.
     """
-    folder = BIGBENCH.fetch()
-    try:
+    with BIGBENCH.reading() as folder:
         records = json.loads((folder / COQA).read_bytes())["data"]
         stories = []
         for record in records:
@@ -48,8 +46,4 @@ def load_coqa() -> list[Story]:
                 questions.append(Question(asked["input_text"].strip(), tuple(dict.fromkeys(answers))))
             story = " ".join(record["story"].split())
             stories.append(Story(record["id"], record["source"], story, tuple(questions)))
-    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"{BIGBENCH} is not as expected ({error!r}): delete {folder} and try again"
-        ) from error
     return sorted(stories, key=lambda story: unit(story.id))

@@ -14,7 +14,7 @@ from huggingface_hub import snapshot_download
 
 from .. import hub
 from ..errors import DataError, MissingPackageError
-from .conversation import Conversation, Split, Turn, check_split
+from .conversation import Conversation, Split, alternating, check_split
 from .conversational import ConversationSource
 from .long_text import LongTextSource
 from .sources import number, register_source
@@ -91,8 +91,7 @@ class HubConversations(ConversationSource):
                 raise DataError(
                     f"record {k} of {self.hub} is not as expected ({error!r}): expected texts in {self.field!r}"
                 ) from error
-            turns = tuple(Turn("assistant" if i % 2 else "user", text) for i, text in enumerate(said) if text)
-            talks.append(Conversation(f"{split} {k}", (), turns))
+            talks.append(Conversation(f"{split} {k}", (), alternating(said)))
         return talks
 
 

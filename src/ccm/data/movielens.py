@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from ..errors import DataError
 from .archives import Archive
 from .conversation import SPLITS, Split, check_split, split_of
 from .rows import ConversationRow, answers
@@ -67,16 +66,13 @@ def load_profiles(split: Split) -> list[Profile]:
 
 @lru_cache(maxsize=1)
 def _profiles() -> dict[Split, list[Profile]]:
-    folder = RECBOLE.fetch()
-    try:
+    with RECBOLE.reading() as folder:
         with (folder / f"{_FILES}.item").open(encoding="utf-8", newline="") as file:
             films = {fields[0]: _film(*fields[1:4]) for fields in list(csv.reader(file, delimiter="\t"))[1:]}
         ratings: dict[str, list[Rating]] = {}
         with (folder / f"{_FILES}.inter").open(encoding="utf-8", newline="") as file:
             for user, film, rating, time in list(csv.reader(file, delimiter="\t"))[1:]:
                 ratings.setdefault(user, []).append(Rating(films[film], int(rating), int(time)))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{RECBOLE} is not as expected ({error!r}): delete {folder} and try again") from error
     splits: dict[Split, list[Profile]] = {split: [] for split in SPLITS}
     for user in sorted(ratings, key=int):
         # Many films share a second: the title makes their order the same everywhere and tells nothing.

@@ -6,12 +6,10 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
-from ..errors import DataError
 from .carriers import BIGBENCH, ERRANDS, FILM_TALKS, TIME_DIAL
-from .conversation import SPLITS, Conversation, Split, Turn, split_of, unit
+from .conversation import SPLITS, Conversation, Split, alternating, split_of, unit
 from .conversational import ConversationSource
 from .sources import register_source
 
@@ -19,10 +17,6 @@ from .sources import register_source
 _BLOCK, _SCENE = 200, 20
 _PAIR = re.compile(r'were the sentences "(.*)" and "(.*)" *$')
 _QUOTED = re.compile(r'(user|response): "(.*?)"\.(?= |$)')
-
-
-def _turns(said: list[str]) -> tuple[Turn, ...]:
-    return tuple(Turn("assistant" if k % 2 else "user", text) for k, text in enumerate(said))
 
 
 def _films(examples: list[dict[str, Any]]) -> Iterator[tuple[str, Conversation]]:
@@ -48,7 +42,7 @@ def _films(examples: list[dict[str, Any]]) -> Iterator[tuple[str, Conversation]]
                     said[-1] += f" {sentence}"
                 elif sentence:
                     said.append(sentence)
-        yield f"film {start // _BLOCK}", Conversation(f"scene {start // _SCENE}", (), _turns(said))
+        yield f"film {start // _BLOCK}", Conversation(f"scene {start // _SCENE}", (), alternating(said))
 
 
 def _errands(examples: list[dict[str, Any]]) -> Iterator[tuple[str, Conversation]]:
@@ -62,7 +56,7 @@ def _errands(examples: list[dict[str, Any]]) -> Iterator[tuple[str, Conversation
             if len(said) % 2:
                 said.append(example["target"].strip())
             if all(said):
-                yield said[0], Conversation(example["comment"], (), _turns(said))
+                yield said[0], Conversation(example["comment"], (), alternating(said))
 
 
 def _everyday(examples: list[dict[str, Any]]) -> Iterator[tuple[str, Conversation]]:
@@ -77,7 +71,7 @@ def _everyday(examples: list[dict[str, Any]]) -> Iterator[tuple[str, Conversatio
         begin = "".join(re.findall(r"[a-z]+", " ".join(said[:2]).lower()))
         if begin not in seen:
             seen.add(begin)
-            yield begin, Conversation(f"dialog {len(seen)}", (), _turns(said))
+            yield begin, Conversation(f"dialog {len(seen)}", (), alternating(said))
 
 
 @lru_cache(maxsize=3)
@@ -87,15 +81,10 @@ def load_talks(member: str) -> dict[Split, list[Conversation]]:
     Raises:
         DataError, MissingPackageError, StorageError: the package cannot be fetched, or is not as expected.
     """
-    folder: Path = BIGBENCH.fetch()
     splits: dict[Split, list[Conversation]] = {split: [] for split in SPLITS}
-    try:
+    with BIGBENCH.reading() as folder:
         for key, talk in _READERS[member](json.loads((folder / member).read_bytes())["examples"]):
             splits[split_of(key)].append(talk)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{BIGBENCH} is not as expected ({error!r}): delete {folder} and try again"
-        ) from error
     return splits
 
 

@@ -6,7 +6,6 @@ import json
 from dataclasses import dataclass
 from functools import lru_cache
 
-from ..errors import DataError
 from .carriers import BIGBENCH, SQUAD_SHIFTS
 from .conversation import unit
 
@@ -37,9 +36,8 @@ def load_squad_shifts() -> dict[str, list[Paragraph]]:
     Raises:
         DataError, MissingPackageError, StorageError: the package cannot be fetched, or is not as expected.
     """
-    folder = BIGBENCH.fetch()
     domains = {}
-    try:
+    with BIGBENCH.reading() as folder:
         for domain, file in SQUAD_SHIFTS.items():
             articles = json.loads((folder / file).read_bytes())["data"]
             paragraphs = [
@@ -58,10 +56,6 @@ def load_squad_shifts() -> dict[str, list[Paragraph]]:
                 for paragraph in article["paragraphs"]
             ]
             domains[domain] = sorted(paragraphs, key=lambda paragraph: unit(paragraph.text))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"{BIGBENCH} is not as expected ({error!r}): delete {folder} and try again"
-        ) from error
     return domains
 
 

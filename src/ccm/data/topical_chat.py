@@ -7,9 +7,8 @@ import re
 from functools import lru_cache
 from itertools import groupby
 
-from ..errors import DataError
 from .carriers import BIGBENCH, TOPICAL_CHAT
-from .conversation import SPLITS, Conversation, Split, Turn, split_of
+from .conversation import SPLITS, Conversation, Split, alternating, split_of
 from .conversational import ConversationSource
 from .sources import register_source
 
@@ -24,9 +23,8 @@ def load_topical_chat() -> dict[Split, list[Conversation]]:
     Raises:
         DataError, MissingPackageError, StorageError: the package cannot be fetched, or is not as expected.
     """
-    folder = BIGBENCH.fetch()
     splits: dict[Split, list[Conversation]] = {split: [] for split in SPLITS}
-    try:
+    with BIGBENCH.reading() as folder:
         examples = json.loads((folder / TOPICAL_CHAT).read_bytes())["examples"]
         for name, group in groupby(examples, lambda example: example["comment"]):
             part = list(group)
@@ -34,12 +32,7 @@ def load_topical_chat() -> dict[Split, list[Conversation]]:
                 _words(re.sub(r"^agent_[AB]: ", "", part[0]["input"])),
                 *(_words(e["target"]) for e in part),
             ]
-            turns = tuple(Turn("assistant" if k % 2 else "user", text) for k, text in enumerate(said) if text)
-            splits[split_of("\n".join(said))].append(Conversation(name, (), turns))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{BIGBENCH} is not as expected ({error!r}): delete {folder} and try again"
-        ) from error
+            splits[split_of("\n".join(said))].append(Conversation(name, (), alternating(said)))
     return splits
 
 
