@@ -63,7 +63,6 @@ class OwnChats(ConversationTask):
     path: Path
     strict: bool = False
     name, title = "own-chats", "The next turn of your own conversations"
-    metrics = ("nll",)
     licence, origin = "yours", "a .jsonl file"
 
     @cached_property

@@ -31,6 +31,7 @@ class ConversationTask(EvalTask):
         steps: turns that have been said before the one that is scored.
     """
 
+    metrics = ("nll",)
     steps: tuple[int, ...] = (0, 1, 2, 4, 8, 16)
 
     def __post_init__(self) -> None:
@@ -69,7 +70,6 @@ class ChitChatTask(ConversationTask):
     """Small talk of people who are in no training split."""
 
     name, title = "conversation", "The next turn of small talk (Chit-Chat Challenge)"
-    metrics = ("nll",)
     licence, origin = ChitChat.licence, ChitChat.origin
 
     def conversations(self, tokenizer: Any) -> Sequence[Conversation]:
@@ -82,7 +82,6 @@ class TopicalChatTask(ConversationTask):
     """Dialogs about a given topic."""
 
     name, title = "topical-chat", "The next turn of a dialog about a given topic (Topical-Chat)"
-    metrics = ("nll",)
     licence, origin = TopicalChat.licence, TopicalChat.origin
 
     def conversations(self, tokenizer: Any) -> Sequence[Conversation]:
@@ -110,7 +109,6 @@ class DailyDialogTask(HubTask):
     """Everyday dialogs, from a model hub."""
 
     name, title = "daily-dialog", "The next turn of an everyday dialog (DailyDialog, as in the paper)"
-    metrics = ("nll",)
     source = DailyDialog
     licence, origin = DailyDialog.licence, f"hub {DailyDialog.hub}"
 
@@ -121,6 +119,5 @@ class SodaTask(HubTask):
     """Social dialogs written by a model, from a model hub."""
 
     name, title = "soda", "The next turn of a social dialog written by a model (SODA)"
-    metrics = ("nll",)
     source = Soda
     licence, origin = Soda.licence, f"hub {Soda.hub}"
