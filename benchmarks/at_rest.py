@@ -26,8 +26,9 @@ from held_out_rows import FILE, load
 
 import ccm
 from ccm.core.memory import Memory
+from ccm.core.segments import left_padded
 from ccm.methods import Method
-from ccm.methods.base import left_padded, segments_of
+from ccm.methods.base import segments_of
 from ccm.methods.default import open_method
 from ccm.serving.engine import Job, PaddedEngine, Result, Sampling
 from ccm.serving.store import Limits, Snapshot, codec, open_store

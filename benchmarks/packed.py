@@ -24,9 +24,9 @@ from held_out import Figures, Measure, Score, added, drawn, interval, opened, sc
 from ccm.core.compressor import Compressor
 from ccm.core.memory import Memory
 from ccm.core.reader import Reader
+from ccm.core.segments import left_padded
 from ccm.files.fingerprint import model_fingerprint
 from ccm.methods import Method, get_method
-from ccm.methods.base import left_padded
 from ccm.methods.bits.codes import get_code
 from ccm.training.engines import Engine, make_engine
 from ccm.training.targets import Row

@@ -23,7 +23,7 @@ from ..core.live import Live
 from ..core.memory import KV, Memory
 from ..core.reader import Ids
 from ..core.room import CACHE
-from ..core.segments import Layout
+from ..core.segments import Layout, left_padded
 from ..errors import ConfigError, UnsupportedModelError
 from .family import Unturned, distance_tables, find, kv_shape, moved, start_token
 from .passes import EncoderPlan, Rows, States, over
@@ -211,10 +211,7 @@ class EncoderDecoder(_Base):
             words: token ids that the decoder has written.
         """
         device = self.model.device
-        width = max(map(len, read))
-        ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in read], device=device)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in read], device=device).bool()
-        cache, valid = self._crossing(live, windows, ids, mask)
+        cache, valid = self._crossing(live, windows, *left_padded(read, device))
         start = start_token(self.model)
         given = pad_sequence([torch.tensor([start, *row], device=device) for row in words], batch_first=True)
         out = self.model.get_decoder()(

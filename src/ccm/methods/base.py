@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 from ..core.memory import KV, Memory, Row
 from ..core.onward import Turn
 from ..core.reader import Ids, Reader
+from ..core.segments import left_padded
 from ..core.window import joined, without
 from ..errors import ConfigError, MemoryFileError, UnsupportedModelError
 from ..files.fingerprint import mismatch, model_fingerprint
@@ -646,14 +647,6 @@ class Run:
     def fork(self) -> Run:
         """An independent copy."""
         return copy.copy(self)
-
-
-def left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids and mask (B, T), padding at the left."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device)
-    mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows], device=device)
-    return ids, mask
 
 
 def segments_of(ids: Sequence[int], longest: int) -> tuple[tuple[int, ...], ...]:

@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..core.compressor import Compressor
 from ..core.memory import Memory
+from ..core.segments import left_padded
 from ..data.rows import ConversationRow
 from ..errors import ConfigError
 from .objectives import OBJECTIVES
@@ -85,12 +86,7 @@ def _recurrent_states(
     try:
         for step in range(steps):
             alive = [r for r, row in enumerate(rows) if step < len(row)]
-            segments = [rows[r][step] for r in alive]
-            width = max(map(len, segments))
-            ids = torch.tensor([[0] * (width - len(s)) + list(s) for s in segments], device=device)
-            mask = torch.tensor(
-                [[0] * (width - len(s)) + [1] * len(s) for s in segments], device=device
-            ).bool()
+            ids, mask = left_padded([rows[r][step] for r in alive], device)
             memory = Memory.stack([memories[r] for r in alive])
             passes.clear()
             if step + 1 < steps:
@@ -98,8 +94,8 @@ def _recurrent_states(
             else:
                 compressor.step(memory, ids, mask, None)
             # the first pass of a step is the one over the text, left-padded; with a window, folds come after it
-            for place, (r, segment) in enumerate(zip(alive, segments, strict=True)):
-                states[r].append(passes[0][place, width - len(segment) : width])
+            for place, r in enumerate(alive):
+                states[r].append(passes[0][place, : ids.shape[1]][mask[place]])
                 memories[r] = memory[place]
     finally:
         hook.remove()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import ClassVar
 
 import torch
@@ -15,7 +15,7 @@ from ...core.compressor import Compressor
 from ...core.config import CompressorConfig
 from ...core.folding import put
 from ...core.memory import KV, Row
-from ...core.segments import Layout
+from ...core.segments import Layout, left_padded
 from ...errors import ConfigError
 
 
@@ -64,7 +64,8 @@ class Baseline(Compressor):
         """Last hidden states (B, Q, d) of the text of every row, segment by segment; 0 at COMP tokens and padding."""
         groups, n = layout.comp_index.shape[1:]
         texts = [
-            [layout.input_ids[r, slice(*span)] for span in spans] for r, spans in enumerate(layout.spans)
+            [layout.input_ids[r, slice(*span)].tolist() for span in spans]
+            for r, spans in enumerate(layout.spans)
         ]
         memory = self.empty(len(texts))
         rows: list[Row] = list(memory.rows)
@@ -73,14 +74,16 @@ class Baseline(Compressor):
         out = torch.zeros(shape, dtype=self.model.dtype, device=layout.input_ids.device)
         for step in range(groups + 1):
             alive = [r for r, text in enumerate(texts) if step < len(text)]
-            ids, mask = left_padded([texts[r][step] for r in alive])
+            ids, mask = left_padded([texts[r][step] for r in alive], out.device)
             _, call = self.live(replace(memory, rows=tuple(rows[r] for r in alive))).ahead(mask)
             states = self.body(input_ids=ids, **call).last_hidden_state.to(out.device)
             for place, r in enumerate(alive):
                 out[r, slice(*layout.spans[r][step])] = states[place, mask[place]]
             if folding := [r for r in alive if step + 1 < len(texts[r])]:
                 first = 0 if self.whole else step
-                ids, mask = left_padded([torch.cat(texts[r][first : step + 1]) for r in folding])
+                ids, mask = left_padded(
+                    [list(chain.from_iterable(texts[r][first : step + 1])) for r in folding], out.device
+                )
                 held = replace(memory, rows=tuple(self._cut(rows[r], n) for r in folding))
                 for r, (_, block) in zip(folding, self.blocks(held, ids, mask, n), strict=True):
                     rows[r] = put(replace(rows[r], segments=(len(texts[r][step]),)), block, self.rule, 0)
@@ -93,11 +96,3 @@ class Baseline(Compressor):
         old = row.slots.length - (n if row.steps % self.truncate else 0)
         parts = (torch.cat([part[:, :, :old].detach(), part[:, :, old:]], dim=2) for part in row.slots)
         return replace(row, slots=KV(*parts))
-
-
-def left_padded(segments: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Token ids of different lengths as one batch: ids and mask, both (B, T)."""
-    width = max(map(len, segments))
-    ids = torch.stack([torch.nn.functional.pad(ids, (width - len(ids), 0)) for ids in segments])
-    mask = torch.stack([torch.arange(width, device=ids.device) >= width - len(s) for s in segments])
-    return ids, mask

@@ -23,8 +23,9 @@ from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
 from ...core.memory import KV, Memory, Row
+from ...core.segments import left_padded
 from ...errors import ConfigError
-from ..base import left_padded, register
+from ..base import register
 from ..selection.kvzip import KVzip
 from .attention_matching import AttentionMatching
 

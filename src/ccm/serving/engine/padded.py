@@ -18,8 +18,8 @@ from ...core.batch import Batch
 from ...core.live import Live
 from ...core.memory import Memory
 from ...core.reader import Known, Reader
+from ...core.segments import left_padded
 from ...methods import Method
-from ...methods.base import left_padded
 from ..metrics import Metrics
 from .drawing import CHUNK, DrawingEngine, Drawn
 
