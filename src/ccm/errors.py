@@ -6,7 +6,8 @@ and exits with code 2.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 
@@ -48,6 +49,24 @@ class DataError(CCMError):
 
 class StorageError(CCMError, OSError):
     """Writing failed (no space, no permission); nothing half-written is left behind."""
+
+
+@contextmanager
+def needing(what: str, extra: str) -> Iterator[None]:
+    """For imports of packages that an extra brings.
+
+    Args:
+        what: what needs which package.
+        extra: that brings it.
+
+    Raises:
+        MissingPackageError: it is not there.
+    """
+    try:
+        yield
+    except ImportError as error:
+        install = f"pip install 'compressed-context-memory[{extra}]'"
+        raise MissingPackageError(f"{what} ({error}): {install}") from error
 
 
 def nearest(got: str, known: Sequence[str]) -> str:

@@ -6,7 +6,7 @@ import io
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..errors import MissingPackageError
+from ..errors import needing
 
 PAGE, PICTURE = "performance.md", "figures/performance.png"
 
@@ -181,13 +181,9 @@ def picture(result: Mapping[str, Any]) -> bytes:
     Raises:
         MissingPackageError: matplotlib is not installed.
     """
-    try:
+    with needing("the picture needs matplotlib", "plot"):
         from matplotlib.figure import Figure
         from matplotlib.ticker import LogLocator
-    except ImportError as error:
-        raise MissingPackageError(
-            "the picture needs matplotlib: pip install 'compressed-context-memory[plot]'"
-        ) from error
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     turns, many = figure.subplots(1, 2)
     for index, (name, row) in enumerate(result["rows"].items()):

@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from ..errors import MissingPackageError
+from ..errors import needing
 from ..files.atomic import write_atomically
 
 _COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:brown")
@@ -23,13 +23,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
         MissingPackageError: matplotlib is not installed.
         StorageError: the file cannot be written.
     """
-    try:
+    with needing("the plot needs matplotlib", "plot"):
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
-    except ImportError as error:
-        raise MissingPackageError(
-            "the plot needs matplotlib: pip install 'compressed-context-memory[plot]'"
-        ) from error
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     quality, size = figure.subplots(1, 2)
     methods = result["methods"]

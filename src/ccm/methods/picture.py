@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from html import escape
 
-from ..errors import MissingPackageError, StorageError
+from ..errors import StorageError, needing
 from .inside import Inside, Line
 from .parts import PINNED
 
@@ -101,13 +101,9 @@ def save_figure(inside: Inside, path: str | os.PathLike[str], title: str) -> Non
         MissingPackageError: without matplotlib.
         StorageError: it cannot be written.
     """
-    try:
+    with needing("pictures need matplotlib", "plot"):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingPackageError(
-            "pictures need matplotlib: pip install 'compressed-context-memory[plot]'"
-        ) from error
     lines = inside.lines()
     figure = Figure(figsize=(11, 1.2 + 0.24 * len(lines)), layout="constrained")
     FigureCanvasAgg(figure)

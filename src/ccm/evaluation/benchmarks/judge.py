@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from ...errors import DataError, MissingPackageError
+from ...errors import DataError, needing
 
 #: The variable of the environment that holds the server's key.
 KEY = "OPENAI_API_KEY"
@@ -58,10 +58,6 @@ class Judge:
 
 @lru_cache(maxsize=4)
 def _client(url: str) -> Any:
-    try:
+    with needing("--judge needs the package openai", "eval"):
         from openai import OpenAI
-    except ImportError as error:
-        raise MissingPackageError(
-            f"--judge needs the package openai ({error}): pip install 'compressed-context-memory[eval]'"
-        ) from error
     return OpenAI(base_url=url, api_key=os.environ.get(KEY, "none"))  # a server of one's own wants none

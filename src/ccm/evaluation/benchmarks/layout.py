@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...data.logs import short, whole
-from ...errors import DataError, MissingPackageError
+from ...errors import DataError, needing
 
 #: Files named in a message at most.
 _NAMED = 5
@@ -109,13 +109,9 @@ def _json(text: str, where: str) -> Any:
 
 
 def _parquet(path: Path) -> Iterator[dict[str, Any]]:
-    try:
+    with needing(f"{path.name} needs pyarrow", "eval"):
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
-    except ImportError as error:
-        raise MissingPackageError(
-            f"{path.name} needs pyarrow ({error}): pip install 'compressed-context-memory[eval]'"
-        ) from error
     try:
         for batch in ParquetFile(path).iter_batches(batch_size=1):
             yield from batch.to_pylist()

@@ -30,7 +30,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ...errors import MissingPackageError
+from ...errors import needing
 from ..items import Generation, Item
 from ..tasks.choosing import ask
 from .base import Benchmark, register_benchmark
@@ -183,10 +183,6 @@ def stems(text: str) -> list[str]:
 
 @lru_cache(maxsize=1)
 def _stemmer() -> Any:
-    try:
+    with needing("LoCoMo's scores need nltk", "eval"):
         from nltk.stem import PorterStemmer
-    except ImportError as error:
-        raise MissingPackageError(
-            f"LoCoMo's scores need nltk ({error}): pip install 'compressed-context-memory[eval]'"
-        ) from error
     return PorterStemmer()

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...errors import DataError, MissingPackageError
+from ...errors import DataError, needing
 from ..items import Generation, Item
 from ..tasks.choosing import ask
 from .base import Benchmark, register_benchmark
@@ -115,12 +115,8 @@ class RougeLsum:
     answers: tuple[str, ...]
 
     def __call__(self, text: str) -> float:
-        try:
+        with needing("scbench_summary needs rouge_score", "eval"):
             from rouge_score.rouge_scorer import RougeScorer
-        except ImportError as error:
-            raise MissingPackageError(
-                f"scbench_summary needs rouge_score ({error}): pip install 'compressed-context-memory[eval]'"
-            ) from error
         scorer = RougeScorer(["rougeLsum"])
         return max(float(scorer.score(answer, text)["rougeLsum"].fmeasure) for answer in self.answers)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from typing import Any
 
-from ...errors import MissingPackageError
+from ...errors import needing
 from .load import TITLES, Results
 
 #: Okabe and Ito (2008), then Paul Tol's muted scheme: they stay apart for colour-blind readers.
@@ -22,13 +22,9 @@ def draw(results: Results) -> bytes:
     Raises:
         MissingPackageError: matplotlib is not installed.
     """
-    try:
+    with needing("figures need matplotlib", "plot"):
         import matplotlib
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingPackageError(
-            "figures need matplotlib: pip install 'compressed-context-memory[plot]'"
-        ) from error
     styles, lines, drawn = _styles(results), -(-len(results.tasks) // 2), {}
     with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(10.5, 2.8 * lines + 0.07 * len(styles) + 0.4), layout="constrained")

@@ -6,7 +6,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...errors import MissingPackageError
+from ...errors import needing
 from ..leaderboard import ENDS, Row, Table
 from .figures import COLORS
 from .tables import markdown, number, size
@@ -109,13 +109,9 @@ def draw(tables: Sequence[Table]) -> bytes:
     Raises:
         MissingPackageError: matplotlib is not installed.
     """
-    try:
+    with needing("figures need matplotlib", "plot"):
         import matplotlib
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingPackageError(
-            "figures need matplotlib: pip install 'compressed-context-memory[plot]'"
-        ) from error
     # in the order of their names, so that a family keeps its colour from run to run
     families = sorted({row.family for each in tables for row in each.rows if row.method not in ENDS})
     drawn: dict[str, Any] = {}

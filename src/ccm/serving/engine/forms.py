@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import ConfigError, MissingPackageError
+from ...errors import ConfigError, needing
 
 #: Blanks between parts of JSON: models write them as they like, but one that writes nothing else never ends.
 _BLANKS = r"[ \n]{0,16}"
@@ -32,13 +32,8 @@ class Form:
     """
 
     def __init__(self, schema: str, tokenizer: Any, ends: Iterable[int], thoughts: str | None = None):
-        try:
+        with needing("answers that follow a JSON schema need a package more", "json"):
             from llguidance import LLMatcher
-        except ImportError as error:
-            raise MissingPackageError(
-                "answers that follow a JSON schema need a package more: "
-                "pip install 'compressed-context-memory[json]'"
-            ) from error
         self.tokenizer, self.ends, self.thoughts = tokenizer, sorted(ends), thoughts
         self._newest: deque[int] = deque(maxlen=16)  # tokens of thoughts
         grammar = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": _BLANKS})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ...errors import ConfigError, MissingPackageError
+from ...errors import ConfigError, needing
 from .base import Limits, Store, register
 from .sql import Run, SqlStore
 
@@ -28,13 +28,9 @@ class PostgresqlStore(SqlStore):
 
     @classmethod
     def open(cls, url: str, limits: Limits | None, clock: Callable[[], float]) -> Store:
-        try:
+        with needing("a store in PostgreSQL needs psycopg", "serve"):
             import psycopg
             from psycopg.conninfo import conninfo_to_dict
-        except ImportError as error:
-            raise MissingPackageError(
-                "a store in PostgreSQL needs psycopg: pip install 'compressed-context-memory[serve]'"
-            ) from error
         try:
             parts = conninfo_to_dict(url)
         except psycopg.Error:  # its message may hold the password

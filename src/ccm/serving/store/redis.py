@@ -9,7 +9,7 @@ from itertools import chain
 from typing import Any
 from urllib.parse import urlsplit
 
-from ...errors import ConfigError, MemoryFileError, MissingPackageError, StorageError
+from ...errors import ConfigError, MemoryFileError, StorageError, needing
 from .base import (
     PART,
     Info,
@@ -224,14 +224,10 @@ class RedisStore(Store):
 
     @classmethod
     def open(cls, url: str, limits: Limits | None, clock: Callable[[], float]) -> Store:
-        try:
+        with needing("a store in Redis needs redis", "serve"):
             import redis
             from redis.backoff import NoBackoff
             from redis.retry import Retry
-        except ImportError as error:
-            raise MissingPackageError(
-                "a store in Redis needs redis: pip install 'compressed-context-memory[serve]'"
-            ) from error
         try:
             if not urlsplit(url).hostname:
                 raise ValueError("no host")
