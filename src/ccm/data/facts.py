@@ -72,7 +72,6 @@ _COUNTRIES = (
 )
 _COLOURS = "red blue green yellow orange purple black white brown pink gray silver gold"
 _COUNTS = "two three four five six seven eight nine ten eleven twelve twenty"
-_THINGS = "cousins cats books plants keys guitars chairs watches neighbours bikes"
 _BELONGINGS = "bike house door jacket hat sofa kitchen phone boat bag"
 _FAVOURITES = {
     "colour": _COLOURS,
