@@ -27,7 +27,7 @@ from ccm import Session
 from ccm.bench.machine import peak_bytes
 from ccm.methods import get_method
 from ccm.models.load import gguf_file
-from ccm.models.loading import Loading
+from ccm.models.options import Loading
 from ccm.serving.llama import hollow
 from ccm.serving.llama.reader import in_llama
 

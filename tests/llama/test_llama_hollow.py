@@ -19,7 +19,7 @@ from ccm.errors import ConfigError
 from ccm.files.fingerprint import model_fingerprint
 from ccm.methods import as_method, get_method
 from ccm.models.hollow import is_hollow, own_parameters
-from ccm.models.loading import Loading
+from ccm.models.options import Loading
 from ccm.serving.llama import hollow
 from ccm.serving.llama.reader import in_llama
 from ccm.serving.weights import Gguf, weights_of

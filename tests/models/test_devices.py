@@ -26,7 +26,7 @@ from ccm.errors import CCMError, ConfigError, MissingPackageError, UnsupportedMo
 from ccm.methods import as_method
 from ccm.methods.baselines import BASELINES
 from ccm.models import placement
-from ccm.models.loading import Loading
+from ccm.models.options import Loading
 from ccm.models.placement import place
 from ccm.planning.plan import Load, plan
 from ccm.serving.engine import PaddedEngine

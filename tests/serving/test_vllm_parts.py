@@ -241,7 +241,7 @@ def test_a_schema_is_passed_on():
 
 
 def test_a_server_that_is_not_there_is_told_before_a_model_is_loaded(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("ccm.models.loading.Loading.load", None)
+    monkeypatch.setattr("ccm.models.options.Loading.load", None)
     store = f"sqlite://{tmp_path}/m.db"
     assert cli.main(["serve", "--port", "0", "--store", store, "--vllm", "http://127.0.0.1:1"]) == 2
     assert "vLLM at http://127.0.0.1:1 is not reachable" in capsys.readouterr().err

@@ -12,7 +12,7 @@ import typer
 from ..bench.sizes import NAMES
 from ..errors import ConfigError, UnknownNameError
 from ..files.atomic import write_atomically
-from ..models.loading import DecodeIn, Device, Dtype, ModelName
+from ..models.options import DecodeIn, Device, Dtype, ModelName
 from ..models.placement import AUTO, check_names
 from .options import can_write
 

@@ -12,8 +12,8 @@ import typer
 
 from ..errors import ConfigError
 from ..models.known import written
-from ..models.loading import DecodeIn, Device, DeviceMap, Dtype, LoadIn, Loading, ModelName
 from ..models.memory_option import Adapter, MemoryName, Sink, Slots, Window, memory_name
+from ..models.options import DecodeIn, Device, DeviceMap, Dtype, LoadIn, Loading, ModelName
 from ..models.placement import AUTO
 from ..serving.llama.options import LlamaContext, LlamaFile, LlamaType, check_llama
 from .options import memory_file, new_console

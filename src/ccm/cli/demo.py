@@ -10,8 +10,8 @@ import typer
 
 from ..errors import MissingPackageError
 from ..models.known import check_all, split_methods
-from ..models.loading import Device, DeviceMap, Dtype, LoadIn, Loading, ModelName
 from ..models.memory_option import MemoryName
+from ..models.options import Device, DeviceMap, Dtype, LoadIn, Loading, ModelName
 from ..models.placement import AUTO
 from .options import AsJson, can_write, new_console
 

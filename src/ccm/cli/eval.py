@@ -12,8 +12,8 @@ import typer
 
 from ..errors import ConfigError, DataError, UnknownNameError
 from ..models.known import check, check_all, split_methods
-from ..models.loading import Device, DeviceMap, Dtype, LoadIn, Loading, ModelName
 from ..models.memory_option import Adapter, memory_name
+from ..models.options import Device, DeviceMap, Dtype, LoadIn, Loading, ModelName
 from ..models.placement import AUTO
 from .options import can_hold, new_console
 

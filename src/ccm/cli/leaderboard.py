@@ -13,7 +13,7 @@ import typer
 from ..errors import ConfigError, MissingPackageError, StorageError, UnknownNameError
 from ..files.atomic import write_atomically
 from ..models.known import check_all, split_methods
-from ..models.loading import Device, DeviceMap, Dtype, LoadIn, Loading, ModelName
+from ..models.options import Device, DeviceMap, Dtype, LoadIn, Loading, ModelName
 from ..models.placement import AUTO
 from .eval import FOLDER, before_in_words
 from .options import AsJson, can_hold

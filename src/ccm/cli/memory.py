@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..models.loading import Device, Dtype, Loading, ModelName
 from ..models.memory_option import MemoryName
+from ..models.options import Device, Dtype, Loading, ModelName
 from ..models.placement import AUTO
 from .options import AsJson, MemoryFile, can_write, new_console
 

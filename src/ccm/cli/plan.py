@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..models.loading import Device, Dtype, LoadIn, Loading, ModelName
 from ..models.memory_option import Adapter, MemoryName, Sink, Slots, Window, memory_name
+from ..models.options import Device, Dtype, LoadIn, Loading, ModelName
 from ..models.placement import AUTO
 from ..serving.options import check_store
 from .options import new_console

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigError, DataError, StorageError
-from ..models.loading import Device, DeviceMap, LoadIn, Loading
+from ..models.options import Device, DeviceMap, LoadIn, Loading
 from ..models.placement import AUTO, DEFAULT_MODEL, check_names
 from .options import can_hold, can_write
 

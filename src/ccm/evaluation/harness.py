@@ -29,7 +29,7 @@ from ..errors import CCMError, ConfigError, MissingPackageError
 from ..methods import Run
 from ..methods.default import DEFAULT, named
 from ..methods.spec import parse
-from ..models.loading import Loading
+from ..models.options import Loading
 from ..models.placement import AUTO
 from .protocol import SAME
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from ..errors import ConfigError, UnknownNameError
-from ..models.loading import DecodeIn, Device, DeviceMap, Dtype, LoadIn, Loading, ModelName
 from ..models.memory_option import Adapter, MemoryName, Sink, Slots, Window, memory_name
+from ..models.options import DecodeIn, Device, DeviceMap, Dtype, LoadIn, Loading, ModelName
 from ..models.placement import AUTO
 from .llama.options import LlamaContext, LlamaFile, LlamaType, check_llama
 from .logs import check_format

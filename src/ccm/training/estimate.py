@@ -23,7 +23,7 @@ import torch
 from ..data.mixture import POOL
 from ..errors import ConfigError
 from ..models.load import load_config
-from ..models.loading import Loading
+from ..models.options import Loading
 from ..planning.plan import Figure, Plan
 from ..planning.sizes import Shape
 from .config import TrainConfig

@@ -9,7 +9,7 @@ import torch
 from ...core.memory import KV
 from ...methods import Method
 from ...models.load import gguf_file
-from ...models.loading import Loading
+from ...models.options import Loading
 from ...serving.engine import Engine
 from ...serving.llama.layout import Layout, transposed_in
 from ..sizes import ANSWER, HEAD, QUESTION

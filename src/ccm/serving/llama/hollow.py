@@ -26,7 +26,7 @@ from ..weights import Weights, weights_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ...models.loading import Loading
+    from ...models.options import Loading
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ ROUNDED = 0.02
 def load(loading: Loading, spinner: bool = True) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model without its weights, and its tokenizer; with them where they lie in another way than is known here.
 
-    Raises: as :meth:`ccm.models.loading.Loading.load`.
+    Raises: as :meth:`ccm.models.options.Loading.load`.
     """
     if loading.load_in is None and loading.device_map is None:
         try:
