@@ -229,7 +229,7 @@ class _Trial:
 def _tried(model: PreTrainedModel) -> float:
     """By how much the step of a tiny model misses its forward pass."""
     family = get_family(model)
-    kinds = Step(model).kinds
+    kinds = [(layer.shape.near, layer.kind) for layer in Step(model).layers]
     depth = max(kinds.index(kind) + 1 for kind in kinds)
     small = build(model, max(2, depth), choose_backend(model, family))
     reader, step = Reader(small), Step(small)

@@ -8,12 +8,12 @@ The pass, its masks and its plan are the model's own. Only its layers run here, 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.linalg import vector_norm
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..core.attention import PLAN, Plan
@@ -44,40 +44,28 @@ def _run(attention: Any, plan: Plan, x: Tensor, kwargs: dict[str, Any]) -> Tenso
     """What the layer of an attention module makes of x (B, T, d)."""
     step, index = plan.step, attention.layer_idx
     layer, way = step.layers[index], step.rotary.way
-    shape = layer.shape
 
-    # with this number behind it the length of a row is sqrt(d (mean x^2 + eps))
-    end = x.new_full((*x.shape[:-1], 1), (x.shape[-1] * step.eps) ** 0.5)
-    longer = torch.cat([x, end], dim=-1)
-    x = longer[..., :-1]
+    def attend(both: Tensor, value: Tensor) -> Tensor:
+        cos, sin = (way.expand(table).unsqueeze(1) for table in kwargs["position_embeddings"])
+        both = rotate(both.transpose(1, 2), cos, sin, way.pairs == "interleaved")
+        query, key = both.split_with_sizes([step.heads, step.shared], dim=1)
+        key, value = kwargs[CACHE].update(key, value.transpose(1, 2), index)
+        call = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
+        options = {
+            "dropout": 0.0,
+            "scaling": layer.shape.scale,
+            "sliding_window": layer.shape.near,
+            PLAN: plan,
+        }
+        out, _ = call(attention, query, key, value, kwargs["attention_mask"], **options)
+        return out.flatten(2)
 
-    def normed(weight: Tensor) -> Tensor:
-        return (x / vector_norm(longer, dim=-1, keepdim=True)).mul_(weight)
-
-    states = _product(layer.qkv, shape.qkv, normed(layer.before), plan)
-    states = states.unflatten(-1, (-1, step.size)).transpose(1, 2)
-    heads = shape.out.in_features // step.size
-    shared = (states.shape[1] - heads) // 2
-    both, value = states.split_with_sizes([heads + shared, shared], dim=1)
-    if shape.query_norm and shape.key_norm:
-        query, key = both.split_with_sizes([heads, shared], dim=1)
-        both = torch.cat([shape.query_norm(query), shape.key_norm(key)], dim=1)
-    cos, sin = (way.expand(table).unsqueeze(1) for table in kwargs["position_embeddings"])
-    both = rotate(both, cos, sin, way.pairs == "interleaved")
-    query, key = both.split_with_sizes([heads, shared], dim=1)
-    key, value = kwargs[CACHE].update(key, value, index)
-    attend = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
-    options = {"dropout": 0.0, "scaling": shape.scale, "sliding_window": shape.near, PLAN: plan}
-    out, _ = attend(attention, query, key, value, kwargs["attention_mask"], **options)
-    a = _product(layer.out, [shape.out], out.flatten(2), plan)
-    x.add_(shape.after(a) if shape.after else a)
-
-    gate, up = _product(layer.gate_up, shape.gate_up, normed(layer.middle), plan).chunk(2, dim=-1)
-    a = _product(layer.down, [shape.down], layer.act(gate).mul_(up), plan)
-    return x.add_(shape.end(a) if shape.end else a)
+    x, longer = step.lengthened(x)
+    step.layer(layer, x, longer, attend, partial(_multiply, plan))
+    return x
 
 
-def _product(product: Product, modules: Sequence[nn.Module], x: Tensor, plan: Plan) -> Tensor:
+def _multiply(plan: Plan, product: Product, modules: Sequence[nn.Module], x: Tensor) -> Tensor:
     """What modules make of x (B, T, d), one behind the other, with the adapter of the plan where its gate is open."""
     out = product(x)
     if plan.gate is None:

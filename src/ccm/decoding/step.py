@@ -1,13 +1,15 @@
 """One token of every row behind what they have read, with few operations.
 
 The model's own layers, as tensors, without modules, hooks and adapters, none of which acts on the tokens of answers.
+Other passes run these layers too (``ccm.decoding.layers``); ``script`` has them once more, for TorchScript.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +22,15 @@ from ..core.attention import RecurrentPlan, additive
 from ..core.families import get_family
 from ..core.pages import give_back
 from ..core.rotary import Rotary, rotate
-from ..core.twin import head_size, text_config
+from ..core.twin import head_size, kv_heads, text_config
 from .products import Product, product
 from .script import Script
 from .shape import LayerShape, Norm, Unfit
+
+#: Of queries and keys (..., H + Hkv, D), unrotated, and values (..., Hkv, D): what is read (..., H D).
+Attend: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+#: What a product, which stands for modules, makes of its input.
+Multiply: TypeAlias = Callable[[Product, Sequence[nn.Module], Tensor], Tensor]
 
 
 @dataclass
@@ -67,7 +74,8 @@ class Step:
         self.packed = weights is not None
         #: What products take and give; copies float32.
         self.given = self.dtype if weights is None else torch.float32
-        self.size = head_size(text_config(model.config))
+        config = text_config(model.config)
+        self.size, self.heads, self.shared = head_size(config), config.num_attention_heads, kv_heads(config)
         self.units = torch.eye(self.size, dtype=self.given, device=model.device)
         self.embed = model.get_input_embeddings()
         self.layers: list[_Layer] = []
@@ -95,11 +103,6 @@ class Step:
             raise Unfit(f"its layers are written in another way ({error})") from error
         self.script = Script.of(self.layers) if self.packed else None
         self.near = list(dict.fromkeys(layer.shape.near for layer in self.layers))
-
-    @property
-    def kinds(self) -> list[tuple[int | None, str | None]]:
-        """Of each layer how far it sees, and which tables of angles it has."""
-        return [(layer.shape.near, layer.kind) for layer in self.layers]
 
     def _weight(self, norm: Norm) -> Tensor:
         """The weight (d,) of a norm that divides by the length of a row, not by its root mean square."""
@@ -136,47 +139,55 @@ class Step:
 
     def through(self, ids: Tensor, turns: Any, masks: Any, layers: Sequence[Any]) -> Tensor:
         """The logits (B, V): tokens (B, 1) go through layers whose keys and values take them in."""
-        x = self.embed(ids[:, 0]).float()
-        # with this number behind it the length of a row is sqrt(d (mean x^2 + eps))
-        longer = torch.cat([x, x.new_full((len(x), 1), (x.shape[1] * self.eps) ** 0.5)], dim=1)
-        x = longer[:, :-1]
-
-        def normed(weight: Tensor) -> Tensor:
-            h = (x / vector_norm(longer, dim=-1, keepdim=True)).mul_(weight)
-            return h if self.given == torch.float32 else h.to(self.given)
-
+        x, longer = self.lengthened(self.embed(ids[:, 0]).float())
         if self.script is not None:
             self.script(longer, turns[self.layers[0].kind], masks[None], layers)
-            return self.head(normed(self.last))
-        for layer, entries in zip(self.layers, layers, strict=True):
-            shape = layer.shape
-            a = self._attention(layer, normed(layer.before), turns[layer.kind], masks[shape.near], entries)
-            x.add_(shape.after(a) if shape.after else a)
-            gate, up = layer.gate_up(normed(layer.middle)).chunk(2, dim=-1)
-            h = layer.down(layer.act(gate).mul_(up))
-            x.add_(shape.end(h) if shape.end else h)
-        return self.head(normed(self.last))
+        else:
+            for layer, entries in zip(self.layers, layers, strict=True):
+                attend = partial(self._attend, layer, turns[layer.kind], masks[layer.shape.near], entries)
+                self.layer(layer, x, longer, attend, _alone)
+        return self.head(self._normed(x, longer, self.last))
+
+    def lengthened(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows (..., d) as a part of longer ones (..., d + 1), whose length is sqrt(d (mean x^2 + eps))."""
+        end = x.new_full((*x.shape[:-1], 1), (x.shape[-1] * self.eps) ** 0.5)
+        longer = torch.cat([x, end], dim=-1)
+        return longer[..., :-1], longer
+
+    def layer(self, layer: _Layer, x: Tensor, longer: Tensor, attend: Attend, multiply: Multiply) -> None:
+        """Turn rows, as :meth:`lengthened` gives them, into what a layer gives."""
+        shape, heads, shared = layer.shape, self.heads, self.shared
+        states = multiply(layer.qkv, shape.qkv, self._normed(x, longer, layer.before))
+        states = states.view(*x.shape[:-1], -1, self.size)
+        both, value = states.split_with_sizes([heads + shared, shared], dim=-2)
+        if shape.query_norm and shape.key_norm:
+            query, key = both.split_with_sizes([heads, shared], dim=-2)
+            both = torch.cat([shape.query_norm(query), shape.key_norm(key)], dim=-2)
+        a = multiply(layer.out, (shape.out,), attend(both, value))
+        x.add_(shape.after(a) if shape.after else a)
+        h = multiply(layer.gate_up, shape.gate_up, self._normed(x, longer, layer.middle))
+        gate, up = h.chunk(2, dim=-1)
+        h = multiply(layer.down, (shape.down,), layer.act(gate).mul_(up))
+        x.add_(shape.end(h) if shape.end else h)
+
+    def _normed(self, x: Tensor, longer: Tensor, weight: Tensor) -> Tensor:
+        h = (x / vector_norm(longer, dim=-1, keepdim=True)).mul_(weight)
+        return h if self.given == torch.float32 else h.to(self.given)
 
     @staticmethod
     def output(logits: Tensor) -> Any:
         """What a model gives."""
         return CausalLMOutputWithPast(logits=logits.unsqueeze(1))
 
-    def _attention(self, layer: _Layer, x: Tensor, turn: Tensor, mask: Tensor | None, entries: Any) -> Tensor:
-        batch, shared = len(x), entries.keys.shape[1]
-        states = layer.qkv(x).view(batch, -1, self.size)
-        heads = states.shape[1] - 2 * shared
-        both, value = states.split_with_sizes([heads + shared, shared], dim=1)
-        shape = layer.shape
-        if shape.query_norm and shape.key_norm:
-            query, key = both.split_with_sizes([heads, shared], dim=1)
-            both = torch.cat([shape.query_norm(query), shape.key_norm(key)], dim=1)
-        query, key = torch.bmm(both, turn).split_with_sizes([heads, shared], dim=1)
+    def _attend(
+        self, layer: _Layer, turn: Tensor, mask: Tensor | None, entries: Any, both: Tensor, value: Tensor
+    ) -> Tensor:
+        query, key = torch.bmm(both, turn).split_with_sizes([self.heads, self.shared], dim=1)
         keys, values = entries.update(key.unsqueeze(2), value.unsqueeze(2))
         # the query heads of a key head are the rows of one matrix
-        query = query.view(batch, shared, -1, self.size).to(self.dtype)
-        out = scaled_dot_product_attention(query, keys, values, mask, scale=shape.scale)
-        return layer.out(out.reshape(batch, -1).to(self.given))
+        query = query.view(len(query), self.shared, -1, self.size).to(self.dtype)
+        out = scaled_dot_product_attention(query, keys, values, mask, scale=layer.shape.scale)
+        return out.reshape(len(out), -1).to(self.given)
 
     def _mask(self, near: int | None, valid: Tensor, plan: RecurrentPlan) -> Tensor | None:
         """(B, 1, 1, K + 1), as the layers with this window have it; None where all is seen."""
@@ -186,3 +197,7 @@ class Step:
         like = mask.new_empty(len(valid), 1, 1, 1), mask.new_empty(len(valid), 1, valid.shape[1], 1)
         mask = plan.extend(nn.Identity(), like[0], like[1], like[1], mask, near)[3]
         return mask if bool(mask.any()) else None
+
+
+def _alone(product: Product, modules: Sequence[nn.Module], x: Tensor) -> Tensor:
+    return product(x)
