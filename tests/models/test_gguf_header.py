@@ -16,7 +16,7 @@ import ccm
 from ccm.core.reader import Reader
 from ccm.models.header import read_once
 from ccm.models.load import load_config
-from ccm.models.loading import Loading
+from ccm.models.options import Loading
 from ccm.serving.llama import hollow
 
 
