@@ -23,11 +23,10 @@ _FIGURES = ("window as slots 4", "attention-matching", "slots 4", "slots 4, wind
 #: memories that need no training: the one that is taken without an adapter, and those that keep what was computed
 _UNTRAINED = "attention-matching"
 _PACKED = "attention-matching, int4"
-#: what is compared with Attention Matching, and with which of its figures
+#: what is compared with Attention Matching, and with which of its figures, in 16 bits and in 4
 _FITTED = (
-    ("slots-and-matching", _UNTRAINED),
-    (_PACKED, _UNTRAINED),
-    ("slots-and-matching, int4", _PACKED),
+    (("slots-and-matching", _UNTRAINED),),
+    ((_PACKED, _UNTRAINED), ("slots-and-matching, int4", _PACKED)),
 )
 _EVICTION = ("streaming-llm", "key-norm", "keydiff", "lagkv", "snapkv", "tova", "h2o", "kvzip")
 
@@ -138,31 +137,41 @@ def _untrained(result: dict[str, Any]) -> str:
 
 
 def _fitted(result: dict[str, Any], adapter: dict[str, Any]) -> str:
-    """What is fitted alone and beside an adapter's slots, by source, over the rows that all figures have."""
-    figures = list(dict.fromkeys(name for pair in _FITTED for name in reversed(pair)))
-    header = ["source", _UNTRAINED, *chain(*((name, "ahead") for name, _ in _FITTED)), "rows"]
-    rows: list[list[str]] = []
-    shares = []
-    for key, source in result["sources"].items():
-        nats = {**adapter["sources"].get(key, {}).get("nats", {}), **source["nats"]}
-        if not nats.keys() >= {*figures}:
-            continue
-        count = min(len(nats[name]) for name in ("none", "full", *figures))
-        known = {name: np.array(found[:count]) for name, found in nats.items()}
-        whole = known["none"] - known["full"]
-        own = {name: _draws(known["none"] - known[name], whole, len(rows)) for name in figures}
-        shares.append(own)
-        rows.append([source["source"], *_ahead(own), f"{count}"])
-    if not rows:
-        return ""
-    mean = {name: np.mean([own[name] for own in shares], axis=0) for name in figures}
-    return markdown(header, [*rows, ["**mean**", *_ahead(mean), ""]])
+    """What is fitted alone and beside an adapter's slots, by source, over the rows that all of one width have."""
+    header = ["source", _UNTRAINED]
+    names = [source["source"] for source in result["sources"].values()]
+    cells: dict[str, list[str]] = {name: [] for name in (*names, "**mean**")}
+    for pairs in _FITTED:
+        figures = list(dict.fromkeys(chain(*pairs)))
+        header += [*chain(*((name, "ahead") for name, _ in pairs)), "rows"]
+        shares: dict[str, dict[str, np.ndarray]] = {}
+        counts: dict[str, str] = {}
+        for key, source in result["sources"].items():
+            nats = {**adapter["sources"].get(key, {}).get("nats", {}), **source["nats"]}
+            if not nats.keys() >= {*figures}:
+                continue
+            count = min(len(nats[name]) for name in ("none", "full", *figures))
+            known = {name: np.array(found[:count]) for name, found in nats.items()}
+            whole = known["none"] - known["full"]
+            own = {name: _draws(known["none"] - known[name], whole, len(shares)) for name in figures}
+            shares[source["source"]], counts[source["source"]] = own, f"{count}"
+        if not shares:
+            return ""
+        shares["**mean**"] = {f: np.mean([own[f] for own in shares.values()], axis=0) for f in figures}
+        for name, found in cells.items():
+            first = [] if found else [_UNTRAINED]
+            found += [*_ahead(shares.get(name), pairs, first), counts.get(name, "")]
+    return markdown(header, [[name, *found] for name, found in cells.items() if any(found)])
 
 
-def _ahead(shares: dict[str, np.ndarray]) -> list[str]:
-    """The share of each figure of :data:`_FITTED`, and how far it is ahead, from all rows and from those drawn."""
-    cells = [number(float(shares[_UNTRAINED][0]))]
-    for name, rival in _FITTED:
+def _ahead(
+    shares: dict[str, np.ndarray] | None, pairs: Sequence[tuple[str, str]], first: Sequence[str]
+) -> list[str]:
+    """The first figures, then of each pair its share and how far it is ahead, from all rows and from those drawn."""
+    if shares is None:
+        return [""] * (len(first) + 2 * len(pairs))
+    cells = [number(float(shares[name][0])) for name in first]
+    for name, rival in pairs:
         value, *drawn = (shares[name] - shares[rival]).tolist()
         ends = np.quantile(drawn, (0.025, 0.975)).tolist()
         cells += [number(float(shares[name][0])), _range(value, ends, 2, True)]
