@@ -27,14 +27,8 @@ ROOM = 1024
 #: Of transformers' ``generate``: what our sampler can do, and what changes nothing here.
 _TAKEN = {
     *("do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens"),
-    *(
-        "eos_token_id",
-        "pad_token_id",
-        "streamer",
-        "stopping_criteria",
-        "return_dict_in_generate",
-        "use_cache",
-    ),
+    *("eos_token_id", "pad_token_id", "tokenizer", "streamer", "stopping_criteria"),
+    *("return_dict_in_generate", "use_cache"),
 }
 
 
