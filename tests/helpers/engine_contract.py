@@ -302,8 +302,10 @@ class EngineContract:
         for listener in (heard[0], second):
             engine.submit(turn(tokenizer, compressor.empty(), "a", long), listener)
         assert writing.wait(60)
+        # a server may have ended the first answer before it began the second
+        over = any(isinstance(event, Result) for event in heard[0].events.queue)
         engine.close()
-        for listener in heard:
+        for listener in heard[over:]:
             with pytest.raises(EngineError, match="stopped"):
                 listener.result()
 
