@@ -230,7 +230,7 @@ class FoldingEngine(Engine, Generic[R]):
                 return False
             if isinstance(item, Running):
                 self._waiting.append(item)
-            else:
+            elif not self._closed:  # an answer may not come to its end while the engine does
                 item()
         while self._waiting_fits():
             running = self._waiting.popleft()
