@@ -12,7 +12,8 @@ not measured again.
     told  = (foreign - own) / (full foreign - full)           of what only this context tells, in the last segment
 
 Windows have the bytes that slots beside 4 sink tokens have at that moment, row by row. So have memories that need no
-training if they are "growing"; else they have from the first segment on what those slots have at last.
+training if they are "growing"; else they have from the first segment on what those slots have at last. What is called
+"a fifth" has from the first segment on a fifth of the bytes of all text in front of the last one.
 """
 
 from __future__ import annotations
@@ -67,6 +68,8 @@ BUDGETS: dict[str, dict[str, Any]] = {
     "slots 4, window 64": {"slots": 4, "sink": SINK, "window": 64},
 }
 RULES = ("concat", "mean", "bounded")
+#: How many times fewer bytes than all text in front of the last segment "a fifth" is.
+FIFTH = 5
 #: Of memories in fewer bits.
 CODE = "int4"
 
@@ -149,16 +152,18 @@ def last(rows: Sequence[Row]) -> list[Row]:
 
 
 @torch.no_grad()
-def window(engine: Engine, rows: Sequence[Row], **sizes: int) -> list[Score]:
+def window(engine: Engine, rows: Sequence[Row], times: int = 0, **sizes: int) -> list[Score]:
     """The first tokens and the last ones, as many as a memory of these sizes has entries, segment by segment.
 
-    Tokens stay at their places, and what is known of them is what was read within the window of their time.
+    With ``times`` they are a fixed number (:func:`room`). Tokens stay at their places, and what is known of them is
+    what was read within the window of their time.
     """
     model = engine.compressor.model
     scores = []
     for row in rows:
         ids = torch.tensor([sum(row.segments, ())], device=model.device)
-        seen = in_window(row, entries_before(row, **sizes)).to(model.device)
+        entries = [room(row, times)] * len(row.segments) if times else entries_before(row, **sizes)
+        seen = in_window(row, entries).to(model.device)
         mask = attention.additive(seen[None, None], model.dtype)
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0]
         scores.append(scored(logits, ids[0], sum(row.roles, ())))
@@ -173,18 +178,19 @@ def remembered(
     name: str,
     option: str | None,
     growing: bool = False,
+    times: int = 0,
     **options: int,
 ) -> list[Score]:
     """Rows lived through segment by segment under a method without training.
 
-    Its option makes it as large as the first budget; with None it has its own size.
+    Its option makes it as large as :func:`room` says, or as the slots at that moment; with None it has its own size.
     """
     method = get_method(name, **options).bind(Reader(engine.compressor.model), tokenizer)
     beside = method.sink + method.window
     scores = []
     for row in rows:
-        entries = entries_before(row, **BUDGETS["slots 4"])
-        limits = [*entries[1:], entries[-1]] if growing else [entries[-1]] * len(entries)
+        entries, most = entries_before(row, **BUDGETS["slots 4"]), room(row, times)
+        limits = [*entries[1:], most] if growing else [most] * len(entries)
         scores.append(
             lived(row, [method.resized(**{option: limit - beside}) if option else method for limit in limits])
         )
@@ -192,23 +198,24 @@ def remembered(
 
 
 @torch.no_grad()
-def packed(engine: Engine, rows: Sequence[Row], tokenizer: Any) -> list[Score]:
-    """Attention Matching in ``int4``, in the bytes of the first budget between the segments."""
+def packed(engine: Engine, rows: Sequence[Row], tokenizer: Any, times: int = 0) -> list[Score]:
+    """Attention Matching in ``int4``, in the bytes of :func:`room` between the segments."""
     method = get_method("packed", code=CODE).bind(Reader(engine.compressor.model), tokenizer)
-    limits = [entries_before(row, **BUDGETS["slots 4"])[-1] for row in rows]
-    return [lived(row, [method.resized(**method.sized(n))]) for row, n in zip(rows, limits, strict=True)]
+    return [lived(row, [method.resized(**method.sized(room(row, times)))]) for row in rows]
 
 
 @torch.no_grad()
-def matched(engine: Engine, rows: Sequence[Row], tokenizer: Any, code: str | None = None) -> list[Score]:
-    """A slot a segment and fitted entries: at the end of a row both together have the bytes of the first budget."""
+def matched(
+    engine: Engine, rows: Sequence[Row], tokenizer: Any, code: str | None = None, times: int = 0
+) -> list[Score]:
+    """A slot a segment and fitted entries: at the end of a row both together have the bytes of :func:`room`."""
     channels = engine.compressor.kv_shape()[2]
     scores = []
     for row in rows:
-        room = entries_before(row, **BUDGETS["slots 4"])[-1] - SINK
+        most = room(row, times) - SINK
         if code:
-            room = room * channels * HALF // get_code(code).width(channels)
-        sizes = {"slots": 1, "sink": SINK, "window": 0, "fitted": room - len(row.segments) + 1}
+            most = most * channels * HALF // get_code(code).width(channels)
+        sizes = {"slots": 1, "sink": SINK, "window": 0, "fitted": most - len(row.segments) + 1}
         name = "slots-and-matching"
         method = (
             get_method("packed", of=name, code=code, options=sizes) if code else get_method(name, **sizes)
@@ -245,6 +252,13 @@ def entries_before(row: Row, **sizes: int) -> list[int]:
     """Entries that each segment finds in a memory: the canonical position of its first token."""
     layout = lay_out([row.segments], rule=get_rule("concat"), **sizes)
     return [int(layout.position[0, start]) for start, _ in layout.spans[0]]
+
+
+def room(row: Row, times: int = 0) -> int:
+    """Entries in front of the last segment: those of the first budget, or so many times fewer than tokens."""
+    if times:
+        return sum(map(len, row.segments[:-1])) // times
+    return entries_before(row, **BUDGETS["slots 4"])[-1]
 
 
 def in_window(row: Row, entries: Sequence[int]) -> torch.Tensor:
@@ -286,6 +300,9 @@ def baselines(tokenizer: Any = None) -> dict[str, Measure]:
     def kept(name: str, option: str | None, **options: Any) -> Measure:
         return Measure(lambda engine, rows: remembered(engine, rows, tokenizer, name, option, **options))
 
+    def coded(**options: int) -> Measure:
+        return Measure(lambda engine, rows: packed(engine, rows, tokenizer, **options))
+
     return {
         "none": Measure(without_context),
         "full": Measure(full),
@@ -293,7 +310,10 @@ def baselines(tokenizer: Any = None) -> dict[str, Measure]:
         "attention-matching": kept("attention-matching", "slots"),
         "attention-matching, growing": kept("attention-matching", "slots", growing=True),
         "attention-matching, its own size": kept("attention-matching", None),
-        "attention-matching, int4": Measure(lambda engine, rows: packed(engine, rows, tokenizer)),
+        "attention-matching, int4": coded(),
+        "window, a fifth": Measure(lambda engine, rows: window(engine, rows, FIFTH)),
+        "attention-matching, a fifth": kept("attention-matching", "slots", times=FIFTH),
+        "attention-matching, a fifth, int4": coded(times=FIFTH),
         **{name: kept(name, "tokens", window=NEWEST) for name in EVICTION},
         "streaming-llm": kept("streaming-llm", "window", window=0),
         "last, full": Measure(full, last),
@@ -314,19 +334,16 @@ RIVALS = {
     "slots 4, window 64": ("window as slots 4, window 64",),
     "slots-and-matching": ("attention-matching", "slots 4"),
     "slots-and-matching, int4": ("attention-matching, int4",),
+    "slots-and-matching, a fifth": ("attention-matching, a fifth", "window, a fifth"),
+    "slots-and-matching, a fifth, int4": ("attention-matching, a fifth, int4", "attention-matching, a fifth"),
 }
 
 
-def budgets(
-    rules: Sequence[str] = (), sizes: Sequence[str] = tuple(BUDGETS), tokenizer: Any = None
-) -> dict[str, Measure]:
-    """What is measured of an adapter: its own rule at all sizes, other rules at the first, and fitted entries."""
+def budgets(rules: Sequence[str] = (), sizes: Sequence[str] = tuple(BUDGETS)) -> dict[str, Measure]:
+    """What is measured of an adapter: its own rule at all sizes, and other rules at the first."""
 
     def at(rule: str | None, chosen: dict[str, Any]) -> Callable[[Engine, Sequence[Row]], list[Score]]:
         return lambda engine, rows: nats(engine, rows, rule, **chosen)
-
-    def beside(code: str | None = None) -> Measure:
-        return Measure(lambda engine, rows: matched(engine, rows, tokenizer, code))
 
     first = at(None, BUDGETS[sizes[0]])
     return {
@@ -334,8 +351,20 @@ def budgets(
         "last, own": Measure(first, last),
         "last, foreign": Measure(first, foreign),
         **{f"{sizes[0]}, {rule}": Measure(at(rule, BUDGETS[sizes[0]])) for rule in rules},
-        "slots-and-matching": beside(),
-        "slots-and-matching, int4": beside(CODE),
+    }
+
+
+def fitted(tokenizer: Any = None) -> dict[str, Measure]:
+    """What is measured of an adapter with fitted entries beside its slots, segment by segment."""
+
+    def of(**options: Any) -> Measure:
+        return Measure(lambda engine, rows: matched(engine, rows, tokenizer, **options))
+
+    return {
+        "slots-and-matching": of(),
+        "slots-and-matching, int4": of(code=CODE),
+        "slots-and-matching, a fifth": of(times=FIFTH),
+        "slots-and-matching, a fifth, int4": of(code=CODE, times=FIFTH),
     }
 
 
@@ -524,7 +553,7 @@ def main() -> None:
             *(Figures.open(RESULTS / f"{name}.json") for name in given.names),
         ]
         shown = [name for name in baselines() if name not in REFERENCES]
-        shown += [name for name in budgets(RULES) if not name.startswith("last")]
+        shown += [name for name in {**budgets(RULES), **fitted()} if not name.startswith("last")]
         sys.stdout.write(table(rows, stores, given.figures or shown) + "\n")
         return
     for name in given.names or (None,):
@@ -534,7 +563,10 @@ def main() -> None:
             file = f"held_out_{Path(given.model).name if given.model else 'baselines'}.json"
             store = Figures.open(RESULTS / file, model_fingerprint(model))
         else:
-            compressor, wanted = Compressor.from_pretrained(model, name), budgets(RULES, tokenizer=tokenizer)
+            compressor, wanted = (
+                Compressor.from_pretrained(model, name),
+                {**budgets(RULES), **fitted(tokenizer)},
+            )
             store = Figures.open(RESULTS / f"held_out_{Path(name).name}.json", compressor.fingerprint())
         for figure in given.figures or wanted:
             for source, part in rows.items():

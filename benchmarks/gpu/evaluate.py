@@ -34,7 +34,9 @@ def main() -> None:
     options.add_argument("--rules", nargs="*", default=[], choices=held_out.RULES, help="beside its own")
     options.add_argument("--limit", type=int, help="rows of a source")
     options.add_argument(
-        "--rivals", action="store_true", help="windows and memories without training as well (minutes)"
+        "--rivals",
+        action="store_true",
+        help="fitted entries, windows and memories without training as well (minutes)",
     )
     given = options.parse_args()
     began = time.monotonic()
@@ -43,7 +45,8 @@ def main() -> None:
     compressor = Compressor.from_pretrained(model, given.adapter)
     engine = Padded(compressor)
     figures = held_out.Figures.open(given.out, compressor.fingerprint())
-    own, rivals = held_out.budgets(given.rules), held_out.baselines(tokenizer)
+    own = held_out.budgets(given.rules)
+    rivals = {**held_out.fitted(tokenizer), **held_out.baselines(tokenizer)}
     wanted = {**own, **rivals}
     wanted = {name: wanted[name] for name in dict.fromkeys(("none", "full", *wanted))}
     for figure, measure in wanted.items():

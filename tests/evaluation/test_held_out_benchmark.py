@@ -199,12 +199,16 @@ def test_fitted_entries_beside_slots_have_the_same_bytes(held_out, monkeypatch):
     held_out.matched(Padded(compressor), rows[:1], None)
     held_out.matched(Padded(compressor), rows[:1], None, "int4")
     held_out.packed(Padded(compressor), rows[:1], None)
-    plain, coded, alone = lived
+    held_out.matched(Padded(compressor), rows[:1], None, times=2)
+    held_out.packed(Padded(compressor), rows[:1], None, times=2)
+    plain, coded, alone, half, half_coded = lived
     channels = compressor.kv_shape()[2]
     width = coded.width(channels)
     assert plain.size(LENGTHS[0][:4]) == (4, 16, 0)
     assert coded.inner.fitted == 16 * channels * 2 // width - 4
     assert alone.inner.slots == 19 * channels * 2 // width
+    assert sum(half.size(LENGTHS[0][:4])) == sum(LENGTHS[0][:4]) // 2
+    assert half_coded.inner.slots == (sum(LENGTHS[0][:4]) // 2 - 1) * channels * 2 // width
 
 
 # ---------------------------------------------------------------------- shares and files
