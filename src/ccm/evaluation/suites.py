@@ -138,7 +138,7 @@ USED = (
     "full",
     "ccm-concat",
     "ccm-merge",
-    "ccm-general",
+    "ccm-broad",
     "streaming-llm@ccm-concat",
     "streaming-llm@ccm-merge",
     "mean-pool",
@@ -149,7 +149,9 @@ OWN = (*USED, UNTRAINED, f"streaming-llm@{UNTRAINED}")
 CITED = ("none", "full", DEFAULT, f"streaming-llm@{DEFAULT}")
 #: And the trained baselines beside CCM of the same short training (recipes/baselines).
 MAIN = (*USED, "ccm-concat-short", "ccm-merge-short", "gisting-online", "compressive")
-#: The same and variants: another rule, the chat setting, a window without sink, one more trained baseline.
+#: And old words beside the slots, where what was told is asked for.
+ASKED = (*MAIN, "slots-and-words", "streaming-llm@slots-and-words")
+#: As MAIN and variants: another rule, the chat setting, a window without sink, one more trained baseline.
 MORE = (
     *MAIN,
     "ccm-merge:rule=ema",
@@ -162,7 +164,7 @@ ALL = (*MORE, "gisting", "summary")
 #: Of bounded size, for texts without end: the adapter that was trained for them, and windows of as many keys.
 STREAMS = ("ccm-stream", "streaming-llm@ccm-stream", "streaming-llm:sink=0@ccm-stream")
 #: And other adapters of the same size, for shorter ones.
-MORE_STREAMS = (*STREAMS, "ccm-general:sink=4,window=128,rule=bounded", "ccm-merge:sink=4,window=128")
+MORE_STREAMS = (*STREAMS, "ccm-broad:sink=4,window=128,rule=bounded", "ccm-merge:sink=4,window=128")
 
 
 def _tuned(window: int) -> tuple[str, ...]:
@@ -198,10 +200,10 @@ SUITES: dict[str, Suite] = {
                 ("icl", {}, 16, MORE),
                 ("personalization", {}, 12, MORE),
                 ("topical-chat", {}, 12, MAIN),
-                ("squad", {}, 6, MAIN),
-                ("coqa", {}, 8, MAIN),
-                ("needles", {}, 12, MAIN),
-                ("updates", {}, 12, MAIN),
+                ("squad", {}, 6, ASKED),
+                ("coqa", {}, 8, ASKED),
+                ("needles", {}, 12, ASKED),
+                ("updates", {}, 12, ASKED),
                 ("stream", {"tokens": 32_768}, 1, MORE_STREAMS),
             ),
         ),
