@@ -42,6 +42,8 @@ MEMORIES = {
     "ccm-concat": "ccm-concat",
     "chat: ccm-chat + sink + window": "ccm-chat:sink=4,window=64",
     "chat: ccm-merge + sink + window": "ccm-merge:sink=4,window=64",
+    "chat: slots-and-words + sink + window": "slots-and-words:sink=4,window=64",
+    "slots-and-words, slots of ccm-concat": "slots-and-words:adapter=ccm-concat,sink=4",
     "attention-matching": "attention-matching",
 }
 
