@@ -2,7 +2,8 @@
 
 A file begins with ``MAGIC`` and the length of a header in JSON; behind it are five sections: ``stops`` (where each
 segment ends in its row), ``segments`` (how many each row has), ``ids`` (of the tokens), ``source`` (of each row) and
-``roles`` (of the tokens). Training rows come first, then the held-out rows of one source after the other.
+``roles`` (of the tokens). Training rows come first, then the held-out rows of one source after the other. The header
+and every section have a digest.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ def encoded(table: Table, made_of: dict[str, Any], rows: int, held_out: Sequence
         for name, part in table._asdict().items()
     }
     header = {"format": FORMAT, **made_of, "rows": rows, "held_out": list(held_out), "sections": sections}
-    text = json.dumps(header, ensure_ascii=False).encode()
+    text = json.dumps({**header, "sha256": _digest(header)}, ensure_ascii=False).encode()
     text += b" " * (-(len(MAGIC) + 8 + len(text)) % ALIGNED)
     return b"".join([MAGIC, len(text).to_bytes(8, "little"), text, *(part.tobytes() for part in table)])
 
@@ -170,15 +171,16 @@ class PackedFile:
             raise DataError(f"{path} is not a packed file; expected one of `ccm data pack`")
         first = start + int.from_bytes(raw[len(MAGIC) : start].tobytes(), "little")
         text = raw[start:first].tobytes()
+        damaged = f"{path} is truncated or damaged in its header; copy it anew, or {again}"
         try:
             header = json.loads(text)
             kind = header["format"]
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{path} is truncated or damaged in its header; copy it anew, or {again}"
-            ) from error
+            raise DataError(damaged) from error
         if kind != FORMAT:
             raise DataError(f"{path}: got format {kind!r}, expected {FORMAT!r}; {again}")
+        if (digest := header.pop("sha256", None)) and digest != _digest(header):  # older files have none
+            raise DataError(damaged)
         if tokenizer is not None and header["tokenizer"] != (own := tokenizer_identity(tokenizer)):
             raise DataError(
                 f"{path}: got rows of another tokenizer ({_told(header['tokenizer'])}), expected that of the model "
@@ -253,6 +255,10 @@ class PackedFile:
         at = self.sources.index(source)
         first = len(self) + sum(counts[:at])
         return [self.row(index).to_row() for index in range(first, first + counts[at])]
+
+
+def _digest(header: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(header, ensure_ascii=False).encode()).hexdigest()
 
 
 def _told(identity: dict[str, Any]) -> str:
