@@ -591,6 +591,22 @@ def test_what_differs_is_named(logs: Path, tmp_path: Path) -> None:
         trainer(tmp_path, logs, steps=2)
 
 
+def test_a_setting_that_came_later_changes_nothing_by_default(logs: Path, tmp_path: Path) -> None:
+    trainer(tmp_path, logs).run()
+    path = tmp_path / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    older = json.loads(state["config"])
+    for key in ("compressor.kind", "packed", "recut", "sink_choices", "sink_with_window"):
+        del older[key]
+    torch.save({**state, "config": json.dumps(older)}, path)
+    assert trainer(tmp_path, logs).step == 6
+    with pytest.raises(ConfigError, match=r"\(recut: it has 0\.0, got 0\.5\)"):
+        trainer(tmp_path, logs, recut=0.5)
+    chitchat = {"data": {**runs.data(logs), "chitchat": {}}}
+    with pytest.raises(ConfigError, match=r"\(data\.chitchat: it has nothing, got {}\)"):
+        trainer(tmp_path, logs, **chitchat)
+
+
 def test_a_finished_run_goes_on_when_it_is_extended(logs: Path, tmp_path: Path) -> None:
     trainer(tmp_path, logs, steps=4).run()
     assert trainer(tmp_path, logs, steps=4).run() == {}

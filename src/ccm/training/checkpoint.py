@@ -18,13 +18,6 @@ from .config import FREE, TrainConfig, flat
 
 FORMAT = "ccm-training/2"
 FILE, LOG = "checkpoint.pt", "log.jsonl"
-#: Settings that older checkpoints do not name, and what they were.
-LATER: dict[str, Any] = {
-    "compressor.kind": "ccm",
-    "recall_from": "text",
-    "packed": None,
-    "sink_choices": [],
-}
 #: Settings of the past that checkpoints may name, at the one value that is left.
 RETIRED = {f"compressor.{name}": value for name, value in adapter_folder.RETIRED.items()}
 
@@ -37,7 +30,7 @@ def save(folder: Path, config: TrainConfig, fingerprint: str, state: dict[str, A
     """
     buffer = io.BytesIO()
     torch.save(
-        {"format": FORMAT, "model": fingerprint, "config": json.dumps(flat(config), default=str), **state},
+        {"format": FORMAT, "model": fingerprint, "config": json.dumps(_plain(config)), **state},
         buffer,
     )
     write_atomically(folder / FILE, buffer.getvalue())
@@ -65,9 +58,9 @@ def load(folder: Path, config: TrainConfig, fingerprint: str) -> dict[str, Any] 
         raise ConfigError(
             f"{path}: got format {state.get('format')!r}, expected {FORMAT!r}; give another folder"
         )
-    saved = {**LATER, **json.loads(state["config"])}
+    saved = json.loads(state["config"])
     saved = {name: value for name, value in saved.items() if (name, value) not in RETIRED.items()}
-    if different := _differences(saved, json.loads(json.dumps(flat(config), default=str))):
+    if different := _differences(saved, _plain(config)):
         raise ConfigError(
             f"{folder} holds a run with another configuration ({'; '.join(different)}); "
             "give another folder, or the settings of that run"
@@ -80,13 +73,22 @@ def load(folder: Path, config: TrainConfig, fingerprint: str) -> dict[str, Any] 
     return state
 
 
+def _plain(config: TrainConfig) -> dict[str, Any]:
+    """The settings as a checkpoint has them."""
+    plain: dict[str, Any] = json.loads(json.dumps(flat(config), default=str))
+    return plain
+
+
 def _differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    keys = sorted(key for key in {*saved, *wanted} if key.split(".")[0] not in FREE)
+    """A key that the run does not name came after it: by default it changes nothing. Sources have none."""
     nothing = "nothing"
+    defaults = {key: value for key, value in _plain(TrainConfig()).items() if not key.startswith("data.")}
+    keys = sorted(key for key in {*saved, *wanted} if key.split(".")[0] not in FREE)
+    held = {key: saved.get(key, defaults.get(key, nothing)) for key in keys}
     return [
-        f"{key}: it has {saved.get(key, nothing)}, got {wanted.get(key, nothing)}"
+        f"{key}: it has {held[key]}, got {wanted.get(key, nothing)}"
         for key in keys
-        if saved.get(key, nothing) != wanted.get(key, nothing)
+        if held[key] != wanted.get(key, nothing)
     ]
 
 
