@@ -79,6 +79,50 @@ def test_a_slice_does_not_wait_for_torch() -> None:
     assert subprocess.run([sys.executable, "-c", told], env={"PYTHONPATH": str(GPU)}).returncode == 0
 
 
+#: Hides every package but those of a machine that holds torch, transformers, peft and what they need.
+BARE = """
+import re, sys
+from importlib import metadata
+from importlib.machinery import PathFinder
+from packaging.requirements import Requirement
+
+def named(name):
+    return re.sub("[-_.]+", "-", name).lower()
+
+there, asked = set(), ["torch", "transformers", "peft"]
+while asked:
+    name = named(asked.pop())
+    if name not in there:
+        there.add(name)
+        try:
+            needs = map(Requirement, metadata.requires(name) or ())
+        except metadata.PackageNotFoundError:  # such as the libraries of a GPU
+            continue
+        asked += [need.name for need in needs if not need.marker or need.marker.evaluate({"extra": ""})]
+owners = metadata.packages_distributions()
+hidden = {top for top, names in owners.items() if not there & set(map(named, names))} - {"ccm"}
+
+class Bare(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in hidden else PathFinder.find_spec(name, path, target)
+
+sys.meta_path[:] = [Bare if finder is PathFinder else finder for finder in sys.meta_path]
+"""
+
+
+def test_a_slice_needs_no_package_that_its_machine_lacks() -> None:
+    used = "import bench, held_out, ccm.cli.bench, ccm.training.trainer; print('all there')"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{BARE}\n{used}\nimport gguf"],
+        env={**runs.environment(), "PYTHONPATH": f"{GPU}:{GPU.parent}:{GPU.parents[1] / 'src'}"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "all there\n", done.stderr
+    assert done.stderr.endswith("No module named 'gguf'\n"), "the control: it would be there"
+
+
 def test_what_changed_is_made_anew_and_nothing_else(tmp_path: Path) -> None:
     from pieces import receive as take
 

@@ -44,7 +44,6 @@ from transformers.utils import logging as transformers_logging
 from ccm import hub
 from ccm.errors import CCMError, ConfigError, MissingPackageError, StorageError, UnsupportedModelError
 from ccm.models import packages
-from ccm.models.header import head_width, read_once
 from ccm.models.hollow import hollow
 from ccm.models.placement import AUTO, DEFAULT_MODEL, OWN, Placement, is_default, is_gguf, place
 
@@ -130,6 +129,8 @@ def load_model(
         return _default(where)
     with _quiet(), _load_errors(str(name)), Console(stderr=True, quiet=not spinner).status(f"Loading {name}"):
         if is_gguf(name):
+            from .header import read_once  # other models do without gguf, which not every machine has
+
             with read_once():
                 model, tokenizer = _read_gguf(Path(str(name)), where)
         else:
@@ -310,6 +311,8 @@ def _options(config: PretrainedConfig, name: str, where: Placement) -> dict[str,
 
 def _config(name: str) -> PretrainedConfig:
     if is_gguf(name):
+        from .header import head_width, read_once
+
         with read_once():
             config = AutoConfig.from_pretrained(Path(name).parent, gguf_file=Path(name).name, **_from(name))
             width = head_width(name)
