@@ -138,6 +138,7 @@ REFUSED: list[tuple[str, str]] = [
     ("data show jsonl --split nonsense", "nonsense"),
     ("data show jsonl --option x", "expected KEY=VALUE"),
     ("data pack run.yaml --tokens many --out x", "--tokens: got 'many'"),
+    ("train --init model --out run.yaml", "run.yaml is there already: give another name with --out"),
     ("data pack absent.yaml --tokens 1M --out x", "absent.yaml"),
     ("memory inspect", "argument"),
     ("memory inspect absent.ccm", "no memory file at absent.ccm"),

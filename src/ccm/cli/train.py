@@ -169,11 +169,13 @@ def _init(model: str | None, out: Path | None, loading: Loading, as_json: bool) 
     if loading.device_map:
         raise ConfigError("--init fits a run to one device: leave --device-map out, and give it to the run")
     check_names(model)
-    from ..training.starter import Machine, default_path, write_recipe
-
-    path = out or default_path(model)
-    bf16 = None if loading.dtype == AUTO else loading.dtype == "bfloat16"
+    path = out or Path(f"{Path(model or DEFAULT_MODEL).resolve().name.removesuffix('.gguf')}.yaml")
     can_write(path)
+    if path.exists():
+        raise ConfigError(f"{path} is there already: give another name with --out, or delete it")
+    from ..training.starter import Machine, write_recipe
+
+    bf16 = None if loading.dtype == AUTO else loading.dtype == "bfloat16"
     machine = Machine.here(loading.check().device)
     fit = write_recipe(path, model, machine, bf16, loading.load_in)
     if as_json:

@@ -197,12 +197,10 @@ def write_recipe(
         machine, bf16, load_in: as for :func:`fit`.
 
     Raises:
-        ConfigError: the file is there already, no such model, or too little memory.
+        ConfigError: no such model, or too little memory.
         UnsupportedModelError: the model cannot carry a memory.
-        StorageError: the file cannot be written.
+        StorageError: the file is there already, or cannot be written.
     """
-    if path.exists():
-        raise ConfigError(f"{path} is there already: give another name with --out, or delete it")
     config = load_config(model)
     if config.is_encoder_decoder:
         raise UnsupportedModelError(
@@ -222,11 +220,6 @@ def write_recipe(
             f"cannot write {path}: {error.strerror or error}; give another place with --out"
         ) from error
     return chosen
-
-
-def default_path(model: str | None) -> Path:
-    """Where a recipe goes if nobody says so: the model's name, in the folder at hand."""
-    return Path(f"{Path(model or DEFAULT_MODEL).resolve().name.removesuffix('.gguf')}.yaml")
 
 
 def recipe(path: Path, model: str | None, config: Any, machine: Machine, chosen: Fit) -> str:
