@@ -330,10 +330,11 @@ class Session:
             MismatchError: made by another model, adapter or method.
         """
         memory, metadata = Memory.load(path)
+        method = as_method(method, tokenizer)
         method.check(memory, 1)
         try:
             state = json.loads(metadata["session"])
-            session = cls(method, tokenizer, **options_of(state))
+            session = cls(method, tokenizer, **options_of(state, method))
             session.turns, session.said, session.pins = state["turns"], saved(state), saved_pins(state)
             session.dialogue = session.dialogues.kept(state, memory.rows[0].seen)
         except (KeyError, TypeError, ValueError) as error:

@@ -280,6 +280,13 @@ def test_a_saved_session_names_its_memory(adapter: Path, tmp_path: Path) -> None
     other = open_method("mean-pool", model)
     with pytest.raises(MismatchError, match="made by"):
         Session.load(file, other, TOKENIZER)
+    for memory, other in (
+        ("streaming-llm", "streaming-llm:window=20"),
+        ("streaming-llm:sink=1", "streaming-llm"),
+    ):
+        session = Session.open(model, TOKENIZER, memory)
+        session.save(file)
+        assert Session.load(file, open_method(other, model), TOKENIZER).method == session.method
     compressor = Compressor.from_pretrained(model, adapter)
     Session(compressor, TOKENIZER, window=9).save(file)
     assert saved_memory(file).name == str(adapter) and saved_memory(file).options["window"] == 9

@@ -226,12 +226,20 @@ class Method:
     def text(self) -> str:
         """The method as it is written (``methods.spec``): its name, and the options that differ from its defaults."""
         pairs = []
-        for entry in fields(self):
-            default = entry.default_factory() if callable(entry.default_factory) else entry.default
-            if entry.init and (value := getattr(self, entry.name)) != default:
+        for name, default in self.defaults().items():
+            if (value := getattr(self, name)) != default:
                 inner = value.items() if isinstance(value, dict) else ()
-                pairs += [f"{entry.name}.{k}={v}" for k, v in inner] or [f"{entry.name}={value}"]
+                pairs += [f"{name}.{k}={v}" for k, v in inner] or [f"{name}={value}"]
         return self.name + (":" + ",".join(pairs) if pairs else "")
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """The options, and what they are where nobody says."""
+        return {
+            entry.name: entry.default_factory() if callable(entry.default_factory) else entry.default
+            for entry in fields(cls)
+            if entry.init
+        }
 
     def sizes(self) -> dict[str, int]:
         """What one conversation may keep, by option."""

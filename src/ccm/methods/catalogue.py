@@ -10,7 +10,7 @@ import inspect
 import re
 import sys
 from collections.abc import Iterable
-from dataclasses import Field, dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import CCMError
@@ -222,13 +222,8 @@ def _cited(doc: str) -> tuple[str, str] | None:
 
 def _options(method: type[Method]) -> Iterable[Option]:
     described = {k: v for cls in reversed(method.__mro__) for k, v in attributes(cls.__doc__ or "").items()}
-    for each in fields(method):
-        if each.init:
-            yield Option(each.name, plain(described.get(each.name, "")), _default(each))
-
-
-def _default(option: Field[Any]) -> Any:
-    return option.default_factory() if callable(option.default_factory) else option.default
+    for name, default in method.defaults().items():
+        yield Option(name, plain(described.get(name, "")), default)
 
 
 def attributes(doc: str) -> dict[str, str]:

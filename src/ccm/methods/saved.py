@@ -35,6 +35,18 @@ def metadata_of(
     return {"session": json.dumps(state)}
 
 
-def options_of(state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What the method of a saved session is set to; files from before any method could be saved have sizes alone."""
-    return parse(state["memory"]).options if "memory" in state else state["budget"]
+def options_of(state: Mapping[str, Any], method: Method) -> dict[str, Any]:
+    """What the method of a saved session is set to; files from before any method could be saved have sizes alone.
+
+    Args:
+        state: of the session.
+        method: that it is opened with. What the same method is set to in the file counts, its defaults included; the
+            adapter may have moved meanwhile.
+    """
+    if "memory" not in state:
+        return dict(state["budget"])
+    saved = parse(state["memory"])
+    same = saved.name == parse(method.text).name
+    options = {**(method.defaults() if same else {}), **saved.options}
+    options.pop("adapter", None)
+    return options
