@@ -30,6 +30,8 @@ NAMES = sorted({METHODS[name].name for name in list_methods()} - set(ABSENT))
 _SMALL = dict(sink=2, window=6, tokens=8, slots=2, fitted=8, block=4, every=2, max_tokens=4)
 #: Of the memory that another one packs.
 _PACKED = {"slots": 2}
+#: Memories of an adapter that are packed, as :func:`small_method` takes them.
+PACKED = [f"packed of {name}" for name in ("ccm-concat", "slots-and-matching", "slots-and-words")]
 #: Methods whose sizes are what they are.
 _AS_THEY_ARE = ("none", "full", "ape")
 
@@ -69,6 +71,12 @@ def tiny_adapters(folder: Path, family: str = "llama", names: Sequence[str] = ()
 
 def small_method(name: str, adapters: dict[str, str], **changes: Any) -> Method:
     """A method that is full after a few segments, unbound."""
+    if name in PACKED:
+        inner = small_method(of := name.removeprefix("packed of "), adapters)
+        options = {
+            n: value for n, default in inner.defaults().items() if (value := getattr(inner, n)) != default
+        }
+        return get_method("packed", of=of, options=options, **changes)
     kind = METHODS[name]
     options: dict[str, Any] = {"adapter": adapters[name]} if name in adapters else {}
     if name not in _AS_THEY_ARE and (name not in adapters or issubclass(kind, Compressed)):

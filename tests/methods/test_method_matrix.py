@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from engine_contract import check_many_at_a_time
-from method_cases import NAMES, TOKENIZER, model, small_method, tiny_adapters
+from method_cases import NAMES, PACKED, TOKENIZER, model, small_method, tiny_adapters
 from tiny import random_rows
 
 from ccm import Session, get_method
@@ -34,7 +34,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return model(request.param), tiny_adapters(tmp_path_factory.mktemp("adapters"), request.param)
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=[*NAMES, *PACKED])
 def method(request: pytest.FixtureRequest, case) -> Method:
     of, adapters = case
     return small_method(request.param, adapters).bind(of, TOKENIZER)
@@ -99,7 +99,7 @@ def test_a_batch_is_as_each_alone(method: Method) -> None:
         )
         one, atol = memory[r], 2e-3  # soft prompts feed on their own rounding
         if isinstance(method, Packed):  # a code may be rounded to the number beside
-            one, alone, atol = method.expanded(one), method.expanded(alone), 2e-2
+            one, alone, atol = method.expanded(one), method.expanded(alone), 5e-2
         for x, y in zip(parts(one), parts(alone), strict=True):
             assert torch.allclose(x, y, atol=atol)
 

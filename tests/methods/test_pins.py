@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from method_cases import NAMES, TOKENIZER, model, small_method, tiny_adapters
+from method_cases import NAMES, PACKED, TOKENIZER, model, small_method, tiny_adapters
 from tiny import random_rows, tiny_compressor, two_sided_compressor, two_sided_model
 
 from ccm import Message, Session, get_method
@@ -31,7 +31,7 @@ def case(tmp_path_factory: pytest.TempPathFactory):
     return model(), tiny_adapters(tmp_path_factory.mktemp("adapters"))
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=[*NAMES, *PACKED])
 def method(request: pytest.FixtureRequest, case) -> Method:
     of, adapters = case
     return small_method(request.param, adapters).bind(of, TOKENIZER)

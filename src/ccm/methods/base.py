@@ -468,7 +468,7 @@ class Method:
                 f"{self.reader.context} also holds {pinned} pinned ones, the memory ({most}) and the newest text "
                 f"({segment}); pin less, or take a smaller memory"
             )
-        bare = replace(memory, rows=tuple(row.bare for row in memory.rows))
+        bare = Memory(tuple(row.bare for row in memory.rows), self.reader.fingerprint())
         read = self.reader.read([list(ids)] * len(memory), bare)
         pairs = zip(memory.rows, read, strict=True)
         return replace(memory, rows=tuple(row.with_pins(KV.cat((row.pins, kv))) for row, kv in pairs))
