@@ -290,6 +290,12 @@ MISMATCHES = [
         "a.c-tova",
         "model a.b and method mean-pool, this is model a.c and method tova; load the model",
     ),
+    (
+        f"a.b-{HASH}-int4",
+        f"a.b-{HASH}-int8",
+        f"adapter {HASH}-int4, this is the same model and adapter {HASH}-int8",
+    ),
+    ("a.b-mean-pool-int4", f"a.b-{HASH}", "method mean-pool-int4, this is"),
     (f"a.b-{HASH}", "a.c", f"model a.b and adapter {HASH}, this is model a.c; load the model that made it"),
 ]
 

@@ -110,4 +110,5 @@ def mismatch(got: str, expected: str) -> MismatchError:
 
 
 def _words(maker: str) -> str:
-    return f"{'adapter' if re.fullmatch('[0-9a-f]{16}', maker) else 'method'} {maker}"
+    """Of a packed memory the code is behind a hyphen."""
+    return f"{'adapter' if re.fullmatch('[0-9a-f]{16}(-[a-z0-9]+)?', maker) else 'method'} {maker}"
