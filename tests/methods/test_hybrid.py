@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from method_cases import TOKENIZER, model, tiny_adapters
 
 from ccm import get_method
 from ccm.core.memory import Memory
+from ccm.errors import ConfigError, MismatchError
 from ccm.methods import Method
 from ccm.methods.hybrid import slots_and_words
 from ccm.methods.hybrid.slots_and_words import SlotsAndWords
@@ -112,3 +114,39 @@ def test_its_parts_are_slots_and_words(method: Method) -> None:
         ("folded", (4, 5)),
         ("retold", (5, 11)),
     ]
+
+
+def test_what_it_keeps_is_no_memory_of_another_method(method: Method, adapter: str) -> None:
+    """Words would stay as slots for ever, and fitted entries would be dropped as words."""
+    options = {"adapter": adapter, "slots": 1, "sink": 2}
+    alone = get_method("ccm-concat", **options).bind(method.reader)
+    fitted = get_method("slots-and-matching", fitted=4, **options).bind(method.reader, TOKENIZER)
+    of = ("ccm-concat", "slots-and-matching", "slots-and-words")
+    packed = {n: get_method("packed", of=n, options=options).bind(method.reader, TOKENIZER) for n in of}
+    for own, others in (
+        (method, (alone, fitted)),
+        (fitted, (alone, method)),
+        (packed["slots-and-words"], (packed["ccm-concat"], packed["slots-and-matching"])),
+        (packed["slots-and-matching"], (packed["ccm-concat"], packed["slots-and-words"])),
+    ):
+        memory = lived(own)
+        assert own.admit(memory).rows[0].notes == memory.rows[0].notes
+        for other in others:
+            for read in (other.admit, lambda memory, other=other: other.fold(memory, [[5]])):
+                with pytest.raises(MismatchError, match="another method with the same adapter"):
+                    read(memory)
+
+
+def test_words_take_their_part_of_the_context(method: Method) -> None:
+    """Each segment has a slot and two words, so it ends as much sooner."""
+    row, context = lived(method).rows[0], method.reader.context
+    each = row.tokens / row.steps
+    assert method.apart(row) == round((context - 2 - method.longest) // 3 * each)
+    memory = method.empty()
+    small = copy.copy(method.reader)
+    small.family = replace(small.family, context=64)
+    bound = method.bind(small, TOKENIZER)
+    with pytest.raises(ConfigError, match="context"):
+        while True:
+            memory = bound.fold(memory, [TOLD[0]])
+    assert 64 - len(TOLD[0]) - 1 < memory.length <= 64

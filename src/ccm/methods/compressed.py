@@ -16,7 +16,7 @@ from ..core.memory import Memory, Row
 from ..core.onward import Turn
 from ..core.reader import Reader
 from ..core.window import overflow
-from ..errors import ConfigError
+from ..errors import ConfigError, MismatchError
 from .base import Method, Segment, register
 from .parts import Part, behind
 
@@ -180,11 +180,19 @@ class Trained(Method):
 
     def apart(self, row: Row) -> int:
         """Raw tokens, and those of the segments that have slots of their own in a full memory."""
-        rule, slots = self.reader.rule, self.slots or 1
-        room = max(0, (self.reader.context - self.sink - self.window - self.longest) // slots)
-        segments = room if rule.blocks is None else min(room, rule.apart(rule.blocks + 1))
+        rule = self.reader.rule
+        segments = self._room if rule.blocks is None else min(self._room, rule.apart(rule.blocks + 1))
         each = row.tokens / row.steps if row.steps else self.longest
         return round(segments * each) + self.window
+
+    @property
+    def _room(self) -> int:
+        """Segments whose slots fit the model's context beside all else."""
+        return self._beside(0) // (self.slots or 1)
+
+    def _beside(self, entries: int) -> int:
+        """Positions of the context that are left for slots beside so many other entries."""
+        return max(0, self.reader.context - self.sink - self.window - self.longest - entries)
 
     def losses(self, before: Row, after: Row) -> str:
         if after.dropped > before.dropped:
@@ -223,6 +231,19 @@ class Compressed(Trained):
             raise ConfigError(
                 f"method {self.name}: got rule_options.{given} without a rule: name it too (rule=bounded)"
             )
+
+    def check(self, memory: Memory, batch: int | None = None) -> None:
+        super().check(memory, batch)
+        if not all(map(self._reads, memory.rows)):
+            raise MismatchError(
+                "the memory was made by another method with the same adapter (slots-and-words and the like keep "
+                f"more than its slots), this is {self.name}: open it with that one (--memory), or start a new memory"
+            )
+
+    @staticmethod
+    def _reads(row: Row) -> bool:
+        """Whether a row is of this method or of the adapter alone, as its notes tell."""
+        return not row.notes
 
     def _changes(self) -> dict[str, Any]:
         return {"rule": self.rule, "rule_options": self.rule_options} if self.rule else {}

@@ -47,6 +47,10 @@ class SlotsAndMatching(Hybrid):
         super().__post_init__()
         self._at_least(fitted=1)
 
+    @staticmethod
+    def _reads(row: Row) -> bool:
+        return len(row.notes) <= 1 and sum(row.notes) <= row.slots.length
+
     # ------------------------------------------------------------------ write
 
     def folded(self, memory: Memory, segment: Segment) -> Memory:
@@ -92,6 +96,10 @@ class SlotsAndMatching(Hybrid):
         sink, slots, window = super().size(lengths)
         gone = sum(lengths) - window - sink
         return sink, slots + min(self.fitted, gone), window
+
+    @property
+    def _room(self) -> int:
+        return self._beside(self.fitted) // (self.slots or 1)
 
     @property
     def limit(self) -> int | None:

@@ -51,13 +51,21 @@ class SlotsAndWords(Hybrid):
         super().__post_init__()
         self._at_least(words=0)
 
+    @staticmethod
+    def _reads(row: Row) -> bool:
+        return not row.notes or (len(row.notes) > 1 and row.notes[0] <= row.slots.length)
+
     # ------------------------------------------------------------------ write
 
     def folded(self, memory: Memory, segment: Segment) -> Memory:
+        self.reader.check_room(memory, segment.ids.shape[1], self.behind)
         after = super().folded(_learned(memory), segment)
         return self._noted(memory, after, [[text] for text in segment.texts])
 
     def taken_in(self, memory: Memory, turns: Sequence[Turn]) -> Memory:
+        for row, turn in zip(memory.rows, turns, strict=True):  # behind the words, though they are not folded
+            text = sum(map(len, turn.segments))
+            self.reader.check_room(replace(memory, rows=(row,)), text, self.behind * len(turn.segments))
         after = super().taken_in(_learned(memory), turns)
         return self._noted(memory, after, [turn.segments for turn in turns])
 
@@ -155,6 +163,10 @@ class SlotsAndWords(Hybrid):
         sink, slots, window = super().size(lengths)
         folds = overflow(lengths, self.window)
         return sink, slots + min(self.reader.rule.size(folds, self.words), sum(lengths[:folds])), window
+
+    @property
+    def _room(self) -> int:
+        return self._beside(0) // ((self.slots or 1) + self.words)
 
     @property
     def limit(self) -> int | None:
