@@ -19,6 +19,8 @@ from ccm import cli, decoding
 from ccm.core.compressor import Compressor, CompressorConfig
 from ccm.core.live import Live
 from ccm.errors import ConfigError, StorageError, UnsupportedModelError
+from ccm.methods.hybrid import slots_and_matching
+from ccm.methods.hybrid.slots_and_words import SlotsAndWords
 from ccm.planning import measure
 from ccm.planning.plan import Load, Plan, plan
 from ccm.serving.settings import Settings
@@ -315,3 +317,29 @@ def test_codes_are_planned_as_they_are_held(of: str, tmp_path: Path) -> None:
     data, _ = codec.encode(session.memory, "float16")
     header = int.from_bytes(data[:8], "little") + 8
     assert made["snapshot_bytes"] == len(data) - header
+
+
+@pytest.mark.parametrize("turns", [2, 30])
+@pytest.mark.parametrize("of", ["slots-and-matching", "slots-and-words"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_hybrid_is_planned_as_it_is_held_and_timed_with_all_that_it_does(
+    of: str, packed: bool, turns: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is fitted is fitted while it is timed, and words are read."""
+    folders = saved(tmp_path, rule="concat", slots=2)
+    options = {"adapter": folders[1], "slots": 1, "sink": 2, "window": 24}
+    options |= {"fitted": 16} if of == "slots-and-matching" else {"words": 2}
+    written = ",".join(f"{'options.' if packed else ''}{name}={value}" for name, value in options.items())
+    memory = f"packed:of={of},code=int4,{written}" if packed else f"{of}:{written}"
+    worked: list[int] = []
+    fit, read = slots_and_matching.match, SlotsAndWords._chosen
+    monkeypatch.setattr(slots_and_matching, "match", lambda *args: worked.append(args[3]) or fit(*args))
+    monkeypatch.setattr(SlotsAndWords, "_chosen", lambda *args: worked.append(args[-1]) or read(*args))
+    made = plan(Load(7, turns, 20), model=folders[0], memory=memory, gpu_memory=10**7)
+    session = Session.open(base(), tiny_tokenizer(), memory=memory)
+    timed, worked[:] = set(worked), []
+    for turn in range(turns):
+        if turn == turns // 2 + 1:
+            assert timed == set(worked[-1:])
+        session.memory = session._folded(session.memory, tuple((turn * 20 + i) % 90 + 3 for i in range(20)))
+    assert made["memory_kv_bytes"] == session.memory.nbytes

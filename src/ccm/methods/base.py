@@ -528,6 +528,15 @@ class Method:
             )
         return min(slots + leaving, getattr(self, self.most))
 
+    def noted(self, row: Row, tokens: int) -> Row:
+        """A row of these sizes with made-up entries, such as ``ccm plan`` times, and the notes of a real one.
+
+        Args:
+            row: of as many entries as :meth:`size` says, and as many steps.
+            tokens: that it would have seen.
+        """
+        return row
+
     def means(self, steps: int) -> int:
         """How many of the first slots are running means after so many folds, and rest in all bits (fp32)."""
         return 0

@@ -177,6 +177,7 @@ def _memory(method: Method, shape: Shape, held: Held) -> Memory:
         window=random(held.window, shape.dtype),
         segments=held.segments,
         steps=held.folds,
+        tokens=held.tokens - held.window,
     )
-    memory = Memory((row,), method.fingerprint())
+    memory = Memory((method.noted(row, held.tokens),), method.fingerprint())
     return method.coded(memory) if isinstance(method, Packed) else memory

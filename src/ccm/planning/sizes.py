@@ -89,6 +89,7 @@ class Held:
         sink, slots, window: their sizes.
         segments: token counts of the raw segments in the window, oldest first.
         folds: segments folded so far.
+        tokens: seen so far.
         method: that made it.
     """
 
@@ -97,6 +98,7 @@ class Held:
     window: int
     segments: tuple[int, ...]
     folds: int
+    tokens: int
     method: Method
 
     @property
@@ -124,7 +126,7 @@ def after(turns: int, tokens: int, method: Method) -> Held:
     raw: list[int] = []
     while sum(raw) < window:
         raw.insert(0, min(lengths[-1 - len(raw)], window - sum(raw)))
-    return Held(sink, slots, window, tuple(raw), len(lengths) - len(raw), method)
+    return Held(sink, slots, window, tuple(raw), len(lengths) - len(raw), sum(lengths), method)
 
 
 def check_fits(held: Held, method: Method, shape: Shape) -> None:

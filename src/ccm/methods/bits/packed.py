@@ -193,6 +193,9 @@ class Packed(Method):
     def size(self, lengths: Sequence[int]) -> tuple[int, int, int]:
         return self.inner.size(lengths)
 
+    def noted(self, row: Row, tokens: int) -> Row:
+        return self.inner.noted(row, tokens)
+
     def apart(self, row: Row) -> int:
         return self.inner.apart(row)
 

@@ -97,6 +97,10 @@ class SlotsAndMatching(Hybrid):
         gone = sum(lengths) - window - sink
         return sink, slots + min(self.fitted, gone), window
 
+    def noted(self, row: Row, tokens: int) -> Row:
+        learned = self.reader.rule.size(row.steps, self.slots or 0)
+        return replace(row, notes=(row.slots.length - learned,) if row.steps else ())
+
     @property
     def _room(self) -> int:
         return self._beside(self.fitted) // (self.slots or 1)

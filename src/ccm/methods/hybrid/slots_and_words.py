@@ -164,6 +164,12 @@ class SlotsAndWords(Hybrid):
         folds = overflow(lengths, self.window)
         return sink, slots + min(self.reader.rule.size(folds, self.words), sum(lengths[:folds])), window
 
+    def noted(self, row: Row, tokens: int) -> Row:
+        learned = self.reader.rule.size(row.steps, self.slots or 0)
+        each = -(-tokens // (row.steps + len(row.segments)))
+        said = [int(n % each == 0) for n in range(tokens)]  # one token again and again
+        return replace(row, notes=(row.slots.length - learned, *said))
+
     @property
     def _room(self) -> int:
         return self._beside(0) // ((self.slots or 1) + self.words)
