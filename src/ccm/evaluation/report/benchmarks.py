@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -19,15 +18,23 @@ from .tables import markdown, number, size
 Stored = Mapping[str, dict[str, Any]]
 _BASELINES, _WINDOW = "held_out_baselines", "window of the same bytes as "
 #: figures of benchmarks/held_out.py at the bytes of four slots, and the one beside a window
-_FIGURES = ("window as slots 4", "attention-matching", "slots 4", "slots 4, window 64")
+_FIGURES = (
+    "window as slots 4",
+    "attention-matching",
+    "slots-and-matching",
+    "slots 4",
+    "slots 4, window 64",
+)
 #: memories that need no training: the one that is taken without an adapter, and those that keep what was computed
 _UNTRAINED = "attention-matching"
-_PACKED = "attention-matching, int4"
-#: what is compared with Attention Matching, and with which of its figures, in 16 bits and in 4
-_FITTED = (
-    (("slots-and-matching", _UNTRAINED),),
-    ((_PACKED, _UNTRAINED), ("slots-and-matching, int4", _PACKED)),
-)
+#: figures at a fifth of the bytes of the text, and what some of them are compared with
+_FIFTH = {
+    "window, a fifth": None,
+    "attention-matching, a fifth": None,
+    "slots-and-matching, a fifth": "attention-matching, a fifth",
+    "attention-matching, a fifth, int4": None,
+    "slots-and-matching, a fifth, int4": "attention-matching, a fifth, int4",
+}
 _EVICTION = ("streaming-llm", "key-norm", "keydiff", "lagkv", "snapkv", "tova", "h2o", "kvzip")
 
 
@@ -104,11 +111,12 @@ def _held_out(result: dict[str, Any], stored: Stored) -> str:
     mean = ["**mean**", *("" if value is None else f"**{number(value)}**" for value in whole), ""]
     tables = [markdown(["source", *shares, "rows"], [*rows, mean])]
     for name in others:
-        if fitted := _fitted(result, stored[name]):
+        if fifth := _fifth(result, stored[name]):
             of = name.removeprefix("held_out_")
             tables.append(
-                f"In the same bytes between the turns: beside a slot of {of} a segment, and in 4 bits, where a "
-                f"prompt reads 3.5 times as many entries.\n\n{fitted}"
+                f"In a fifth of the bytes of all text in front of the last segment. Fitted entries stand beside a "
+                f"slot of {of} a segment. In 4 bits between the turns, a prompt reads 3.5 times as many."
+                f"\n\n{fifth}"
             )
     for name in (_BASELINES, *others):
         of = "" if name == _BASELINES else f" on {name.removeprefix('held_out_')}"
@@ -136,45 +144,36 @@ def _untrained(result: dict[str, Any]) -> str:
     return markdown(header, rows) if rows else ""
 
 
-def _fitted(result: dict[str, Any], adapter: dict[str, Any]) -> str:
-    """What is fitted alone and beside an adapter's slots, by source, over the rows that all of one width have."""
-    header = ["source", _UNTRAINED]
-    names = [source["source"] for source in result["sources"].values()]
-    cells: dict[str, list[str]] = {name: [] for name in (*names, "**mean**")}
-    for pairs in _FITTED:
-        figures = list(dict.fromkeys(chain(*pairs)))
-        header += [*chain(*((name, "ahead") for name, _ in pairs)), "rows"]
-        shares: dict[str, dict[str, np.ndarray]] = {}
-        counts: dict[str, str] = {}
-        for key, source in result["sources"].items():
-            nats = {**adapter["sources"].get(key, {}).get("nats", {}), **source["nats"]}
-            if not nats.keys() >= {*figures}:
-                continue
-            count = min(len(nats[name]) for name in ("none", "full", *figures))
+def _fifth(result: dict[str, Any], adapter: dict[str, Any]) -> str:
+    """Shares by source at a fifth of the bytes, and how far ahead, over the rows that all figures have."""
+    shares: dict[str, dict[str, np.ndarray]] = {}
+    counts: dict[str, str] = {}
+    for key, source in result["sources"].items():
+        nats = {**adapter["sources"].get(key, {}).get("nats", {}), **source["nats"]}
+        if nats.keys() >= _FIFTH.keys():
+            count = min(len(nats[name]) for name in ("none", "full", *_FIFTH))
             known = {name: np.array(found[:count]) for name, found in nats.items()}
             whole = known["none"] - known["full"]
-            own = {name: _draws(known["none"] - known[name], whole, len(shares)) for name in figures}
+            own = {name: _draws(known["none"] - known[name], whole, len(shares)) for name in _FIFTH}
             shares[source["source"]], counts[source["source"]] = own, f"{count}"
-        if not shares:
-            return ""
-        shares["**mean**"] = {f: np.mean([own[f] for own in shares.values()], axis=0) for f in figures}
-        for name, found in cells.items():
-            first = [] if found else [_UNTRAINED]
-            found += [*_ahead(shares.get(name), pairs, first), counts.get(name, "")]
-    return markdown(header, [[name, *found] for name, found in cells.items() if any(found)])
+    if not shares:
+        return ""
+    shares["**mean**"] = {name: np.mean([own[name] for own in shares.values()], axis=0) for name in _FIFTH}
+    header = ["source"]
+    for name, rival in _FIFTH.items():
+        header += [name.replace(", a fifth", ""), *(["ahead"] if rival else [])]
+    rows = [[name, *_ahead(own), counts.get(name, "")] for name, own in shares.items()]
+    return markdown([*header, "rows"], rows)
 
 
-def _ahead(
-    shares: dict[str, np.ndarray] | None, pairs: Sequence[tuple[str, str]], first: Sequence[str]
-) -> list[str]:
-    """The first figures, then of each pair its share and how far it is ahead, from all rows and from those drawn."""
-    if shares is None:
-        return [""] * (len(first) + 2 * len(pairs))
-    cells = [number(float(shares[name][0])) for name in first]
-    for name, rival in pairs:
-        value, *drawn = (shares[name] - shares[rival]).tolist()
-        ends = np.quantile(drawn, (0.025, 0.975)).tolist()
-        cells += [number(float(shares[name][0])), _range(value, ends, 2, True)]
+def _ahead(shares: dict[str, np.ndarray]) -> list[str]:
+    """The share of each figure, and how far it is ahead of its rival, from all rows and from those drawn."""
+    cells = []
+    for name, rival in _FIFTH.items():
+        cells.append(number(float(shares[name][0])))
+        if rival:
+            value, *drawn = (shares[name] - shares[rival]).tolist()
+            cells.append(_range(value, np.quantile(drawn, (0.025, 0.975)).tolist(), 2, True))
     return cells
 
 
