@@ -206,13 +206,16 @@ def _reach(result: dict[str, Any], stored: Stored) -> str:
         gain["method"]: _range(gain["gain"], gain["gain_ci"], 2, True)
         for gain in result["gain_beyond_the_window"]
     }
-    rows = []
-    for name in result["methods"]:
+    rows = {}  # a window of the same bytes stands there once
+    for name, method in result["methods"].items():
         own = [row for row in result["rows"] if row["method"] == name]
         nats = [f"{number(row['evidence'], 2, True)} ({row['accuracy']:.1f})" for row in own]
-        rows.append([name, *nats, beyond.get(name, "")])
+        title = "window" if name.startswith(_WINDOW) else name
+        kept = size(method["kv_bytes"])
+        rows.setdefault((title, kept), [title, kept, *nats, beyond.get(name, "")])
     return markdown(
-        ["nats (accuracy)", *map(str, distances), "more than its window, where that has lost them"], rows
+        ["nats (accuracy)", "KV", *map(str, distances), "more than its window, where that has lost them"],
+        list(rows.values()),
     )
 
 
