@@ -48,11 +48,15 @@ def _stored(name: str) -> dict[str, Any]:
 # ---------------------------------------------------------------------- measured
 
 
+#: The memory whose reach is drawn.
+WORDS = "slots-and-words, slots of ccm-concat"
+
+
 def recall(reach: dict[str, Any]) -> str:
     """How often a fact is named, by how many turns ago it was told."""
     lines = {
-        "ccm-concat": ("memory (ccm-concat)", MEMORY),
-        "window of the same bytes as ccm-concat": ("window of the same bytes", WINDOW),
+        WORDS: ("memory (slots and words)", MEMORY),
+        f"window of the same bytes as {WORDS}": ("window of the same bytes", WINDOW),
         "full": ("full context", FULL),
     }
     figure, axes = _figure(6.4, 3.6)

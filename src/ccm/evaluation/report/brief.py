@@ -130,7 +130,9 @@ def _reach(result: dict[str, Any]) -> str:
     distances = sorted({row["distance"] for row in result["rows"]})
     far = _FAR if _FAR in distances else distances[-1]
     right = {row["method"]: row["accuracy"] for row in result["rows"] if row["distance"] == far}
-    name = next(name for name in right if f"window of the same bytes as {name}" in right)
+    name = max(
+        (name for name in right if f"window of the same bytes as {name}" in right), key=right.__getitem__
+    )
     return (
         f"Facts told {far} turns back ({result['conversations']} of them, chance {result['chance']:.2f}): {name} "
         f"finds {right[name]:.2f} of them, full context {right.get('full', 0):.2f}, a window of the memory's bytes "
