@@ -206,7 +206,7 @@ def _reach(result: dict[str, Any], stored: Stored) -> str:
         gain["method"]: _range(gain["gain"], gain["gain_ci"], 2, True)
         for gain in result["gain_beyond_the_window"]
     }
-    rows = {}  # a window of the same bytes stands there once
+    rows: dict[tuple[str, str], list[str]] = {}  # a window of the same bytes stands there once
     for name, method in result["methods"].items():
         own = [row for row in result["rows"] if row["method"] == name]
         nats = [f"{number(row['evidence'], 2, True)} ({row['accuracy']:.1f})" for row in own]
