@@ -242,7 +242,7 @@ def main() -> int:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("part", choices=("receive", "bench", "train", "evaluate", "turns", "all"))
     arguments.add_argument("bundle", nargs="?", type=Path, help="a bundle to take in first")
-    arguments.add_argument("--recipe", default="recipes/one-gpu-broad.yaml", help="of the run")
+    arguments.add_argument("--recipe", default="recipes/one-gpu.yaml", help="of the run")
     arguments.add_argument(
         "--set", nargs="*", default=[], metavar="KEY=VALUE", help="in place of the recipe's"
     )

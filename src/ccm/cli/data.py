@@ -101,7 +101,7 @@ def show(
         typer.echo(tally)
 
 
-@app.command(epilog="Example: ccm data pack recipes/one-gpu-broad.yaml --tokens 20M --out broad.rows")
+@app.command(epilog="Example: ccm data pack recipes/one-gpu.yaml --tokens 20M --out broad.rows")
 def pack(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The run (docs/training.md).")],
     tokens: Annotated[str, typer.Option(metavar="NUMBER", help="Of all rows: 20M, 1.5M, 500k or 20000.")],

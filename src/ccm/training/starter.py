@@ -34,7 +34,7 @@ TALK = {
     "script": 2,
 }
 HELP = {"template": 3, "template-bare": 2, "template-system": 2, "roles": 2}
-#: The mixture of the recipes that are written here, each source with its options: that of recipes/one-gpu-broad.yaml
+#: The mixture of the recipes that are written here, each source with its options: that of recipes/one-gpu.yaml
 #: with shorter rows, and without the ratings of films, which are for research only.
 DATA: dict[str, dict[str, Any]] = {
     "chitchat": {"weight": 22, "turns": [10, 24, 64], "facts": 0.25, "echoes": 0.15, "formats": TALK},
