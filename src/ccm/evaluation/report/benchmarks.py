@@ -196,6 +196,7 @@ def _foreign(result: dict[str, Any], stored: Stored) -> str:
     rows = [
         [name, f"{m['keys']:.0f}", *(_range(m[part], m[f"{part}_ci"]) for part in parts)]
         for name, m in result["adapters"].items()
+        if "/" not in name  # a run that came to nothing
     ]
     return markdown(["adapter", "keys", "recovered share", "memory alone", "window", "memory alone"], rows)
 
